@@ -1,0 +1,1 @@
+"""Text to vocabulary to token files to batches, a pure function of the step."""

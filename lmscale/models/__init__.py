@@ -1,0 +1,1 @@
+"""Bodies: [batch, time, embed_dim] -> [batch, time, hidden]."""

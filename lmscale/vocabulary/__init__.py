@@ -1,0 +1,1 @@
+"""The core: the sharded table, its samplers, losses and row optimizers."""
