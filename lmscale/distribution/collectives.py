@@ -1,0 +1,54 @@
+"""The exchanges between replicas, for use inside `strategy.run`.
+
+No gradient tape may record them: differentiating a value that every replica computes alike through a collective
+gives gradients `num_replicas` times too large. lmscale exchanges values, differentiates locally, exchanges gradients.
+With one replica every function here is the identity.
+"""
+
+import tensorflow as tf
+
+
+def num_replicas():
+    """Number of replicas in the current replica context (1 outside any strategy), a Python int."""
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def replica_id():
+    """Index of this replica among all of them: a Python int where the strategy knows it, else a scalar tensor."""
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        raise ValueError("replica_id must be called inside strategy.run. Received: a cross-replica context.")
+    return context.replica_id_in_sync_group
+
+
+def all_gather(x, axis=0):
+    """Concatenates `x` of every replica along `axis`, in replica order.
+
+    Communication: all-gather of `x`; every replica receives num_replicas times its bytes.
+    """
+    if num_replicas() == 1:
+        return x
+    # all_gather of a tensor captured from outside the replica function fails ("destinations can not be empty").
+    return tf.distribute.get_replica_context().all_gather(tf.identity(x), axis=axis)
+
+
+def all_reduce_sum(x):
+    """Sums `x` (a tensor, or a list of tensors) over the replicas.
+
+    Communication: all-reduce of `x`; every replica receives the sum.
+    """
+    if num_replicas() == 1:
+        return x
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.nest.map_structure(tf.identity, x))
+
+
+def local_value(variable):
+    """This replica's own component of a variable with one value per replica.
+
+    Computing on the component, not on the wrapper, is what makes gradients and slice writes work under every strategy.
+    """
+    context = tf.distribute.get_replica_context()
+    components = tf.distribute.get_strategy().experimental_local_results(variable)
+    if len(components) == 1:
+        return components[0]
+    return components[context.replica_id_in_sync_group % len(components)]

@@ -1,0 +1,36 @@
+"""Choose the `tf.distribute` strategy of a run."""
+
+import tensorflow as tf
+
+
+def make_strategy(*, cpu_devices=None):
+    """Builds the strategy that a run uses on this host.
+
+    Must be called before TensorFlow initialises its devices (before any op runs) when `cpu_devices` is given.
+
+    Args:
+      cpu_devices: None for all GPUs of the host (or one CPU if there is none); or N to split the host CPU
+        into N logical devices, so that a laptop rehearses an N-GPU job.
+
+    Returns:
+      A `tf.distribute.Strategy`.
+
+    Raises:
+      ValueError: if `cpu_devices` is below 1, or TensorFlow has already been initialised otherwise.
+    """
+    if cpu_devices is None:
+        gpus = tf.config.list_logical_devices("GPU")
+        devices = [gpu.name for gpu in gpus] or ["CPU:0"]
+        return tf.distribute.MirroredStrategy(devices)
+    if cpu_devices < 1:
+        raise ValueError(f"cpu_devices must be at least 1. Received: {cpu_devices}. Give --cpu_devices=1 or more.")
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    try:
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * cpu_devices)
+    except RuntimeError as error:
+        if len(tf.config.list_logical_devices("CPU")) < cpu_devices:
+            raise ValueError(
+                f"cpu_devices={cpu_devices} must be set before TensorFlow starts its devices. Received: a process "
+                f"with {len(tf.config.list_logical_devices('CPU'))} CPU devices already started. Call make_strategy first."
+            ) from error
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(cpu_devices)])
