@@ -1,0 +1,69 @@
+"""How every entry point starts and fails: flags, help, and the user's mistakes in one line and exit code 2."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+EXIT_USAGE = 2
+_HELP_ARGUMENTS = ("--help", "-help", "--helpshort", "-helpshort", "-?", "--?", "-h", "--h")
+_SEE_HELP = "Pass --help to see the flags."
+
+
+def run_main(main: Callable[[list[str]], int | None]) -> None:
+    """Parses the flags, calls `main(argv)` and exits with its result. Never returns.
+
+    A `ValueError` or `OSError` from `main`, an unknown or malformed flag, or a left-over argument is a mistake
+    of the user: it is printed to stderr as `error: <message>`, without a traceback, and the process exits with
+    code 2. With `--verbosity=1` the traceback is printed too. Any other exception is a bug of ours and keeps
+    its traceback.
+
+    Args:
+      main: the entry point; `--help` prints the docstring and the flags of the module that defines it. Returns
+        an exit code or None.
+    """
+
+    def guarded(argv: list[str]) -> int | None:
+        if len(argv) > 1:
+            return _fail(f"this command takes flags only. Received also: {' '.join(argv[1:])}. {_SEE_HELP}")
+        try:
+            return main(argv)
+        except (ValueError, OSError) as error:
+            logging.debug("The error was raised here:", exc_info=True)
+            return _fail(_message(error))
+
+    def parse(argv: list[str]) -> list[str]:
+        end_of_flags = argv.index("--") if "--" in argv else len(argv)
+        if any(argument in _HELP_ARGUMENTS for argument in argv[1:end_of_flags]):
+            print(_help(main))
+            sys.exit(0)
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            sys.exit(_fail(f"{str(error).rstrip('.')}. {_SEE_HELP}"))
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _message(error: Exception) -> str:
+    """The text of an error; an OSError without its errno: `name: No such file or directory`."""
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return ": ".join([*names, error.strerror])
+    return str(error) or type(error).__name__
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return EXIT_USAGE
+
+
+def _help(main: Callable) -> str:
+    """Docstring and flags of the module which defines `main`; absl's own help looks only at __main__."""
+    documentation = sys.modules[main.__module__].__doc__ or ""
+    flag_lines = flags.FLAGS.module_help(main.__module__).splitlines()[
+        2:
+    ]  # Behind a blank and the module's name.
+    return "\n".join(
+        [documentation.strip(), "", "Flags:", *flag_lines, "", "All libraries' flags: --helpfull"]
+    )
