@@ -18,7 +18,8 @@ def replica_id():
     context = tf.distribute.get_replica_context()
     if context is None:
         raise ValueError("replica_id must be called inside strategy.run. Received: a cross-replica context.")
-    return context.replica_id_in_sync_group
+    static = tf.get_static_value(context.replica_id_in_sync_group)
+    return context.replica_id_in_sync_group if static is None else int(static)
 
 
 def all_gather(x, axis=0):
@@ -47,8 +48,12 @@ def local_value(variable):
 
     Computing on the component, not on the wrapper, is what makes gradients and slice writes work under every strategy.
     """
-    context = tf.distribute.get_replica_context()
     components = tf.distribute.get_strategy().experimental_local_results(variable)
     if len(components) == 1:
         return components[0]
-    return components[context.replica_id_in_sync_group % len(components)]
+    replica = replica_id()
+    if not isinstance(replica, int):
+        # One program for every core (TPU): the wrapper itself resolves to the core's own component.
+        return variable
+    # Every process has the same number of replicas, numbered consecutively.
+    return components[replica % len(components)]

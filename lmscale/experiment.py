@@ -1,0 +1,95 @@
+"""Everything that a configuration says, as one object: gin fills it in, the trainer and the evaluation read it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+from lmscale.models.body import Body
+from lmscale.vocabulary.row_optimizers import RowOptimizer
+from lmscale.vocabulary.training_loss import TrainingLoss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A run, but for where it writes and on which devices.
+
+    Attributes:
+      data_dir: folder that `lmscale.prepare` wrote.
+      train_steps: updates.
+      global_batch_size: examples (lanes of text) a step, over all devices.
+      window: time steps of an example.
+      embed_dim: width of the vocabulary table.
+      body: function of no arguments that returns a `Body`; called in the strategy's scope.
+      loss: function (vocab_size=, counts=) that returns the `TrainingLoss`.
+      row_optimizer: rule for the table's rows.
+      body_optimizer: rule for the body's variables.
+      clip_norm: bound on the global norm of the gradient, over body and rows together; None for none.
+      softmax_bias: whether the softmax has a bias for each row.
+      seed: of initial values, sampling, dropout and data order.
+      compute_dtype: of matrix products; logits, sums and master values stay float32.
+      deterministic_ops: ask TensorFlow for deterministic kernels, which a bit-exact rerun on GPUs needs.
+      on_bad_step: what a non-finite loss or gradient does: "stop" the run, or "skip" the update.
+      log_every, eval_every, save_every: steps between log lines, evaluations, checkpoints.
+      eval_batch_size, eval_window: lanes and time steps of evaluation batches; the lanes start without context.
+      probe_tokens: length of the fixed piece of training data on which sampled and exact loss are compared; 0 for none.
+      keep_checkpoints: newest checkpoints kept, beside the best.
+    """
+
+    data_dir: str
+    train_steps: int
+    global_batch_size: int
+    window: int
+    embed_dim: int
+    body: Callable[[], Body]
+    loss: Callable[..., TrainingLoss]
+    row_optimizer: RowOptimizer
+    body_optimizer: RowOptimizer
+    seed: int
+    log_every: int
+    eval_every: int
+    save_every: int
+    clip_norm: float | None = None
+    softmax_bias: bool = True
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    deterministic_ops: bool = False
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    eval_batch_size: int = 24
+    eval_window: int = 70
+    probe_tokens: int = 10_000
+    keep_checkpoints: int = 3
+
+    def __post_init__(self):
+        for name in (
+            "train_steps",
+            "global_batch_size",
+            "window",
+            "embed_dim",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "eval_batch_size",
+            "eval_window",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1. Received: {name}={getattr(self, name)}. Set {name.upper()} to 1 or more."
+                )
+        if self.seed < 0 or self.seed >= 2**31:
+            raise ValueError(f"seed must be in [0, 2**31). Received: seed={self.seed}. Choose another SEED.")
+        if self.probe_tokens < 0:
+            raise ValueError(f"probe_tokens must be at least 0. Received: probe_tokens={self.probe_tokens}.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive or None. Received: clip_norm={self.clip_norm}.")
+        for name, choices in (("compute_dtype", ("float32", "bfloat16")), ("on_bad_step", ("stop", "skip"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}. Received: {name}={getattr(self, name)!r}.")
+
+    def check_devices(self, num_devices):
+        """Raises ValueError unless the global batch can be divided over `num_devices`."""
+        if self.global_batch_size % num_devices:
+            raise ValueError(
+                "global_batch_size must be a multiple of the number of devices. Received: "
+                f"global_batch_size={self.global_batch_size}, devices={num_devices}. "
+                f"Set GLOBAL_BATCH_SIZE to a multiple of {num_devices}."
+            )

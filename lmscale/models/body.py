@@ -1,0 +1,89 @@
+"""What sits between the embedding and the softmax.
+
+To add a body, add a file here with a function that returns a `Body`, or wrap a Keras layer in `keras_body`; name it in
+the gin file as `Experiment.body`. The trainer knows nothing else about it.
+"""
+
+import abc
+
+import keras
+import tensorflow as tf
+
+
+class Body(abc.ABC):
+    """[batch, time, embed_dim] -> [batch, time, hidden], perhaps with a state carried from window to window.
+
+    Attributes:
+      layers: the Keras layers whose variables are trained and saved.
+      stateful: whether consecutive windows must continue the same streams of text.
+    """
+
+    stateful = False
+
+    def __init__(self, layers):
+        self.layers = list(layers)
+
+    def initial_state(self, batch_size):
+        """State at the start of a text: a list of [batch_size, ...] tensors, empty for a stateless body."""
+        del batch_size
+        return []
+
+    @abc.abstractmethod
+    def __call__(self, inputs, state, *, dropout):
+        """Args:
+          inputs: [batch, time, embed_dim].
+          state: as `initial_state` returns it.
+          dropout: `DropoutStream` in training, None in evaluation.
+
+        Returns:
+          (hidden [batch, time, hidden], new state).
+        """
+
+
+class KerasBody(Body):
+    """Any Keras layer [batch, time, embed_dim] -> [batch, time, hidden], without carried state."""
+
+    def __init__(self, layer):
+        super().__init__([layer])
+
+    def __call__(self, inputs, state, *, dropout):
+        return self.layers[0](inputs, training=dropout is not None), state
+
+
+def keras_body(*, layer):
+    """Body factory for gin: `keras_body.layer = @SomeLayer` names a Keras layer class or factory."""
+    return KerasBody(layer())
+
+
+class Encoder:
+    """A body and, where its width is not the table's, the projection that ties them: [..., hidden] -> [..., embed_dim]."""
+
+    def __init__(self, body, *, embed_dim):
+        self.body = body
+        example, _ = body(tf.zeros([1, 2, embed_dim]), body.initial_state(1), dropout=None)
+        if example.shape[:2] != [1, 2] or len(example.shape) != 3:
+            raise ValueError(
+                "A body must map [batch, time, embed_dim] to [batch, time, hidden]. Received: a body that maps "
+                f"[1, 2, {embed_dim}] to {example.shape.as_list()}."
+            )
+        self.projection = None
+        if example.shape[-1] != embed_dim:
+            self.projection = keras.layers.Dense(embed_dim, use_bias=False, name="projection")
+            self.projection.build(example.shape)
+
+    @property
+    def variables(self):
+        """{name: Keras variable}, trained or not (seed generators of Keras layers included); names do not depend on
+        what else the process has built."""
+        layers = self.body.layers + ([self.projection] if self.projection else [])
+        return {f"{i}/{v.path.split('/', 1)[-1]}": v for i, layer in enumerate(layers) for v in layer.variables}
+
+    @property
+    def trainable_variables(self):
+        """{name: Keras variable} of those that training updates."""
+        return {name: v for name, v in self.variables.items() if v.trainable}
+
+    def __call__(self, inputs, state, *, dropout):
+        """[batch, time, embed_dim] -> ([batch, time, embed_dim], new state); arguments as `Body.__call__`."""
+        hidden, state = self.body(inputs, state, dropout=dropout)
+        return (self.projection(hidden) if self.projection else hidden), state

@@ -1,0 +1,78 @@
+"""LSTM stack, the body of the word-level literature."""
+
+import keras
+import tensorflow as tf
+
+from lmscale.models.body import Body
+from lmscale.models.dropout import check_rate
+
+
+class LstmBody(Body):
+    """`num_layers` Keras LSTM layers; the state is carried across windows."""
+
+    stateful = True
+
+    def __init__(self, *, hidden_dims, dropout, embedding_dropout, output_dropout, dropout_over_time):
+        super().__init__([keras.layers.LSTM(dim, return_sequences=True, return_state=True) for dim in hidden_dims])
+        self._hidden_dims = hidden_dims
+        self._dropout = dropout
+        self._embedding_dropout = embedding_dropout
+        self._output_dropout = output_dropout
+        self._dropout_over_time = dropout_over_time
+
+    def initial_state(self, batch_size):
+        """[h, c] of each layer, zeros."""
+        return [tf.zeros([batch_size, dim]) for dim in self._hidden_dims for _ in range(2)]
+
+    def __call__(self, inputs, state, *, dropout):
+        def drop(x, rate):
+            return x if dropout is None else dropout.dropout(x, rate, over_time=self._dropout_over_time)
+
+        x = drop(inputs, self._embedding_dropout)
+        new_state = []
+        for i, layer in enumerate(self.layers):
+            if i:
+                x = drop(x, self._dropout)
+            x, h, c = layer(x, initial_state=[tf.cast(s, x.dtype) for s in state[2 * i : 2 * i + 2]])
+            new_state += [tf.cast(h, tf.float32), tf.cast(c, tf.float32)]
+        return drop(x, self._output_dropout), new_state
+
+
+def lstm_body(
+    *,
+    num_layers,
+    hidden_dim,
+    last_hidden_dim=None,
+    dropout=0.0,
+    embedding_dropout=None,
+    output_dropout=None,
+    dropout_over_time=False,
+):
+    """LSTM stack with dropout on the embeddings, between the layers and on the output.
+
+    Args:
+      num_layers: layers, at least 1.
+      hidden_dim: width of each.
+      last_hidden_dim: width of the last one; None for hidden_dim. embed_dim here saves the projection.
+      dropout: rate between layers.
+      embedding_dropout, output_dropout: rates on the embeddings and on the last layer's output; None for `dropout`.
+      dropout_over_time: keep one mask over the time steps of a window (`DropoutStream.dropout`).
+
+    Source: Zaremba et al. 2014 (arXiv:1409.2329): dropout on the non-recurrent connections only; windows that continue
+    each other, the state carried and not differentiated through.
+    """
+    if num_layers < 1 or hidden_dim < 1 or (last_hidden_dim is not None and last_hidden_dim < 1):
+        raise ValueError(
+            f"num_layers and hidden dims must be at least 1. Received: num_layers={num_layers}, "
+            f"hidden_dim={hidden_dim}, last_hidden_dim={last_hidden_dim}. Set NUM_LAYERS and HIDDEN_DIM."
+        )
+    embedding_dropout = dropout if embedding_dropout is None else embedding_dropout
+    output_dropout = dropout if output_dropout is None else output_dropout
+    check_rate(dropout=dropout, embedding_dropout=embedding_dropout, output_dropout=output_dropout)
+    return LstmBody(
+        hidden_dims=[hidden_dim] * (num_layers - 1) + [last_hidden_dim or hidden_dim],
+        dropout=dropout,
+        embedding_dropout=embedding_dropout,
+        output_dropout=output_dropout,
+        dropout_over_time=dropout_over_time,
+    )
