@@ -1,0 +1,399 @@
+"""Exact softmax cross-entropy against the whole vocabulary, streamed over blocks of rows.
+
+    loss[t] = logsumexp_v(logits[t, v]) - logits[t, label[t]],    logits[t, v] = hidden[t] . row[v] + bias[v]
+
+Every shard streams its own rows, `block_rows` at a time, over the tokens of all replicas with a running logsumexp,
+so that the [tokens, vocab_size] logits never exist: the largest temporary is [tokens, block_rows]. Gradients
+recompute the logits of each block instead of keeping them. The arithmetic of a block is compiled with XLA, which
+reads the logits twice (maximum; exponential and sum) and writes nothing but the product itself.
+
+`shard_logsumexp` and `shard_gradients` are local to a shard; `full_softmax_loss` and
+`full_softmax_value_and_gradients` combine the shards, inside `strategy.run` and outside any gradient tape.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from lmscale.distribution import collectives
+
+_LOGITS_BLOCK_MIB = 64
+_BLOCK_ROWS_MULTIPLE = 128
+
+
+class FullSoftmaxGradients(NamedTuple):
+    """Loss and gradients of `sum(loss_weights * loss_nats)` over the tokens of all replicas."""
+
+    loss_nats: tf.Tensor
+    """[tokens] float32, unweighted, this replica's tokens."""
+    d_hidden: tf.Tensor
+    """[tokens, embed_dim] float32, this replica's tokens."""
+    d_rows: tf.Tensor
+    """[shard_rows, embed_dim] float32, this replica's shard; zero on padding rows."""
+    d_bias: tf.Tensor | None
+    """[shard_rows] float32, or None without a bias."""
+
+
+def default_block_rows(*, tokens, shard_rows):
+    """Rows per block for [tokens, block_rows] float32 logits of about 64 MiB, evenly split over the shard.
+
+    Args:
+      tokens: int, tokens of all replicas together.
+      shard_rows: int, rows of a shard.
+
+    Returns:
+      int, a multiple of 128 unless the shard is smaller than that.
+    """
+    largest = max(_BLOCK_ROWS_MULTIPLE, _LOGITS_BLOCK_MIB * 2**20 // (4 * max(tokens, 1)))
+    num_blocks = -(-shard_rows // largest)
+    even = -(-shard_rows // num_blocks)
+    return min(shard_rows, -(-even // _BLOCK_ROWS_MULTIPLE) * _BLOCK_ROWS_MULTIPLE)
+
+
+def shard_logsumexp(hidden, *, rows, bias, num_valid_rows, block_rows=None, compute_dtype=tf.float32):
+    """Logarithm of the sum of exponentials of each token's logits over one shard's valid rows.
+
+    Args:
+      hidden: [tokens, embed_dim] float.
+      rows: [shard_rows, embed_dim] float tensor or variable (a replica's own component), read block by block.
+      bias: [shard_rows] float tensor or variable, or None.
+      num_valid_rows: int or scalar int32; rows from there on are padding and never count, whatever they hold.
+      block_rows: int, rows read at a time; None for `default_block_rows`.
+      compute_dtype: dtype in which hidden and rows are multiplied; the logits are float32 in any case.
+
+    Returns:
+      [tokens] float32; -inf on a shard without a valid row.
+
+    Raises:
+      ValueError: if static shapes are unknown or disagree, or block_rows < 1.
+
+    Communication: none.
+    """
+    block_rows = _checked_block_rows(hidden, rows=rows, bias=bias, block_rows=block_rows)
+    return _shard_logsumexp(
+        tf.convert_to_tensor(hidden),
+        rows,
+        bias,
+        tf.convert_to_tensor(num_valid_rows, tf.int32),
+        block_rows=block_rows,
+        compute_dtype=tf.as_dtype(compute_dtype),
+    )
+
+
+def shard_gradients(
+    hidden,
+    *,
+    rows,
+    bias,
+    num_valid_rows,
+    local_labels,
+    logsumexp,
+    loss_weights,
+    block_rows=None,
+    compute_dtype=tf.float32,
+):
+    """One shard's part of the gradients of `sum(loss_weights * loss)`, the logits recomputed block by block.
+
+    With d[t, r] = loss_weights[t] * (exp(logits[t, r] - logsumexp[t]) - [r == local_labels[t]]), valid rows r only:
+    d_hidden = d . rows, d_rows = d^T . hidden, d_bias = sum_t d[t].
+
+    Args:
+      hidden: [tokens, embed_dim] float.
+      rows, bias, num_valid_rows, block_rows, compute_dtype: as for `shard_logsumexp`.
+      local_labels: [tokens] int32, the label's row on this shard; negative where another shard owns it.
+      logsumexp: [tokens] float32, over the rows of all shards.
+      loss_weights: [tokens] float32, the gradient arriving at each token's loss.
+
+    Returns:
+      d_hidden [tokens, embed_dim] float32, to be summed over shards; d_rows [shard_rows, embed_dim] float32, the
+      only table-sized buffer; d_bias [shard_rows] float32, or None without a bias.
+
+    Raises:
+      ValueError: as for `shard_logsumexp`.
+
+    Communication: none.
+    """
+    block_rows = _checked_block_rows(hidden, rows=rows, bias=bias, block_rows=block_rows)
+    return _shard_gradients(
+        tf.convert_to_tensor(hidden),
+        rows,
+        bias,
+        tf.convert_to_tensor(num_valid_rows, tf.int32),
+        tf.cast(local_labels, tf.int32),
+        tf.convert_to_tensor(logsumexp, tf.float32),
+        tf.convert_to_tensor(loss_weights, tf.float32),
+        block_rows=block_rows,
+        compute_dtype=tf.as_dtype(compute_dtype),
+    )
+
+
+def full_softmax_loss(
+    hidden, *, labels, rows, bias, num_valid_rows, block_rows=None, compute_dtype=tf.float32
+):
+    """Exact cross-entropy of each token against the whole vocabulary, its rows sharded over the replicas.
+
+    Row `id` is local row `id // num_replicas` of replica `id % num_replicas`. Every replica brings the same number
+    of tokens. The logits are as exact as the device's float32 products: NVIDIA GPUs use TensorFloat-32 unless
+    `tf.config.experimental.enable_tensor_float_32_execution(False)` was called.
+
+    Args:
+      hidden: [tokens, embed_dim] float, this replica's tokens.
+      labels: [tokens] integer ids. A label outside the vocabulary gives NaN.
+      rows: [shard_rows, embed_dim], this replica's shard: a tensor, or this replica's own component of a variable.
+      bias: [shard_rows], or None.
+      num_valid_rows: int or scalar int32; rows of this shard from there on are padding.
+      block_rows: int, rows read at a time; None for `default_block_rows` at the tokens of all replicas.
+      compute_dtype: dtype in which hidden and rows are multiplied; the logits are float32 in any case.
+
+    Returns:
+      [tokens] float32, nats, unreduced, of this replica's tokens.
+
+    Raises:
+      ValueError: if static shapes are unknown or disagree, or block_rows < 1.
+
+    Communication, with N = num_replicas: all-gather of hidden [tokens, embed_dim] and labels [tokens] to N times
+      the tokens; all-gather of the shards' logsumexp [1, N * tokens]; all-reduce of the true logits [N * tokens].
+    """
+    _check_tokens(hidden, labels=labels)
+    tokens = hidden.shape[0]
+    shard = _Shard(rows, bias, num_valid_rows, block_rows, compute_dtype)
+    loss, _, _ = _loss_of_all_tokens(_gather_tokens(hidden), _gather_tokens(labels), shard)
+    return _own_tokens(loss, tokens)
+
+
+def full_softmax_value_and_gradients(
+    hidden, *, labels, loss_weights, rows, bias, num_valid_rows, block_rows=None, compute_dtype=tf.float32
+):
+    """`full_softmax_loss` with the gradients of its weighted sum over the tokens of all replicas.
+
+    No tape is needed, and none may record this. Costs four products of tokens and rows (one for the loss, one to
+    recompute the logits, two for the gradients) and one [shard_rows, embed_dim] buffer.
+
+    Args:
+      hidden, labels, rows, bias, num_valid_rows, block_rows, compute_dtype: as for `full_softmax_loss`.
+      loss_weights: [tokens] float, weight of each token's loss in the sum, e.g. 1 / tokens of all replicas.
+
+    Returns:
+      FullSoftmaxGradients. d_rows and d_bias are complete: they need no reduction over replicas.
+
+    Raises:
+      ValueError: as for `full_softmax_loss`.
+
+    Communication, with N = num_replicas: that of `full_softmax_loss`; all-gather of loss_weights [tokens] to
+      N * tokens; all-reduce of d_hidden [N * tokens, embed_dim].
+    """
+    _check_tokens(hidden, labels=labels, loss_weights=loss_weights)
+    tokens = hidden.shape[0]
+    shard = _Shard(rows, bias, num_valid_rows, block_rows, compute_dtype)
+    all_hidden, all_labels = _gather_tokens(hidden), _gather_tokens(labels)
+    all_weights = _gather_tokens(tf.cast(loss_weights, tf.float32))
+    loss, logsumexp, local_labels = _loss_of_all_tokens(all_hidden, all_labels, shard)
+    d_hidden, d_rows, d_bias = shard_gradients(
+        all_hidden,
+        local_labels=local_labels,
+        logsumexp=logsumexp,
+        loss_weights=all_weights,
+        **shard._asdict(),
+    )
+    d_hidden = collectives.all_reduce_sum(d_hidden)
+    return FullSoftmaxGradients(_own_tokens(loss, tokens), _own_tokens(d_hidden, tokens), d_rows, d_bias)
+
+
+class _Shard(NamedTuple):
+    """The arguments that describe a shard and how to read it."""
+
+    rows: tf.Tensor | tf.Variable
+    bias: tf.Tensor | tf.Variable | None
+    num_valid_rows: int | tf.Tensor
+    block_rows: int | None
+    compute_dtype: tf.DType
+
+
+def _loss_of_all_tokens(hidden, labels, shard):
+    """Combines the shards: loss, logsumexp and local_labels, each [tokens], of the tokens of all replicas."""
+    num_shards, shard_id = collectives.num_replicas(), collectives.replica_id()
+    partial = shard_logsumexp(hidden, **shard._asdict())
+    logsumexp = tf.reduce_logsumexp(collectives.all_gather(partial[tf.newaxis], axis=0), axis=0)
+    local_labels = tf.where(labels % num_shards == shard_id, labels // num_shards, -1)
+    local_labels = tf.cast(local_labels, tf.int32)
+    in_vocabulary = (labels >= 0) & (local_labels < shard.num_valid_rows)
+    row_ids = tf.where((local_labels >= 0) & in_vocabulary, local_labels, 0)
+    true_rows = _rounded(tf.gather(shard.rows, row_ids), shard.compute_dtype)
+    true_logits = tf.reduce_sum(_rounded(hidden, shard.compute_dtype) * true_rows, axis=1)
+    if shard.bias is not None:
+        true_logits += tf.cast(tf.gather(shard.bias, row_ids), tf.float32)
+    true_logits = tf.where(local_labels >= 0, true_logits, 0.0)
+    true_logits = tf.where(in_vocabulary, true_logits, float("nan"))
+    return logsumexp - collectives.all_reduce_sum(true_logits), logsumexp, local_labels
+
+
+def _rounded(x, dtype):
+    """float32 values of x rounded to dtype, so that a float32 dot product agrees with the streamed logits."""
+    return tf.cast(tf.cast(x, dtype), tf.float32)
+
+
+def _gather_tokens(x):
+    """Concatenates x over replicas along tokens, keeping the static shape that some strategies lose."""
+    gathered = collectives.all_gather(x, axis=0)
+    return tf.ensure_shape(gathered, [x.shape[0] * collectives.num_replicas(), *x.shape[1:]])
+
+
+def _own_tokens(x, tokens):
+    """This replica's slice of values of the tokens of all replicas."""
+    if collectives.num_replicas() == 1:
+        return x
+    start = collectives.replica_id() * tokens
+    return tf.ensure_shape(x[start : start + tokens], [tokens, *x.shape[1:]])
+
+
+def _check_tokens(hidden, **per_token):
+    """Raises unless hidden is [tokens, embed_dim] and every other is [tokens], statically."""
+    if hidden.shape.rank != 2 or not hidden.shape.is_fully_defined():
+        raise ValueError(
+            "hidden must have a static shape [tokens, embed_dim]. Received: "
+            f"{hidden.shape}. Reshape it to two dimensions with fixed sizes."
+        )
+    for name, value in per_token.items():
+        if value.shape.as_list() != [hidden.shape[0]]:
+            raise ValueError(
+                f"{name} must have one value per token, shape [{hidden.shape[0]}] as hidden {hidden.shape}. "
+                f"Received: {value.shape}. Flatten batch and time alike in both."
+            )
+
+
+def _checked_block_rows(hidden, *, rows, bias, block_rows):
+    """Checks static shapes; returns block_rows, at most the rows of the shard."""
+    _check_tokens(hidden)
+    tokens, embed_dim = hidden.shape
+    if rows.shape.rank != 2 or not rows.shape[0] or rows.shape[1] != embed_dim:
+        raise ValueError(
+            f"rows must have a static shape [shard_rows, {embed_dim}], as hidden {hidden.shape}, with at least one "
+            f"row. Received: {rows.shape}. Project hidden to the size of a row and give every shard a row."
+        )
+    shard_rows = rows.shape[0]
+    if bias is not None and bias.shape.as_list() != [shard_rows]:
+        raise ValueError(
+            f"bias must have one value per row, shape [{shard_rows}]. Received: {bias.shape}. "
+            "Give None for no bias."
+        )
+    if block_rows is None:
+        return default_block_rows(tokens=tokens, shard_rows=shard_rows)
+    if block_rows < 1:
+        raise ValueError(f"block_rows must be at least 1. Received: {block_rows}. Give None for the default.")
+    return min(int(block_rows), shard_rows)
+
+
+def _read_block(rows, bias, block, block_rows, num_valid_rows):
+    """Rows [block_rows, embed_dim] and bias [block_rows] or None of a block, their local ids, which are valid.
+
+    A gather, not a slice: reading a variable that scatter updates have touched copies the whole of it, gathering
+    from it never does.
+    """
+    local_ids = block * block_rows + tf.range(block_rows, dtype=tf.int32)
+    valid = local_ids < tf.minimum(num_valid_rows, rows.shape[0])
+    inside = tf.minimum(local_ids, rows.shape[0] - 1)
+    return tf.gather(rows, inside), None if bias is None else tf.gather(bias, inside), local_ids, valid
+
+
+def _block_logits(hidden, rows, bias, valid):
+    """[tokens, block_rows] float32 logits, -inf where not valid; hidden and rows are of one dtype."""
+    logits = tf.matmul(hidden, rows, transpose_b=True, output_type=tf.float32)
+    bias = tf.zeros(valid.shape, tf.float32) if bias is None else tf.cast(bias, tf.float32)
+    return logits + tf.where(valid, bias, -float("inf"))
+
+
+def _without_padding(rows, valid, dtype):
+    """Rows in dtype, zero where not valid, so that garbage in padding cannot spread as NaN."""
+    return tf.cast(tf.where(valid[:, tf.newaxis], rows, tf.zeros([], rows.dtype)), dtype)
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _logsumexp_of_block(hidden, rows, bias, valid, running_max, running_sum):
+    """Adds a block to the running (max, sum of exp(logit - max)) of each token."""
+    logits = _block_logits(hidden, _without_padding(rows, valid, hidden.dtype), bias, valid)
+    new_max = tf.maximum(running_max, tf.reduce_max(logits, axis=1))
+    # While no valid row has been seen the maximum is -inf, and -inf - -inf would be NaN.
+    reference = tf.where(tf.math.is_inf(new_max) & (new_max < 0), 0.0, new_max)
+    block_sum = tf.reduce_sum(tf.exp(logits - reference[:, tf.newaxis]), axis=1)
+    return new_max, running_sum * tf.exp(running_max - reference) + block_sum
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _gradients_of_block(
+    hidden, rows, bias, valid, local_ids, local_labels, logsumexp, loss_weights, d_hidden
+):
+    """Adds a block to d_hidden; returns it with the block's d_rows and d_bias."""
+    rows = _without_padding(rows, valid, hidden.dtype)
+    logits = _block_logits(hidden, rows, bias, valid)
+    is_label = (local_labels[:, tf.newaxis] == local_ids) & valid
+    probabilities = tf.exp(logits - logsumexp[:, tf.newaxis])
+    d_logits = loss_weights[:, tf.newaxis] * (probabilities - tf.cast(is_label, tf.float32))
+    d_bias = tf.reduce_sum(d_logits, axis=0)
+    d_logits = tf.cast(d_logits, hidden.dtype)
+    d_hidden += tf.matmul(d_logits, rows, output_type=tf.float32)
+    d_rows = tf.matmul(d_logits, hidden, transpose_a=True, output_type=tf.float32)
+    return d_hidden, d_rows, d_bias
+
+
+@tf.function(autograph=False)
+def _shard_logsumexp(hidden, rows, bias, num_valid_rows, *, block_rows, compute_dtype):
+    hidden = tf.cast(hidden, compute_dtype)
+    tokens = hidden.shape[0]
+
+    def body(block, running_max, running_sum):
+        block_of_rows, block_of_bias, _, valid = _read_block(rows, bias, block, block_rows, num_valid_rows)
+        return block + 1, *_logsumexp_of_block(
+            hidden, block_of_rows, block_of_bias, valid, running_max, running_sum
+        )
+
+    num_blocks = -(-rows.shape[0] // block_rows)
+    _, running_max, running_sum = tf.while_loop(
+        lambda block, *_: block < num_blocks,
+        body,
+        [tf.constant(0), tf.fill([tokens], -float("inf")), tf.zeros([tokens])],
+        parallel_iterations=1,  # One block of logits at a time.
+    )
+    return running_max + tf.math.log(running_sum)
+
+
+@tf.function(autograph=False)
+def _shard_gradients(
+    hidden, rows, bias, num_valid_rows, local_labels, logsumexp, loss_weights, *, block_rows, compute_dtype
+):
+    hidden = tf.cast(hidden, compute_dtype)
+    (tokens, embed_dim), shard_rows = hidden.shape, rows.shape[0]
+    num_blocks = -(-shard_rows // block_rows)
+
+    def body(block, d_hidden, d_rows, d_bias):
+        block_of_rows, block_of_bias, local_ids, valid = _read_block(
+            rows, bias, block, block_rows, num_valid_rows
+        )
+        d_hidden, block_d_rows, block_d_bias = _gradients_of_block(
+            hidden,
+            block_of_rows,
+            block_of_bias,
+            valid,
+            local_ids,
+            local_labels,
+            logsumexp,
+            loss_weights,
+            d_hidden,
+        )
+        # In place: inside a graph nothing else refers to the loop's buffers.
+        d_rows = tf.tensor_scatter_nd_update(d_rows, [[block]], block_d_rows[tf.newaxis])
+        d_bias = tf.tensor_scatter_nd_update(d_bias, [[block]], block_d_bias[tf.newaxis])
+        return block + 1, d_hidden, d_rows, d_bias
+
+    _, d_hidden, d_rows, d_bias = tf.while_loop(
+        lambda block, *_: block < num_blocks,
+        body,
+        [
+            tf.constant(0),
+            tf.zeros([tokens, embed_dim]),
+            tf.zeros([num_blocks, block_rows, embed_dim]),
+            tf.zeros([num_blocks, block_rows]),
+        ],
+        parallel_iterations=1,
+    )
+    d_rows = tf.reshape(d_rows, [num_blocks * block_rows, embed_dim])[:shard_rows]
+    return d_hidden, d_rows, None if bias is None else tf.reshape(d_bias, [-1])[:shard_rows]
