@@ -31,6 +31,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from lmscale.workdir import fsync_directory, replace_file
+
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
@@ -181,7 +183,6 @@ class Checkpoints:
             self._write_tensors(temporary, items)
             document["files"] = _checksums(temporary)
             _write_document(temporary, document)
-            _fsync(temporary)
             self._publish(temporary, step)
         except BaseException:
             _remove_tree(temporary)
@@ -207,7 +208,6 @@ class Checkpoints:
             raise ValueError(f"The checkpoint of step {step} is damaged: {damage}.") from damage
         document["validation_loss_nats"] = _finite_or_none(validation_loss_nats)
         _write_document(self._step_directory(step), document)
-        _fsync(self._step_directory(step))
 
     def restore(
         self, items: Sequence[CheckpointItem], *, step: int | None = None, subset: bool = False
@@ -247,6 +247,8 @@ class Checkpoints:
             try:
                 return self._load(newest, items, subset)
             except _DamagedError as damage:
+                if newest not in self._published():
+                    continue
                 damages[newest] = str(damage)
                 logger.warning(
                     "DAMAGED CHECKPOINT: step %d in %s: %s. Trying the one before it.",
@@ -313,7 +315,7 @@ class Checkpoints:
             if replaced.exists():
                 replaced.rename(target)
             raise
-        _fsync(self._directory)
+        fsync_directory(self._directory)
         _remove_tree(replaced)
 
     def _set_aside_later_than(self, step: int) -> None:
@@ -321,7 +323,8 @@ class Checkpoints:
             if later > step:
                 aside = self._directory / f"set_aside_step_{later:08d}"
                 logger.warning(
-                    "The run went back to step %d: its checkpoint of step %d is set aside as %s.",
+                    "The run went back to step %d: its checkpoint of step %d is set aside as %s. "
+                    "Nothing reads it any more: delete it when you do not need it.",
                     step,
                     later,
                     aside,
@@ -568,30 +571,18 @@ def _digest(document: dict) -> str:
 
 
 def _write_document(directory: Path, document: dict) -> None:
-    """Puts metadata.json in place by a rename, so that a reader finds the old or the new one."""
-    temporary = directory / f"{_DOCUMENT}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump({**document, "sha256": _digest(document)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(directory / _DOCUMENT)
-
-
-def _fsync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    text = json.dumps({**document, "sha256": _digest(document)}, indent=1)
+    replace_file(directory / _DOCUMENT, text=text)
 
 
 def _remove_tree(path: Path) -> None:
     """Removes a directory if it exists. A run does not end because disk space could not be given back."""
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            shutil.rmtree(path)
-        except PermissionError as error:
-            logger.warning("Cannot remove %s: %s", path, error)
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning("Cannot remove %s: %s", path, error)
 
 
 def _json_copy(metadata: dict) -> dict:

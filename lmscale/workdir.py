@@ -1,0 +1,167 @@
+"""The working directory of a run: where everything is, and who may write there."""
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+
+class Workdir:
+    """The directory that holds all that a run writes.
+
+    config.gin       the configuration of the run, resolved
+    checkpoints/     see `lmscale.checkpoints`
+    train/ eval/     TensorBoard events and metrics.jsonl of the training and of the evaluations
+    finished.json    there when the run has done all its steps
+    .lock            held by the process that writes here
+
+    The writer holds an exclusive lock until `close`, or until its process ends in whatever way: the kernel
+    gives the lock back. Child processes made by fork hold it too. Use it as a context manager.
+    """
+
+    def __init__(self, path, *, readonly: bool = False):
+        """Opens the directory.
+
+        Args:
+          path: the directory; made, with its parents, unless readonly.
+          readonly: take no lock and write nothing: for an evaluation beside a run, and for the workers of a
+            run that are not its writer.
+
+        Raises:
+          ValueError: if another process holds the lock; if the directory cannot be made or written to; if it
+            is opened readonly and does not exist.
+        """
+        self.path = Path(path)
+        self._lock: IO[str] | None = None
+        if readonly:
+            if not self.path.is_dir():
+                raise ValueError(
+                    f"There is no working directory {self.path}. Pass the directory of a run that has started."
+                )
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until close)
+        except OSError as error:
+            raise ValueError(
+                "The working directory must be one that can be written to. "
+                f"Received: {self.path} ({error.strerror})."
+            ) from error
+        self._take(lock)
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.gin"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def train_dir(self) -> Path:
+        return self.path / "train"
+
+    @property
+    def eval_dir(self) -> Path:
+        return self.path / "eval"
+
+    @property
+    def finished_path(self) -> Path:
+        return self.path / "finished.json"
+
+    def write_config(self, text: str) -> None:
+        """Writes config.gin, in one piece or not at all."""
+        self._check_writer()
+        replace_file(self.config_path, text=text)
+
+    def mark_finished(self, *, step: int, summary: dict) -> None:
+        """Records that the run has done its steps.
+
+        Args:
+          step: the last step.
+          summary: anything JSON holds, for example the final losses.
+        """
+        self._check_writer()
+        document = {"step": step, "summary": summary}
+        replace_file(self.finished_path, text=json.dumps(document, indent=1) + "\n")
+
+    def clear_finished(self) -> None:
+        """Takes the mark away, for a run that goes on to more steps."""
+        self._check_writer()
+        self.finished_path.unlink(missing_ok=True)
+
+    def finished(self) -> dict | None:
+        """What `mark_finished` recorded, {"step": int, "summary": dict}; None if the run has not finished.
+
+        Raises:
+          ValueError: if finished.json is damaged.
+        """
+        try:
+            return json.loads(self.finished_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(
+                f"{self.finished_path} must be the JSON that the run wrote ({error}). "
+                "Delete it, and start the run again: it goes on from its last checkpoint."
+            ) from error
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _take(self, lock: IO[str]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "a process that has just started"
+            lock.close()
+            raise ValueError(
+                f"The working directory {self.path} is in use by another run: {holder}. "
+                "Wait for it to end, or pass another directory."
+            ) from error
+        except OSError as error:
+            lock.close()
+            raise ValueError(
+                f"The working directory {self.path} must be on a filesystem that has locks ({error.strerror})."
+            ) from error
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def _check_writer(self) -> None:
+        if self._lock is None:
+            raise ValueError(f"{self.path} is open readonly, or closed: nothing can be written to it.")
+
+
+def replace_file(path, *, text: str) -> None:
+    """Writes a file so that a reader, and a crash, finds the old content or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path) -> None:
+    """Puts the names in a directory on disk: new files, and renames."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
