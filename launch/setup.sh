@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Makes .venv with every package at the version pinned in requirements.lock, and lmscale itself.
+#
+# Usage: launch/setup.sh
+#
+# Needs Linux on x86-64 and a Python 3.10 to 3.13 with venv and pip: the one named by the environment variable PYTHON,
+# or the first that fits of python3.12, python3.11, python3.13, python3.10 and python3.
+# Does nothing when .venv is up to date; makes it anew when an earlier set-up was interrupted or PYTHON names another
+# version; updates it when requirements.lock or pyproject.toml has changed.
+set -euo pipefail
+unset CDPATH
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd -- "$root"
+
+case "$*" in
+  '') ;;
+  -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' launch/setup.sh && exit 0 ;;
+  *) echo "error: setup.sh takes no arguments. Received: $*" >&2 && exit 2 ;;
+esac
+
+readonly venv=$root/.venv
+readonly stamp=$venv/lmscale.stamp # Written last: a .venv without it was never completed.
+
+# A name on PATH proves little: a version manager's shim exists for versions which are not there, and a distribution
+# may package Python without the modules that make an environment. So ask.
+suitable() {
+  "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+find_python() {
+  local python
+  if [[ -n ${PYTHON-} ]]; then
+    suitable "$PYTHON" && echo "$PYTHON" && return
+    echo "error: PYTHON must name a Python 3.10 to 3.13 with the modules venv and ensurepip. Received:" \
+      "PYTHON=$PYTHON. Unset it, or name another." >&2
+    return 2
+  fi
+  for python in python3.12 python3.11 python3.13 python3.10 python3; do
+    suitable "$python" && echo "$python" && return
+  done
+  echo "error: a Python 3.10 to 3.13 with the modules venv and ensurepip is needed. Tried: python3.12, python3.11," \
+    "python3.13, python3.10, python3. Install one (Debian and Ubuntu: apt install python3 python3-venv), or name it:" \
+    "PYTHON=/path/to/python3.12 launch/setup.sh" >&2
+  return 2
+}
+
+version() { "$1" -c 'import sys; print(sys.version)'; }
+
+python=$(find_python)
+# The root is part of it because a moved or copied environment points to the old place.
+wanted=$(printf '%s\n' "$root" && sha256sum requirements.lock pyproject.toml)
+
+if [[ -f $stamp ]] && suitable "$venv/bin/python" &&
+  [[ -z ${PYTHON-} || $(version "$PYTHON") == "$(version "$venv/bin/python")" ]]; then
+  if [[ $(<"$stamp") == "$wanted" ]]; then
+    exit 0
+  fi
+  echo "Updating .venv: requirements.lock or pyproject.toml has changed"
+  rm -f -- "$stamp"
+else
+  echo "Making .venv with $("$python" --version)"
+  "$python" -m venv --clear "$venv"
+fi
+
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input --quiet "$@"; }
+
+echo "Installing the packages pinned in requirements.lock (some minutes)"
+pip install --no-deps --only-binary=:all: -r requirements.lock
+# The build tools are pinned as well, hence no isolated build.
+pip install --no-deps --no-build-isolation --editable .
+pip check
+printf '%s\n' "$wanted" >"$stamp"
+echo "Ready: .venv with $("$venv/bin/python" --version)"

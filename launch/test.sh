@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Sets up .venv (launch/setup.sh) and runs the whole test suite.
+#
+# Usage: launch/test.sh [ARGUMENT OF PYTEST ...]
+#   launch/test.sh                                everything
+#   launch/test.sh tests/test_launch.py -k quick  a part
+#
+# Tests that need the larger corpora are skipped, saying so, where ../shared/data is not there.
+set -euo pipefail
+unset CDPATH
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd -- "$root"
+
+case "$*" in
+  -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' launch/test.sh && exit 0 ;;
+esac
+
+launch/setup.sh
+export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL-2} # TensorFlow's own notices of the start.
+exec .venv/bin/python -m pytest "$@"
