@@ -1,4 +1,4 @@
-"""How every entry point starts and fails: flags, help, and the user's mistakes in one line and exit code 2."""
+"""How every entry point starts and fails: flags, help, a user's mistake in one line and exit code 2."""
 
 import sys
 from collections.abc import Callable
@@ -13,14 +13,14 @@ _SEE_HELP = "Pass --help to see the flags."
 def run_main(main: Callable[[list[str]], int | None]) -> None:
     """Parses the flags, calls `main(argv)` and exits with its result. Never returns.
 
-    A `ValueError` or `OSError` from `main`, an unknown or malformed flag, or a left-over argument is a mistake
-    of the user: it is printed to stderr as `error: <message>`, without a traceback, and the process exits with
-    code 2. With `--verbosity=1` the traceback is printed too. Any other exception is a bug of ours and keeps
-    its traceback.
+    A `ValueError` or `OSError` from `main`, an unknown or malformed flag, or a left-over argument is a
+    mistake of the user: it is printed to stderr as `error: <message>`, without a traceback, and the
+    process exits with code 2. With `--verbosity=1` the traceback is printed too. Any other exception is
+    a bug of ours and keeps its traceback.
 
     Args:
-      main: the entry point; `--help` prints the docstring and the flags of the module that defines it. Returns
-        an exit code or None.
+      main: the entry point; `--help` prints the docstring and the flags of the module that defines it.
+        Returns an exit code or None.
     """
 
     def guarded(argv: list[str]) -> int | None:

@@ -1,0 +1,240 @@
+"""Batches as pure functions of (tokens, seed, step): the step is the whole state of the data.
+
+Nothing here counts, caches or advances. A run resumed at step s, on any number of devices, reads what the
+uninterrupted run would have read.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One training batch: inputs are `window_ids[:, :-1]`, labels `window_ids[:, 1:]`.
+
+    Attributes:
+      window_ids: [global_batch_size, window + 1] int32.
+      starts_epoch: the carried state must be reset before this batch.
+      epoch: how many passes over the tokens came before.
+    """
+
+    window_ids: np.ndarray
+    starts_epoch: bool
+    epoch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatch:
+    """One evaluation batch; entries of weight 0 are padding.
+
+    Attributes:
+      input_ids: [batch_size, window] int32.
+      labels: [batch_size, window] int32.
+      loss_weights: [batch_size, window] float32, 0 or 1.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    loss_weights: np.ndarray
+
+
+class ContiguousBatches:
+    """Training batches for bodies that carry state: each row goes on where it ended in the batch before.
+
+    With n tokens and L = n // global_batch_size, window w of epoch e reads, in lane b, the ids at
+    `(b * L + offset(seed, e) + w * window + i) mod n` for i = 0 .. window. The offset, uniform in
+    0 .. n - 1 and new in each epoch, turns the token stream like a ring: the lanes begin elsewhere in
+    each epoch, and the few tokens behind the last whole window are not always the same. One lane per
+    epoch crosses from the end of the stream to its start, unless the offset is 0.
+    """
+
+    def __init__(self, tokens, *, global_batch_size: int, window: int, seed: int):
+        """Checks that one window fits.
+
+        Args:
+          tokens: [n] integer ids, an array or memory map; read at each step, never copied whole.
+          global_batch_size: number of lanes, over all devices together.
+          window: tokens that a step predicts in each lane.
+          seed: integer >= 0; with the epoch it gives the offset.
+        Raises:
+          ValueError: if a lane is too short for one window, or an argument is out of range.
+        """
+        _check_training_arguments(tokens, global_batch_size, window, seed)
+        lane_length = len(tokens) // global_batch_size
+        self.steps_per_epoch = (lane_length - 1) // window
+        if self.steps_per_epoch < 1:
+            raise ValueError(_too_short(tokens, global_batch_size, window, global_batch_size * (window + 1)))
+        self._tokens, self._window, self._seed = tokens, window, seed
+        self._lane_starts = np.arange(global_batch_size, dtype=np.int64)[:, None] * lane_length
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 0 over all epochs."""
+        epoch, window_in_epoch = divmod(_checked_step(step), self.steps_per_epoch)
+        offset = _random_below(len(self._tokens), seed=self._seed, epoch=epoch)
+        positions = self._lane_starts + offset + window_in_epoch * self._window
+        window_ids = _windows(self._tokens, positions, self._window)
+        return Batch(window_ids, starts_epoch=window_in_epoch == 0, epoch=epoch)
+
+
+class ShuffledWindows:
+    """Training batches for bodies without state: consecutive windows, in a new order each epoch.
+
+    The (n - 1) // window windows of an epoch overlap by one token, the last label of one and the first
+    input of the next, so that a token is a label at most once. They are dealt in an order permuted by
+    (seed, epoch). The windows that do not fill a last batch, and the tokens that do not fill a window,
+    are left out, others in each epoch. The permutation is computed entry by entry: it takes no memory.
+    """
+
+    def __init__(self, tokens, *, global_batch_size: int, window: int, seed: int):
+        """Checks that one batch fits. Arguments and errors as for `ContiguousBatches`."""
+        _check_training_arguments(tokens, global_batch_size, window, seed)
+        self._num_windows = (len(tokens) - 1) // window
+        self.steps_per_epoch = self._num_windows // global_batch_size
+        if self.steps_per_epoch < 1:
+            raise ValueError(_too_short(tokens, global_batch_size, window, global_batch_size * window + 1))
+        self._tokens, self._window, self._seed = tokens, window, seed
+        self._rows = np.arange(global_batch_size, dtype=np.int64)
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 0 over all epochs. Every batch says `starts_epoch`."""
+        epoch, step_in_epoch = divmod(_checked_step(step), self.steps_per_epoch)
+        slack = len(self._tokens) - 1 - self._num_windows * self._window
+        offset = _random_below(slack + 1, seed=self._seed, epoch=epoch)
+        places = step_in_epoch * len(self._rows) + self._rows
+        windows = _permuted(places, self._num_windows, seed=self._seed, epoch=epoch)
+        window_ids = _windows(self._tokens, (offset + windows * self._window)[:, None], self._window)
+        return Batch(window_ids, starts_epoch=True, epoch=epoch)
+
+
+class EvaluationBatches:
+    """Batches in which every token of a split is a label exactly once.
+
+    The tokens are cut into `batch_size` contiguous lanes of ceil(n / batch_size). Row b of batch s + 1
+    goes on where row b of batch s ended: carry the state, starting from zeros at step 0. The input of a
+    label is the token before it, also at the start of a lane; the input of token 0 is `eos_id`. With
+    batch_size=1 every token has all the text before it as context; with more lanes the context starts
+    anew batch_size - 1 times.
+    """
+
+    def __init__(self, tokens, *, batch_size: int, window: int, eos_id: int):
+        """Plans the lanes.
+
+        Args:
+          tokens: [n] integer ids, n >= 1.
+          batch_size: number of lanes; any number, also above n.
+          window: labels per lane and step; any number, also one that divides nothing.
+          eos_id: the id that stands before token 0, and in the padding.
+        Raises:
+          ValueError: if there are no tokens, or a size is below 1.
+        """
+        if len(tokens) < 1 or batch_size < 1 or window < 1:
+            raise ValueError(
+                "tokens, batch_size and window must be at least 1. Received: "
+                f"{len(tokens)} tokens, batch_size={batch_size}, window={window}."
+            )
+        self._tokens, self._window, self._eos_id = tokens, window, eos_id
+        self._lane_length = -(-len(tokens) // batch_size)
+        self._lane_starts = np.arange(batch_size, dtype=np.int64)[:, None] * self._lane_length
+        self.num_steps = -(-self._lane_length // window)
+
+    def at(self, step: int) -> EvalBatch:
+        """The batch of a step in 0 .. num_steps - 1."""
+        if not 0 <= step < self.num_steps:
+            raise ValueError(f"step must be in 0 .. {self.num_steps - 1}. Received: step={step}.")
+        in_lane = step * self._window + np.arange(self._window, dtype=np.int64)[None, :]
+        positions = self._lane_starts + in_lane
+        is_label = (in_lane < self._lane_length) & (positions < len(self._tokens))
+        labels = np.where(is_label, self._tokens[np.where(is_label, positions, 0)], self._eos_id)
+        has_input = is_label & (positions > 0)
+        inputs = np.where(has_input, self._tokens[np.where(has_input, positions - 1, 0)], self._eos_id)
+        return EvalBatch(inputs.astype(np.int32), labels.astype(np.int32), is_label.astype(np.float32))
+
+
+def _check_training_arguments(tokens, global_batch_size, window, seed):
+    if global_batch_size < 1 or window < 1 or not 0 <= seed < 2**63:
+        raise ValueError(
+            "global_batch_size and window must be at least 1 and seed in 0 .. 2**63 - 1. Received: "
+            f"global_batch_size={global_batch_size}, window={window}, seed={seed}."
+        )
+    if len(np.shape(tokens)) != 1:
+        raise ValueError(f"tokens must be one stream of ids. Received: shape {np.shape(tokens)}.")
+
+
+def _too_short(tokens, global_batch_size, window, needed):
+    return (
+        f"One batch needs {needed:,} tokens. Received: {len(tokens):,} tokens, "
+        f"global_batch_size={global_batch_size}, window={window}. "
+        "Use a smaller batch or window, or more text."
+    )
+
+
+def _checked_step(step):
+    if step < 0:
+        raise ValueError(f"step must be at least 0. Received: step={step}.")
+    return int(step)
+
+
+def _windows(tokens, starts, window):
+    """Ids [rows, window + 1] int32 read from `starts` [rows, 1] on, around the ring of tokens."""
+    positions = (starts + np.arange(window + 1, dtype=np.int64)) % len(tokens)
+    return np.asarray(tokens[positions], dtype=np.int32)
+
+
+# The generator is written out here, rather than taken from a library, because a resumed run relies on
+# the same step reading the same tokens, also under the next version of that library.
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x):
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words.
+
+    Args:
+      x: uint64 array.
+    """
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _key(*, seed, epoch):
+    """A uint64 array of shape [1] which depends on both numbers."""
+    with np.errstate(over="ignore"):
+        words = np.array([seed, epoch], dtype=np.uint64)
+        return _mix(_mix(words[:1] + _GOLDEN) + words[1:] * _GOLDEN)
+
+
+def _random_below(bound, *, seed, epoch):
+    """An integer in 0 .. bound - 1, uniform over (seed, epoch) up to a bias of bound / 2**64."""
+    return int(_mix(_key(seed=seed, epoch=epoch) + _GOLDEN)[0]) * int(bound) >> 64
+
+
+def _permuted(places, size, *, seed, epoch):
+    """Where a pseudorandom permutation of 0 .. size - 1, keyed by (seed, epoch), sends `places`.
+
+    A Feistel network permutes the numbers of an even count of bits, the least that holds `size`; a
+    result out of range is sent through again until it falls inside, fewer than 4 times on average.
+
+    Args:
+      places: int64 array.
+    Returns:
+      int64 array of the same shape.
+    Source: Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", sections 3 and 4.
+    """
+    half_bits = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
+    low_mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    with np.errstate(over="ignore"):
+        round_keys = _mix(_key(seed=seed, epoch=epoch) + np.arange(2, 10, dtype=np.uint64) * _GOLDEN)
+
+    def encrypt(x):
+        left, right = x >> half_bits, x & low_mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & low_mask)
+        return left << half_bits | right
+
+    result = encrypt(places.astype(np.uint64))
+    while (outside := result >= np.uint64(size)).any():
+        result[outside] = encrypt(result[outside])
+    return result.astype(np.int64)

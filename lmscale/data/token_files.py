@@ -1,0 +1,324 @@
+"""Prepared directories: a vocabulary, one file of ids per split, and a manifest that vouches for them.
+
+    vocab.txt                       one `token<TAB>count` per line in id order, sorted by falling count
+    train.bin valid.bin test.bin    ids without header, little-endian: uint16 up to 65,536 rows, else int32
+    tokenizer.*                     what a learned or given tokenizer needs to read more text the same way
+    manifest.json                   sizes and SHA-256 of the files above, the counts, the options
+
+`PreparedDirectoryWriter` writes one, `PreparedData` reads it.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from lmscale.data.vocab import Vocabulary
+
+SPLITS = ("train", "valid", "test")
+FORMAT = "lmscale prepared data"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+VOCAB_FILE = "vocab.txt"
+TOKENIZER_FILE_PREFIX = "tokenizer."
+_CHUNK_BYTES = 1 << 22
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type of the ids in token files."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class PreparedData:
+    """A prepared directory, read-only.
+
+    Attributes:
+      directory: where it is.
+      manifest: the content of manifest.json.
+      vocab_size: rows of the vocabulary, `<unk>` and `<eos>` included.
+      eos_id, unk_id: their ids.
+    """
+
+    def __init__(self, directory: Path, *, manifest: dict):
+        """Use `PreparedData.open`, which checks what it reads."""
+        self.directory = directory
+        self.manifest = manifest
+        self.vocab_size: int = manifest["vocabulary"]["size"]
+        self.eos_id: int = manifest["vocabulary"]["eos_id"]
+        self.unk_id: int = manifest["vocabulary"]["unk_id"]
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike, *, verify: bool = True) -> "PreparedData":
+        """Opens a directory written by `python -m lmscale.prepare`.
+
+        Args:
+          directory: its path.
+          verify: also read every file once, in bounded memory, to compare its SHA-256 with the manifest and
+            to check that every id is below vocab_size. Presence and sizes are always checked.
+        Raises:
+          ValueError: saying which file is missing, malformed, or not the one that the manifest describes.
+        """
+        directory = Path(directory)
+        manifest = _read_manifest(directory)
+        data = cls(directory, manifest=manifest)
+        for name, entry in _described_files(manifest).items():
+            path = directory / name
+            if not path.is_file():
+                raise ValueError(f"{path}: missing, but listed in {MANIFEST_FILE}. Prepare the data again.")
+            if path.stat().st_size != entry["bytes"]:
+                raise ValueError(
+                    f"{path}: must have {entry['bytes']:,} bytes by {MANIFEST_FILE}. "
+                    f"Received: {path.stat().st_size:,} bytes. The file is damaged or was replaced: prepare again."
+                )
+            if verify and (digest := file_sha256(path)) != entry["sha256"]:
+                raise ValueError(
+                    f"{path}: must have SHA-256 {entry['sha256']} by {MANIFEST_FILE}. Received: {digest}. "
+                    "The file is damaged or was replaced: prepare again."
+                )
+        if verify:
+            data._check_ids()
+        if len(data.vocabulary) != data.vocab_size:
+            raise ValueError(
+                f"{directory / VOCAB_FILE}: must have {data.vocab_size:,} lines by {MANIFEST_FILE}. "
+                f"Received: {len(data.vocabulary):,}."
+            )
+        return data
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Tokens and counts by id."""
+        path = self.directory / VOCAB_FILE
+        try:
+            return Vocabulary.from_text(path.read_bytes().decode("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[vocab_size] int64, how often each id occurs in the training split, falling."""
+        return self.vocabulary.counts
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the vocabulary's and the token files' checksums: equal for equal ids and tokens."""
+        files = _described_files(self.manifest)
+        lines = [f"{name} {files[name]['sha256']}\n" for name in (VOCAB_FILE, *map(_token_file, SPLITS))]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def split(self, name: str) -> np.ndarray:
+        """The ids of a split, [tokens], as a read-only memory map.
+
+        Raises:
+          ValueError: if there is no such split.
+        """
+        if name not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}. Received: {name!r}.")
+        path = self.directory / _token_file(name)
+        return np.memmap(path, dtype=token_dtype(self.vocab_size), mode="r")
+
+    def _check_ids(self):
+        for name in SPLITS:
+            ids = self.split(name)
+            chunk = _CHUNK_BYTES // ids.dtype.itemsize
+            for start in range(0, len(ids), chunk):
+                part = ids[start : start + chunk]
+                outside = (part < 0) | (part >= self.vocab_size)
+                if outside.any():
+                    place = int(outside.argmax())
+                    raise ValueError(
+                        f"{self.directory / _token_file(name)}: ids must be in 0 .. {self.vocab_size - 1}. "
+                        f"Received: {part[place]} at position {start + place:,}. Prepare the data again."
+                    )
+
+
+class PreparedDirectoryWriter:
+    """Writes a prepared directory beside its final place and renames it when it is complete.
+
+    Use as a context manager. Leaving the block without `finish` (an error, an interrupt) removes what was
+    written, and the parent folders made for it.
+    """
+
+    def __init__(self, directory: Path, *, replace: bool = False):
+        """Makes the temporary folder.
+
+        Args:
+          directory: the final place.
+          replace: whether a prepared directory may be there already, to be replaced at the end.
+        Raises:
+          OSError: if the folder cannot be made.
+        """
+        self._final = directory.absolute()
+        self._replace = replace
+        self._made_parents = [p for p in self._final.parents if not p.exists()]
+        try:
+            self._final.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix=f".{self._final.name}.partial-", dir=self._final.parent))
+        except OSError:
+            self._remove_made_parents()
+            raise
+        self._finished = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        if not self._finished:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove_made_parents()
+
+    def write_file(self, name: str, content: bytes) -> dict:
+        """Writes a whole file. Returns its manifest entry."""
+        (self.folder / name).write_bytes(content)
+        return {"file": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    def token_file(self, split: str, *, vocab_size: int) -> "TokenFileWriter":
+        """A writer of the ids of one split."""
+        return TokenFileWriter(self.folder / _token_file(split), vocab_size=vocab_size)
+
+    def finish(self, manifest: dict):
+        """Writes the manifest last, and puts the directory in its place.
+
+        Args:
+          manifest: all but the keys "format" and "format_version".
+        """
+        manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}
+        content = json.dumps(manifest, ensure_ascii=False, indent=2) + "\n"
+        (self.folder / MANIFEST_FILE).write_bytes(content.encode("utf-8"))
+        self.folder.chmod(0o777 & ~_current_umask())  # mkdtemp makes folders that only their owner can read.
+        if self._replace and self._final.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{self._final.name}.replaced-", dir=self._final.parent))
+            self._final.rename(replaced)
+            self.folder.rename(self._final)
+            shutil.rmtree(replaced)
+        else:
+            self.folder.rename(self._final)
+        self._finished = True
+
+    def _remove_made_parents(self):
+        for parent in self._made_parents:  # The innermost first.
+            try:
+                parent.rmdir()
+            except OSError:
+                return
+
+
+class TokenFileWriter:
+    """Appends ids to a token file, counting and hashing them. Use as a context manager."""
+
+    def __init__(self, path: Path, *, vocab_size: int):
+        self._path, self._dtype = path, token_dtype(vocab_size)
+        self._digest = hashlib.sha256()
+        self.num_tokens = 0
+
+    def __enter__(self):
+        self._file = self._path.open("wb")
+        return self
+
+    def __exit__(self, *exc_info):
+        self._file.close()
+
+    def append(self, ids: np.ndarray):
+        """Adds ids, [any number] integer, all below vocab_size."""
+        content = ids.astype(self._dtype).tobytes()
+        self._digest.update(content)
+        self._file.write(content)
+        self.num_tokens += len(ids)
+
+    def entry(self) -> dict:
+        """What the manifest says of the file."""
+        return {
+            "file": self._path.name,
+            "bytes": self.num_tokens * self._dtype.itemsize,
+            "sha256": self._digest.hexdigest(),
+        }
+
+
+def is_replaceable(directory: Path) -> bool:
+    """Whether a folder holds nothing but files named as this module names them: safe to replace."""
+    ours = {MANIFEST_FILE, VOCAB_FILE, *map(_token_file, SPLITS)}
+    return all(
+        entry.is_file() and (entry.name in ours or entry.name.startswith(TOKENIZER_FILE_PREFIX))
+        for entry in directory.iterdir()
+    )
+
+
+def _token_file(split: str) -> str:
+    return f"{split}.bin"
+
+
+def _described_files(manifest: dict) -> dict[str, dict]:
+    """Manifest entries (bytes, sha256) by file name."""
+    entries = [manifest["vocabulary"], *manifest["splits"].values(), *manifest["tokenizer_files"]]
+    return {entry["file"]: entry for entry in entries}
+
+
+def _read_manifest(directory: Path) -> dict:
+    """The manifest, with everything that `PreparedData` relies on checked."""
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        state = "no such file" if directory.is_dir() else "no such directory"
+        raise ValueError(
+            f"{path}: {state}. A prepared directory is needed: make one with python -m lmscale.prepare."
+        )
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}. Prepare the data again.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: must say \"format\": {FORMAT!r}. Prepare the data again.")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version must be {FORMAT_VERSION}. Received: {manifest.get('format_version')!r}. "
+            "It was written by another version of lmscale: prepare the data again."
+        )
+    numbers = {"vocabulary": ("size", "unk_id", "eos_id"), **{f"splits.{s}": ("tokens",) for s in SPLITS}}
+    for place, keys in numbers.items():
+        entry = manifest
+        for key in place.split("."):
+            entry = entry.get(key) if isinstance(entry, dict) else None  # type: ignore[assignment]
+        if not _is_file_entry(entry) or any(type(entry.get(key)) is not int for key in keys):
+            wanted = ", ".join(("file", "bytes", "sha256", *keys))
+            raise ValueError(f"{path}: {place!r} must hold {wanted}. Received: {entry!r}. Prepare the data again.")
+    if not all(map(_is_file_entry, manifest.setdefault("tokenizer_files", []))):
+        raise ValueError(f"{path}: 'tokenizer_files' must list file, bytes, sha256. Prepare the data again.")
+    vocabulary = manifest["vocabulary"]
+    if not all(0 <= vocabulary[key] < vocabulary["size"] for key in ("unk_id", "eos_id")):
+        raise ValueError(f"{path}: unk_id and eos_id must be below size. Received: {vocabulary!r}.")
+    for split in SPLITS:
+        entry = manifest["splits"][split]
+        expected = entry["tokens"] * token_dtype(vocabulary["size"]).itemsize
+        if entry["tokens"] < 1 or entry["bytes"] != expected:
+            raise ValueError(
+                f"{path}: {entry['tokens']:,} tokens of 'splits.{split}' must take {expected:,} bytes, and at "
+                f"least one token is needed. Received: bytes={entry['bytes']:,}. Prepare the data again."
+            )
+    return manifest
+
+
+def _is_file_entry(entry) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("file"), str)
+        and type(entry.get("bytes")) is int
+        and isinstance(entry.get("sha256"), str)
+    )
+
+
+def _current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

@@ -1,0 +1,128 @@
+"""The vocabulary: tokens in id order, which is the order of falling frequency, and their counts."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+
+UNK = "<unk>"
+EOS = "<eos>"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Vocabulary:
+    """Tokens by id.
+
+    `<unk>` and `<eos>` are ordinary rows at the place that their counts give them. A token of the text that
+    is spelled like one of them is that row.
+
+    Attributes:
+      tokens: the token of each id; no two are equal, none contains white space.
+      counts: [vocab_size] int64, how often each occurs in the training split, falling.
+    """
+
+    tokens: tuple[str, ...]
+    counts: np.ndarray
+
+    def __len__(self):
+        return len(self.tokens)
+
+    @functools.cached_property
+    def ids(self) -> dict[str, int]:
+        """Id of each token; looking up any other gives the id of `<unk>`."""
+        known = {token: token_id for token_id, token in enumerate(self.tokens)}
+        return _IdsOrUnk(known, unk_id=known[UNK])
+
+    @property
+    def unk_id(self) -> int:
+        return self.ids[UNK]
+
+    @property
+    def eos_id(self) -> int:
+        return self.ids[EOS]
+
+    def to_text(self) -> str:
+        """One `token<TAB>count` per line, in id order."""
+        return "".join(map("{}\t{}\n".format, self.tokens, self.counts.tolist()))
+
+    @classmethod
+    def from_text(cls, text: str) -> "Vocabulary":
+        """Reads what `to_text` wrote.
+
+        Raises:
+          ValueError: naming the first line that is not a token and a count or is out of order, or if a
+            token is repeated.
+        """
+        lines = text.split("\n")
+        if lines[-1] != "":
+            raise ValueError("its last line does not end: the file is cut off.")
+        tokens, counts, previous = [], np.empty(len(lines) - 1, np.int64), None
+        for number, line in enumerate(lines[:-1]):
+            token, tab, count = line.partition("\t")
+            if not (token and tab and count.isascii() and count.isdigit()):
+                raise ValueError(f"line {number + 1} must be a token, tab and count. Received: {line!r}.")
+            if previous is not None and int(count) > previous:
+                raise ValueError(f"line {number + 1}: counts must fall. Received: {previous}, then {count}.")
+            tokens.append(token)
+            counts[number] = previous = int(count)
+        vocabulary = cls(tokens=tuple(tokens), counts=counts)
+        known = set(tokens)
+        if len(known) < len(tokens):
+            raise ValueError("a token is in it twice.")
+        if not known >= {UNK, EOS}:
+            raise ValueError(f"{UNK} and {EOS} must be in it.")
+        return vocabulary
+
+
+class _IdsOrUnk(dict):
+    """A dict whose `[]` gives the id of `<unk>` for an absent key. Indexing stays a single C call per token."""
+
+    def __init__(self, known, *, unk_id):
+        super().__init__(known)
+        self._unk_id = unk_id
+
+    def __missing__(self, key):
+        return self._unk_id
+
+
+def build_vocabulary(
+    counts: Mapping[str, int], *, vocab_size: int | None = None, min_count: int = 1
+) -> Vocabulary:
+    """Keeps the most frequent tokens; the others become `<unk>`, and count as it.
+
+    The result is sorted by falling count, equal counts by code point, so that it does not depend on the
+    order of the text. `<unk>` and `<eos>` are always in it, with count 0 where the text has neither.
+
+    Args:
+      counts: how often each token occurs in the training split, `<eos>` included.
+      vocab_size: rows at most, `<unk>` and `<eos>` included; None for no limit.
+      min_count: tokens seen fewer times than this become `<unk>`.
+    Raises:
+      ValueError: if a limit is too small, or nothing but `<unk>` and `<eos>` would be left.
+    """
+    if vocab_size is not None and vocab_size < 3:
+        raise ValueError(
+            f"vocab_size must be at least 3: {UNK}, {EOS} and one token. "
+            f"Received: vocab_size={vocab_size}. Use a larger one, or none for no limit."
+        )
+    if min_count < 1:
+        raise ValueError(f"min_count must be at least 1. Received: min_count={min_count}.")
+    ranked = sorted(
+        (item for item in counts.items() if item[1] >= min_count and item[0] not in (UNK, EOS)),
+        key=lambda item: (-item[1], item[0]),
+    )
+    if vocab_size is not None:
+        del ranked[vocab_size - 2 :]
+    if not ranked:
+        raise ValueError(
+            f"At least one token must occur min_count={min_count} times. Received: {len(counts):,} types, the "
+            f"most frequent {max(counts.values(), default=0):,} times, {EOS} included. "
+            "Use a smaller min_count, or more text."
+        )
+    num_eos = counts.get(EOS, 0)
+    num_unk = sum(counts.values()) - num_eos - sum(count for _, count in ranked)
+    ranked += [(EOS, num_eos), (UNK, num_unk)]
+    ranked.sort(key=lambda item: (-item[1], item[0]))
+    tokens, sorted_counts = zip(*ranked, strict=True)
+    return Vocabulary(tokens=tokens, counts=np.array(sorted_counts, np.int64))
