@@ -38,7 +38,7 @@ class Workdir:
         if readonly:
             if not self.path.is_dir():
                 raise ValueError(
-                    f"There is no working directory {self.path}. Pass the directory of a run that has started."
+                    f"There is no working directory {self.path}. Pass the one of a run that has started."
                 )
             return
         try:
