@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
+from lmscale.losses.training_loss import TrainingLoss
 from lmscale.models.body import Body
 from lmscale.vocabulary.row_optimizers import RowOptimizer
-from lmscale.vocabulary.training_loss import TrainingLoss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,11 @@
 """The sampled softmax: cross-entropy against a few sampled classes, with its gradients written out.
 
-With x_j the logit of sampled class j less its log expected count (and removed hits at -1e30), x the same for the
-label, and z = logsumexp_j x_j, the loss of a token is softplus(z - x). One softmax over the sampled logits
-therefore gives everything: p_j = softmax(x)_j, and d loss / d x_j = sigmoid(z - x) p_j, d loss / d x = -sigmoid(z - x).
+With x_j the logit of sampled class j less its log expected count (and removed hits at -1e30), x the same for
+the label, and z = logsumexp_j x_j, the loss of a token is softplus(z - x). One softmax over the sampled
+logits therefore gives everything: with p_j = softmax(x)_j,
+
+    d loss / d x_j = sigmoid(z - x) p_j        d loss / d x = -sigmoid(z - x)
+
 The only [tokens, num_sampled] arrays are the logits, the hits (one byte each) and p.
 """
 
@@ -131,8 +134,8 @@ def sampled_softmax_value_and_gradients(
     """`sampled_softmax_loss` with its gradients, computed directly: no gradient tape.
 
     Args:
-      loss_weights: [tokens] float32: what each token's loss is multiplied by in the sum that is differentiated,
-        for example 1 / (tokens of the global batch), or 0 for padding.
+      loss_weights: [tokens] float32: what each token's loss is multiplied by in the sum that is
+        differentiated, for example 1 / (tokens of the global batch), or 0 for padding.
       The others: as in `sampled_softmax_loss`.
 
     Returns:
@@ -192,8 +195,8 @@ def _prepare(
         hidden.dtype == true_rows.dtype == sampled_rows.dtype
     ):
         raise ValueError(
-            "hidden, true_rows and sampled_rows must share one dtype of float32, bfloat16 or float16. Received: "
-            f"hidden={hidden.dtype.name}, true_rows={true_rows.dtype.name}, "
+            "hidden, true_rows and sampled_rows must share one dtype of float32, bfloat16 or float16. "
+            f"Received: hidden={hidden.dtype.name}, true_rows={true_rows.dtype.name}, "
             f"sampled_rows={sampled_rows.dtype.name}. Cast them to the compute dtype."
         )
     if hidden.shape.rank != 2 or sampled_rows.shape.rank != 2:
@@ -203,8 +206,8 @@ def _prepare(
         )
     tokens, embed_dim = hidden.shape
     num_sampled = sampled_rows.shape[0]
-    labels = tf.convert_to_tensor(labels)
-    sampled_ids = tf.cast(sampled_ids, labels.dtype)
+    # int64, because TensorFlow compares int32 on the host of a GPU.
+    labels, sampled_ids = tf.cast(labels, tf.int64), tf.cast(sampled_ids, tf.int64)
     true_offset = -tf.cast(true_log_expected_count, tf.float32)
     sampled_offset = -tf.cast(sampled_log_expected_count, tf.float32)
     _check_shape("true_rows", true_rows, [tokens, embed_dim])
@@ -228,8 +231,8 @@ def _prepare(
 def _check_shape(name, tensor, expected):
     if not tensor.shape.is_compatible_with(expected):
         raise ValueError(
-            f"{name} must have shape {tf.TensorShape(expected)}, given the shapes of hidden and sampled_rows. "
-            f"Received: {name}.shape={tensor.shape}. Pass one entry per token or per sampled id."
+            f"{name} must have shape {tf.TensorShape(expected)}, as hidden and sampled_rows imply. Received: "
+            f"{name}.shape={tensor.shape}. Pass one entry per token or per sampled id."
         )
 
 
@@ -269,7 +272,7 @@ def _backward(hidden, true_rows, sampled_rows, probabilities, sampled_share, los
 
 
 def _float32_logits(hidden, rows):
-    """hidden rows^T, [tokens, num_sampled] float32, summed in float32 and never rounded to a narrower dtype."""
+    """hidden rows^T, [tokens, num_sampled] float32, summed in float32 and never rounded to less."""
     if hidden.dtype == tf.float32:
         return tf.matmul(hidden, rows, transpose_b=True)
     return _narrow_product(hidden, rows)

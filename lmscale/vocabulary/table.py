@@ -27,6 +27,15 @@ class PulledRows:
     shared_embedding: tf.Tensor  # [num_shared, embed_dim]
     shared_bias: tf.Tensor | None  # [num_shared]
 
+    def labels_of_windows(self):
+        """The rows that play the label's role in windows [batch, time + 1] of ids: positions 1 and on, flattened."""
+        return dataclasses.replace(
+            self,
+            ids=tf.reshape(self.ids[:, 1:], [-1]),
+            embedding=tf.reshape(self.embedding[:, 1:], [-1, self.embedding.shape[-1]]),
+            bias=None if self.bias is None else tf.reshape(self.bias[:, 1:], [-1]),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class RowGradients:

@@ -1,0 +1,251 @@
+"""What a run reports while it goes: TensorBoard, metrics.jsonl, log lines, a progress bar."""
+
+import contextlib
+import json
+import logging
+import math
+import numbers
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.plugins.hparams import api as hparams_api
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from lmscale.workdir import replace_file
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+_EVENT_FILES = "events.out.tfevents.*"
+
+
+class MetricsWriter:
+    """Writes scalars to TensorBoard and, under the same tags, to metrics.jsonl.
+
+    metrics.jsonl holds one JSON object for each call of `scalars`: "step", "wall_time" (seconds since 1970)
+    and a number for each tag. NaN and infinity are null there, since JSON lacks them; TensorBoard gets them.
+
+    Everything of one writer is in one TensorBoard file, in order, and on its way to disk when a call
+    returns: a run that is killed loses nothing that it reported. Use it as a context manager.
+    """
+
+    def __init__(self, directory, *, resume_step: int | None = None):
+        """Opens the directory for appending.
+
+        Args:
+          directory: where to write; made if absent.
+          resume_step: the run goes on from this step. What it wrote for later steps, before it was killed
+            or went back, is removed from metrics.jsonl and hidden by TensorBoard. None: keep all.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / METRICS_FILE
+        _keep_lines(path, last_step=math.inf if resume_step is None else resume_step)
+        self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
+        is_first = not any(directory.glob(_EVENT_FILES))
+        _await_later_name(directory)
+        self._events = EventFileWriter(str(directory))
+        # TensorBoard drops events of steps from this one on, which earlier files hold. It takes the first
+        # START of a directory for the start, and only those after it for restarts.
+        if is_first or resume_step is not None:
+            first_step = 0 if resume_step is None else resume_step + 1
+            start = SessionLog(status=SessionLog.START)
+            self._events.add_event(Event(session_log=start, step=first_step, wall_time=time.time()))
+        self.flush()
+
+    def scalars(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Reports the metrics of one step.
+
+        Args:
+          step: int.
+          metrics: TensorBoard tag to number: Python's, numpy's, or a scalar tensor.
+        """
+        wall_time = time.time()
+        values = {tag: _number(value) for tag, value in metrics.items()}
+        for tag, value in values.items():
+            self._events.add_event(Event(summary=scalar_pb(tag, value), step=step, wall_time=wall_time))
+        line: dict[str, float | None] = {"step": int(step), "wall_time": round(wall_time, 3)}
+        line |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        self._lines.write(json.dumps(line) + "\n")
+        self.flush()
+
+    def text(self, tag: str, markdown: str, *, step: int = 0) -> None:
+        """Shows a text, in Markdown, on TensorBoard's Text tab."""
+        self._events.add_event(Event(summary=text_pb(tag, markdown), step=step, wall_time=time.time()))
+        self.flush()
+
+    def hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Lists the run and its settings on TensorBoard's HParams tab; what is no number is shown as text."""
+        shown = {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for name, value in hparams.items()
+        }
+        self._events.add_event(Event(summary=hparams_api.hparams_pb(shown), wall_time=time.time()))
+        self.flush()
+
+    def flush(self) -> None:
+        """Hands to the operating system what is still buffered."""
+        self._lines.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        self._lines.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def read_metrics(directory) -> list[dict]:
+    """The objects of a directory's metrics.jsonl, in the order written. A last line cut short is left out."""
+    path = Path(directory) / METRICS_FILE
+    return [line for _, line in _lines(path) if line is not None] if path.exists() else []
+
+
+def format_log_line(step: int, metrics: Mapping[str, Any]) -> str:
+    """One line for people: `step 1,200  loss_nats 5.123  tokens_per_sec 12,345`. Order and names as given."""
+    fields = [f"{name} {_format(_number(value))}" for name, value in metrics.items()]
+    return "  ".join([f"step {step:,}", *fields])
+
+
+@contextlib.contextmanager
+def progress(*, total: int, initial: int, description: str) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar on stderr while it is a terminal, and nothing otherwise.
+
+    While the bar is shown, what is printed or logged appears above it. Lines that native code writes to the
+    terminal by itself may be drawn over.
+
+    Args:
+      total: the last step.
+      initial: the step from which the run goes on.
+      description: shown before the bar.
+
+    Yields:
+      update(step): moves the bar to `step`.
+    """
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        redirect_stdout=sys.stdout.isatty(),
+        refresh_per_second=2,
+        transient=True,
+    )
+    task = bar.add_task(description, total=total, completed=initial)
+    terminal = sys.stderr
+    with bar, _logging_to(terminal, instead=sys.stderr):
+        yield lambda step: bar.update(task, completed=step)
+
+
+def device_memory_mib() -> dict[str, float]:
+    """The most memory used so far, by device.
+
+    Returns:
+      {"gpu_0": ..., ...}: the peak that TensorFlow allocated on each GPU since the process started, in MiB.
+      Without a GPU {"cpu": ...}: the process's peak resident memory, code and libraries included.
+    """
+    gpus = tf.config.list_logical_devices("GPU")
+    if not gpus:
+        return {"cpu": _peak_resident_bytes() / 2**20}
+    return {
+        f"gpu_{index}": tf.config.experimental.get_memory_info(gpu.name)["peak"] / 2**20
+        for index, gpu in enumerate(gpus)
+    }
+
+
+# metrics.jsonl.
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict | None]]:
+    """Each line and its object; None for a line that is damaged or was cut short."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            is_whole = isinstance(line, dict) and "step" in line and text.endswith("\n")
+            yield text, line if is_whole else None
+
+
+def _keep_lines(path: Path, *, last_step: float) -> None:
+    """Drops the lines of later steps, and what is no line: a run that was killed may have cut its last short."""
+    if not path.exists():
+        return
+    lines = list(_lines(path))
+    kept = [text for text, line in lines if line is not None and line["step"] <= last_step]
+    if len(kept) < len(lines):
+        logger.info("Dropping %d of %d lines of %s.", len(lines) - len(kept), len(lines), path)
+        replace_file(path, text="".join(kept))
+
+
+def _await_later_name(directory: Path) -> None:
+    """Waits until no file has this second in its name: by it, TensorBoard knows which file to read first."""
+    seconds = {path.name.split(".")[3] for path in directory.glob(_EVENT_FILES)}
+    while f"{int(time.time()):010d}" in seconds:
+        time.sleep(0.05)
+
+
+# Numbers.
+
+
+def _number(value: Any) -> float | int:
+    if isinstance(value, tf.Tensor | tf.Variable):
+        value = value.numpy()
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _format(value: float | int) -> str:
+    """Four significant digits, and no fewer than all before the point: 0.0003, 5.123, 61.46, 12,345."""
+    if isinstance(value, int) or 1000 <= abs(value) < 1e15:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+# The terminal, and memory.
+
+
+@contextlib.contextmanager
+def _logging_to(terminal, *, instead) -> Iterator[None]:
+    """Log handlers that write to `terminal` write to `instead`: they hold the stream that was stderr before."""
+    handlers = [getattr(handler, "python_handler", handler) for handler in logging.getLogger().handlers]
+    moved = [
+        handler
+        for handler in handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is terminal
+    ]
+    for handler in moved:
+        handler.setStream(instead)
+    try:
+        yield
+    finally:
+        for handler in moved:
+            handler.setStream(terminal)
+
+
+def _peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: there, a process starts with the peak of the one that started it.
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,132 @@
+"""The trained state of a run: vocabulary table, body, their optimizer slots; and how it is saved."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from lmscale.checkpoints import CheckpointItem
+from lmscale.distribution import collectives
+from lmscale.models.body import Encoder
+from lmscale.vocabulary.table import ShardedTable
+
+
+class LanguageModel:
+    """A tied table and the encoder between its two uses. Build it inside `strategy.scope()`.
+
+    Attributes:
+      table: `ShardedTable`, sharded.
+      encoder: `Encoder`, replicated.
+      body_slots: {variable: {slot: variable [1, ...]}}, replicated.
+    """
+
+    def __init__(self, experiment, *, vocab_size, trainable=True):
+        """Args:
+        experiment: `Experiment`.
+        vocab_size: rows of the table.
+        trainable: whether to make the optimizer slots.
+        """
+        keras.utils.set_random_seed(experiment.seed)
+        keras.config.set_dtype_policy(
+            "mixed_bfloat16" if experiment.compute_dtype == "bfloat16" else "float32"
+        )
+        self._body_optimizer = experiment.body_optimizer
+        self.table = ShardedTable(
+            vocab_size=vocab_size,
+            embed_dim=experiment.embed_dim,
+            optimizer=experiment.row_optimizer if trainable else None,
+            bias=experiment.softmax_bias,
+            seed=experiment.seed,
+        )
+        self.encoder = Encoder(experiment.body(), embed_dim=experiment.embed_dim)
+        self.body_slots = {
+            name: {
+                slot_name: tf.Variable(
+                    tf.fill([1, *variable.shape] if slot.per_element else [1], tf.cast(slot.initial_value, slot.dtype)),
+                    trainable=False,
+                )
+                for slot_name, slot in experiment.body_optimizer.slots.items()
+            }
+            for name, variable in self.encoder.trainable_variables.items()
+            if trainable
+        }
+
+    def apply_body_gradients(self, gradients, *, step, scale, keep):
+        """Updates this replica's copy of the body; every replica is given the same gradients. In `strategy.run`.
+
+        Args:
+          gradients: {name: gradient}, already summed over the replicas.
+          step, scale, keep: as for `ShardedTable.apply`.
+        """
+        for name, variable in self.encoder.trainable_variables.items():
+            weights = collectives.local_value(variable.value)
+            slots = {slot: collectives.local_value(v) for slot, v in self.body_slots[name].items()}
+            # A body variable is one row: it moves at every step.
+            new_weights, new_slots = self._body_optimizer.update_rows(
+                weights=weights[tf.newaxis],
+                gradients=tf.where(keep, gradients[name] * scale, 0.0)[tf.newaxis],
+                slots={slot: v.read_value() for slot, v in slots.items()},
+                step=step,
+            )
+            weights.assign(tf.where(keep, new_weights[0], weights))
+            for slot, value in new_slots.items():
+                slots[slot].assign(tf.where(keep, value, slots[slot]))
+
+    def checkpoint_items(self):
+        """`CheckpointItem`s of everything here, as logical tensors that do not show the number of devices."""
+        items = []
+        for name, variable in self.table.variables().items():
+            items.append(
+                CheckpointItem(
+                    name=f"table/{name}",
+                    shape=(self.table.vocab_size, *variable.shape[1:]),
+                    dtype=variable.dtype.as_numpy_dtype,
+                    read=lambda start, stop, name=name: self.table.read_rows(name, start, stop),
+                    write=lambda start, values, name=name: self.table.write_rows(name, start, values),
+                )
+            )
+        replicated = {f"body/{name}": variable.value for name, variable in self.encoder.variables.items()}
+        for name, slots in self.body_slots.items():
+            replicated.update({f"body_slots/{name}/{slot}": variable for slot, variable in slots.items()})
+        return items + [_replicated_item(name, variable) for name, variable in replicated.items()]
+
+    def parameter_table(self):
+        """Rows of (name, logical shape, dtype, how it is placed, bytes on each device)."""
+        sharded = self.table.bytes_per_shard()
+        rows = []
+        for name, variable in self.table.variables().items():
+            shape = (self.table.vocab_size, *variable.shape[1:])
+            rows.append(ParameterRow(f"table/{name}", shape, variable.dtype.name, "sharded", sharded[name]))
+        for item in self.checkpoint_items()[len(rows) :]:
+            size = int(np.prod(item.shape)) * np.dtype(item.dtype).itemsize
+            rows.append(ParameterRow(item.name, item.shape, np.dtype(item.dtype).name, "replicated", size))
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterRow:
+    """One line of the parameter table."""
+
+    name: str
+    shape: tuple
+    dtype: str
+    placement: str
+    bytes_per_device: int
+
+
+def _replicated_item(name, variable):
+    def write(start, values):
+        if variable.shape.rank == 0:
+            variable.assign(values)
+        else:
+            current = variable.numpy()
+            current[start : start + len(values)] = values
+            variable.assign(current)
+
+    def read(start, stop):
+        return variable.numpy() if variable.shape.rank == 0 else variable.numpy()[start:stop]
+
+    return CheckpointItem(
+        name=name, shape=tuple(variable.shape), dtype=variable.dtype.as_numpy_dtype, read=read, write=write
+    )

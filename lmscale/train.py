@@ -1,0 +1,79 @@
+"""Trains a language model: python -m lmscale.train --gin_file=configs/quickstart.gin --workdir=runs/quickstart
+
+Run again on the same work directory, it resumes; on a finished one it says so. Exit codes: 0 finished, 2 a mistake in
+flags, configuration or data, 3 stopped on a NaN or infinite loss or gradient, 75 stopped by SIGTERM or Ctrl-C after
+saving: run the same command again to go on.
+"""
+
+import json
+import sys
+
+from absl import flags, logging
+
+from lmscale.command_line import run_main
+
+_GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Configuration file; may be given several times.")
+_GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Override, such as LEARNING_RATE=0.001; may be repeated.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes: checkpoints, metrics, its configuration.")
+_CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", None, "Split the host CPU into this many devices. Without it: all GPUs, or else one CPU."
+)
+_SEED = flags.DEFINE_integer("seed", None, "Overrides SEED.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Resolve everything, print configuration, parameters and memory a device, and stop."
+)
+
+EXIT_NON_FINITE = 3
+EXIT_STOPPED = 75
+
+
+def main(argv):
+    """Flags to configuration to `train`."""
+    del argv
+    if not _GIN_FILE.value:
+        raise ValueError("--gin_file is required. Received: none. Pass for example --gin_file=configs/quickstart.gin.")
+    if not _WORKDIR.value and not _DRY_RUN.value:
+        raise ValueError("--workdir is required. Received: none. Pass for example --workdir=runs/my_run.")
+    # TensorFlow takes seconds to import: complain about flags before.
+    from lmscale import configuration, dry_run, trainer
+    from lmscale.distribution.strategies import make_strategy
+    from lmscale.workdir import Workdir
+
+    logging.set_verbosity(logging.INFO)
+    config = configuration.load(_GIN_FILE.value, _GIN_PARAM.value, seed=_SEED.value)
+    if _DRY_RUN.value:
+        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value)
+        print(configuration.describe(config))
+        dry_run.print_report(config.experiment, num_devices=strategy.num_replicas_in_sync)
+        return 0
+    with Workdir(_WORKDIR.value) as workdir:
+        finished = workdir.finished()
+        configuration.check_same_run(config, workdir.config_path)
+        if finished is not None and finished["step"] >= config.experiment.train_steps:
+            print(f"This run is finished: {workdir.path}, {json.dumps(finished)}")
+            return 0
+        workdir.clear_finished()
+        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value)
+        try:
+            summary = trainer.train(
+                config.experiment, workdir=workdir, strategy=strategy, config_text=config.text, hparams=config.macros
+            )
+        except trainer.StoppedEarlyError as stopped:
+            print(f"{stopped}. Run the same command again to go on.", file=sys.stderr)
+            return EXIT_STOPPED
+        except trainer.NonFiniteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_NON_FINITE
+        workdir.mark_finished(step=summary["step"], summary=summary)
+        print(f"Finished: {workdir.path}, {json.dumps(summary)}")
+        print(f"TensorBoard: tensorboard --logdir={workdir.path}")
+    return 0
+
+
+def run():
+    """Console script lmscale-train."""
+    run_main(main)
+
+
+if __name__ == "__main__":
+    run()

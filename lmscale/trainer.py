@@ -1,0 +1,424 @@
+"""The training run: pull, compute, push; evaluate, save, log."""
+
+import collections
+import contextlib
+import logging
+import math
+import signal
+import time
+
+import numpy as np
+import tensorflow as tf
+
+from lmscale.checkpoints import CheckpointItem, Checkpoints
+from lmscale.data.batches import ContiguousBatches, ShuffledWindows
+from lmscale.data.token_files import PreparedData
+from lmscale.distribution import collectives
+from lmscale.evaluation import Evaluator
+from lmscale.metrics import MetricsWriter, device_memory_mib, format_log_line, progress
+from lmscale.model import LanguageModel
+from lmscale.models.dropout import DropoutStream
+from lmscale.vocabulary.table import RowGradients
+
+_logger = logging.getLogger(__name__)
+
+
+class StoppedEarlyError(Exception):
+    """A signal asked the run to stop; it has saved a checkpoint and can be resumed."""
+
+
+class NonFiniteError(Exception):
+    """The loss or the gradient was NaN or infinite. No such step was applied or saved."""
+
+
+class Trainer:
+    """An experiment on the devices of a strategy: its model, its data, and the step that trains the one on the other."""
+
+    def __init__(self, experiment, *, strategy):
+        """Reads the data, builds the model, leaves the training loop to `train`.
+
+        Raises:
+          ValueError: if the experiment does not fit the devices or the data.
+        """
+        experiment.check_devices(strategy.num_replicas_in_sync)
+        self.experiment = experiment
+        self.strategy = strategy
+        self.data = PreparedData.open(experiment.data_dir)
+        if experiment.deterministic_ops:
+            tf.config.experimental.enable_op_determinism()
+        with strategy.scope():
+            self.loss = experiment.loss(vocab_size=self.data.vocab_size, counts=self.data.counts)
+            self.model = LanguageModel(experiment, vocab_size=self.data.vocab_size)
+        make_batches = ContiguousBatches if self.model.encoder.body.stateful else ShuffledWindows
+        self.batches = make_batches(
+            self.data.split("train"),
+            global_batch_size=experiment.global_batch_size,
+            window=experiment.window,
+            seed=experiment.seed,
+        )
+        self.evaluator = Evaluator(
+            self.model,
+            strategy=strategy,
+            batch_size=experiment.eval_batch_size,
+            window=experiment.eval_window,
+            eos_id=self.data.eos_id,
+            compute_dtype=experiment.compute_dtype,
+            loss=self.loss,
+            seed=experiment.seed,
+        )
+        self.step = 0
+        self._per_replica_batch_size = experiment.global_batch_size // strategy.num_replicas_in_sync
+        self._state = self._initial_state()
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    def train_step(self):
+        """Does the update number `self.step` (0-based) and returns its metrics, {name: scalar tensor}."""
+        batch = self.batches.at(self.step)
+        metrics, self._state = self._train_step(
+            self._state, tf.constant(batch.window_ids), tf.constant(self.step), tf.constant(batch.starts_epoch)
+        )
+        self.step += 1
+        return metrics
+
+    @tf.function
+    def _initial_state(self):
+        return self.strategy.run(lambda: self.model.encoder.body.initial_state(self._per_replica_batch_size))
+
+    @tf.function
+    def _train_step(self, state, window_ids, step, starts_epoch):
+        return self.strategy.run(self._replica_step, args=(state, window_ids, step, starts_epoch))
+
+    def _replica_step(self, state, window_ids, step, starts_epoch):
+        """One replica's part of an update: pull, compute, push.
+
+        Args:
+          state: carried state of the body, this replica's examples.
+          window_ids: [global_batch_size, window + 1] int32, the whole batch: a few kilobytes.
+          step: int32 scalar, updates done before.
+          starts_epoch: bool scalar: the state does not belong to these windows.
+
+        Returns:
+          ({metric: scalar}, new state).
+        """
+        experiment, table = self.experiment, self.model.table
+        first = collectives.replica_id() * self._per_replica_batch_size
+        ids = window_ids[first : first + self._per_replica_batch_size]
+        labels = tf.reshape(ids[:, 1:], [-1])
+        old_state = state
+        state = tf.nest.map_structure(lambda s: tf.where(starts_epoch, tf.zeros_like(s), s), state)
+        candidates = self.loss.candidates(
+            seed=tf.stack([experiment.seed, step]), labels=tf.reshape(window_ids[:, 1:], [-1])
+        )
+
+        # One pull serves the embedding, the labels' softmax rows and the candidates.
+        window = table.pull(ids, None if candidates is None else candidates.sampled_ids)
+        dropout = DropoutStream(seed=experiment.seed, step=step, first_example=first)
+        body_variables = self.model.encoder.trainable_variables
+        with tf.GradientTape() as tape:
+            inputs = tf.identity(window.embedding[:, :-1])
+            tape.watch(inputs)
+            hidden, new_state = self.model.encoder(inputs, state, dropout=dropout)
+            hidden = tf.reshape(tf.cast(hidden, tf.float32), [-1, table.embed_dim])
+        num_tokens = experiment.global_batch_size * experiment.window
+        loss = self.loss.value_and_gradients(
+            hidden,
+            labels=labels,
+            loss_weights=tf.fill(labels.shape, 1 / num_tokens),
+            pulled=window.labels_of_windows(),
+            candidates=candidates,
+            table=table,
+        )
+        input_gradient, body_gradients = tape.gradient(
+            hidden, (inputs, body_variables), output_gradients=loss.hidden
+        )
+
+        # One push brings back the gradients of the three roles, merged before a single update of a row.
+        merged = table.merge(window, _window_gradients(window, input_gradient, loss), dense=loss.shard)
+        body_gradients, mean_loss = collectives.all_reduce_sum(
+            [
+                {name: tf.cast(g, tf.float32) for name, g in body_gradients.items() if g is not None},
+                tf.reduce_sum(loss.loss) / num_tokens,
+            ]
+        )
+        body_gradients = {name: body_gradients.get(name, tf.zeros(v.shape)) for name, v in body_variables.items()}
+        gradient_norm = tf.sqrt(
+            merged.squared_norm + tf.add_n([tf.reduce_sum(tf.square(g)) for g in body_gradients.values()] or [0.0])
+        )
+        is_finite = tf.math.is_finite(mean_loss) & tf.math.is_finite(gradient_norm)
+        scale = 1.0
+        if experiment.clip_norm is not None:
+            scale = tf.minimum(1.0, experiment.clip_norm / tf.maximum(gradient_norm, 1e-30))
+        table.apply(merged, step=step, scale=scale, keep=is_finite)
+        self.model.apply_body_gradients(body_gradients, step=step, scale=scale, keep=is_finite)
+        new_state = tf.nest.map_structure(lambda new, old: tf.where(is_finite, new, old), new_state, old_state)
+        metrics = {
+            "loss": mean_loss,
+            "gradient_norm": gradient_norm,
+            "is_finite": is_finite,
+            "rows_touched": merged.num_rows,
+        }
+        return metrics, new_state
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def checkpoint_items(self):
+        """Everything that the next step depends on, but for `self.step`, which goes with the metadata."""
+        items = self.model.checkpoint_items()
+        for i in range(len(self._local_states()[0])):
+            shape = (self.experiment.global_batch_size, *self._local_states()[0][i].shape[1:])
+            items.append(
+                CheckpointItem(
+                    name=f"carried_state/{i}",
+                    shape=shape,
+                    dtype=np.float32,
+                    read=lambda start, stop, i=i: self._read_state(i)[start:stop],
+                    write=lambda start, values, i=i: self._write_state(i, start, values),
+                )
+            )
+        return items
+
+    def _local_states(self):
+        per_tensor = [self.strategy.experimental_local_results(s) for s in self._state]
+        return [list(replica) for replica in zip(*per_tensor, strict=True)] or [[]]
+
+    def _read_state(self, i):
+        return np.concatenate([replica[i].numpy() for replica in self._local_states()])
+
+    def _write_state(self, i, start, values):
+        whole = self._read_state(i)
+        whole[start : start + len(values)] = values
+        parts = np.split(whole, self.strategy.num_replicas_in_sync)
+        self._state[i] = self.strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(parts[context.replica_id_in_sync_group])
+        )
+
+
+def _window_gradients(window, input_gradient, loss):
+    """Gradients of the pulled window from its two roles: positions [:-1] were inputs, [1:] labels."""
+    shape = window.embedding.shape
+    embedding = tf.pad(input_gradient, [[0, 0], [0, 1], [0, 0]])
+    if loss.true_rows is not None:
+        as_labels = tf.reshape(tf.cast(loss.true_rows, tf.float32), [shape[0], shape[1] - 1, shape[2]])
+        embedding += tf.pad(as_labels, [[0, 0], [1, 0], [0, 0]])
+    bias = None
+    if window.bias is not None and loss.true_bias is not None:
+        bias = tf.pad(tf.reshape(loss.true_bias, [shape[0], shape[1] - 1]), [[0, 0], [1, 0]])
+    shared = window.shared_embedding
+    return RowGradients(
+        embedding=embedding,
+        bias=bias,
+        shared_embedding=tf.zeros_like(shared) if loss.shared_rows is None else tf.cast(loss.shared_rows, tf.float32),
+        shared_bias=loss.shared_bias,
+    )
+
+
+def train(experiment, *, workdir, strategy, config_text, hparams):
+    """Runs an experiment to its last step, from wherever the work directory's checkpoints have got to.
+
+    Args:
+      experiment: `Experiment`.
+      workdir: `Workdir`, opened for writing.
+      strategy: `tf.distribute.Strategy`.
+      config_text: the resolved configuration, written to the work directory and to TensorBoard.
+      hparams: {name: value} for TensorBoard.
+
+    Returns:
+      {"step", "validation_loss_nats", "best_step", ...}: the summary that marks the run finished.
+
+    Raises:
+      ValueError: for settings that do not fit the data, the devices or the checkpoints.
+      StoppedEarlyError: on SIGTERM or SIGINT, at the next step boundary, after saving.
+      NonFiniteError: with on_bad_step="stop".
+    """
+    trainer = Trainer(experiment, strategy=strategy)
+    checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints)
+    metadata = checkpoints.restore(trainer.checkpoint_items())
+    run = _Run(trainer, checkpoints=checkpoints)
+    if metadata is not None:
+        run.resume(metadata)
+        _logger.info("resuming at step %d", trainer.step)
+    workdir.write_config(config_text)
+    with (
+        MetricsWriter(workdir.train_dir, resume_step=trainer.step) as train_metrics,
+        MetricsWriter(workdir.eval_dir, resume_step=trainer.step) as eval_metrics,
+        _stop_signals() as stop,
+        progress(total=experiment.train_steps, initial=trainer.step, description="training") as show_step,
+    ):
+        if metadata is None:
+            train_metrics.text("config", "\n".join("    " + line for line in config_text.splitlines()))
+            train_metrics.hparams(hparams)
+        run.loop(train_metrics=train_metrics, eval_metrics=eval_metrics, stop=stop, show_step=show_step)
+    return run.summary()
+
+
+class _Run:
+    """The loop around `Trainer.train_step`: when to log, evaluate, save and stop."""
+
+    def __init__(self, trainer, *, checkpoints):
+        self.trainer = trainer
+        self.experiment = trainer.experiment
+        self.checkpoints = checkpoints
+        self.best_validation_loss = math.inf
+        self.last_validation_loss = None
+        self.skipped_steps = 0
+        self._pending = []
+        self._seconds = 0.0
+
+    def resume(self, metadata):
+        self.trainer.step = metadata["step"]
+        fingerprint = self.trainer.data.fingerprint
+        if metadata["data_fingerprint"] != fingerprint:
+            raise ValueError(
+                "A run must go on with the data it started with. Received: "
+                f"{self.experiment.data_dir}, whose fingerprint is {fingerprint[:12]}; the checkpoint's is "
+                f"{metadata['data_fingerprint'][:12]}. Set DATA_DIR to the old data, or start a new work directory."
+            )
+        best = metadata["best_validation_loss_nats"]
+        self.best_validation_loss = math.inf if best is None else best
+        self.last_validation_loss = metadata["last_validation_loss_nats"]
+        self.skipped_steps = metadata["skipped_steps"]
+
+    def summary(self):
+        return {
+            "step": self.trainer.step,
+            "validation_loss_nats": self.last_validation_loss,
+            "best_step": self.checkpoints.best_step(),
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def loop(self, *, train_metrics, eval_metrics, stop, show_step):
+        experiment, trainer = self.experiment, self.trainer
+        while trainer.step < experiment.train_steps:
+            start = time.perf_counter()
+            self._pending.append(trainer.train_step())
+            self._seconds += time.perf_counter() - start
+            step = trainer.step
+            show_step(step)
+            is_last = step == experiment.train_steps
+            if step % experiment.log_every == 0 or is_last:
+                self._log(train_metrics)
+            loss, is_best = None, False
+            if step % experiment.eval_every == 0 or is_last:
+                self._check_finite()
+                loss = self._evaluate(eval_metrics)
+                is_best = loss < self.best_validation_loss
+                self.best_validation_loss = min(self.best_validation_loss, loss) if is_best else self.best_validation_loss
+                self.last_validation_loss = loss
+            if step % experiment.save_every == 0 or is_last or is_best or stop:
+                self._save(loss)
+            if stop and not is_last:
+                raise StoppedEarlyError(f"stopped by {stop[0]} after step {step}; the checkpoint is saved")
+
+    def _save(self, validation_loss):
+        self._check_finite()
+        finite = math.isfinite(self.best_validation_loss)
+        self.checkpoints.save(
+            self.trainer.step,
+            self.trainer.checkpoint_items(),
+            metadata={
+                "step": self.trainer.step,
+                "data_fingerprint": self.trainer.data.fingerprint,
+                "num_devices": self.trainer.strategy.num_replicas_in_sync,
+                "best_validation_loss_nats": self.best_validation_loss if finite else None,
+                "last_validation_loss_nats": self.last_validation_loss,
+                "skipped_steps": self.skipped_steps,
+            },
+            validation_loss_nats=validation_loss,
+        )
+
+    def _check_finite(self):
+        """Reads the flags of the steps since the last check. Non-finite steps were never applied."""
+        first = self.trainer.step - len(self._pending) + 1
+        results = self.trainer.strategy.experimental_local_results
+        for offset, metrics in enumerate(self._pending):
+            if "checked" in metrics:
+                continue
+            metrics["checked"] = True
+            if bool(results(metrics["is_finite"])[0]):
+                continue
+            seen = (
+                f"step {first + offset}: loss {float(results(metrics['loss'])[0])}, "
+                f"gradient norm {float(results(metrics['gradient_norm'])[0])}"
+            )
+            if self.experiment.on_bad_step == "stop":
+                raise NonFiniteError(
+                    f"The loss or the gradient is not finite at {seen}. The update was not applied. Lower "
+                    "LEARNING_RATE, set Experiment.clip_norm, or set Experiment.on_bad_step = 'skip'."
+                )
+            self.skipped_steps += 1
+            _logger.warning("skipped the update of %s", seen)
+
+    def _log(self, writer):
+        self._check_finite()
+        results = self.trainer.strategy.experimental_local_results
+        step = self.trainer.step
+        num_steps = len(self._pending)
+        values = collections.defaultdict(list)
+        for metrics in self._pending:
+            if not bool(results(metrics["is_finite"])[0]):
+                continue
+            for name in ("loss", "gradient_norm"):
+                values[name].append(float(results(metrics[name])[0]))
+            for shard_id, rows in enumerate(results(metrics["rows_touched"])):
+                values[f"rows_touched/shard_{shard_id}"].append(float(rows))
+        step_secs = self._seconds / num_steps
+        tokens = self.experiment.global_batch_size * self.experiment.window
+        mean = {name: float(np.mean(x)) for name, x in values.items()}
+        loss_tag = f"{self.trainer.loss.name}_loss_nats"
+        scalars = {
+            loss_tag: mean.pop("loss", math.nan),
+            "gradient_norm": mean.pop("gradient_norm", math.nan),
+            "learning_rate": float(self.experiment.body_optimizer.learning_rate_at(step - 1)),
+            "row_learning_rate": float(self.experiment.row_optimizer.learning_rate_at(step - 1)),
+            "tokens_per_sec": tokens / step_secs,
+            "step_secs": step_secs,
+            "epoch": step / self.trainer.batches.steps_per_epoch,
+            "skipped_steps": self.skipped_steps,
+            **mean,
+            **{f"memory_mib/{device}": value for device, value in device_memory_mib().items()},
+        }
+        writer.scalars(step, scalars)
+        shown = (loss_tag, "gradient_norm", "learning_rate", "tokens_per_sec", "epoch")
+        _logger.info("%s", format_log_line(step, {name: scalars[name] for name in shown}))
+        self._pending, self._seconds = [], 0.0
+
+    def _evaluate(self, writer):
+        valid = self.trainer.evaluator.evaluate(self.trainer.data.split("valid"))
+        scalars = {
+            "valid/exact_loss_nats": valid.loss_nats,
+            "valid/exact_perplexity": valid.perplexity,
+            "valid/eval_secs": valid.seconds,
+        }
+        if self.experiment.probe_tokens:
+            probe = self.trainer.evaluator.evaluate(
+                self.trainer.data.split("train")[: self.experiment.probe_tokens], with_training_loss=True
+            )
+            name = self.trainer.loss.name
+            scalars["probe/exact_loss_nats"] = probe.loss_nats
+            scalars["probe/exact_perplexity"] = probe.perplexity
+            if name != "exact":
+                scalars[f"probe/{name}_loss_nats"] = probe.training_loss_nats
+                scalars[f"probe/{name}_minus_exact_nats"] = probe.training_loss_nats - probe.loss_nats
+        writer.scalars(self.trainer.step, scalars)
+        shown = ("valid/exact_loss_nats", "valid/exact_perplexity", "valid/eval_secs")
+        _logger.info("%s", format_log_line(self.trainer.step, {name: scalars[name] for name in shown}))
+        return valid.loss_nats
+
+
+@contextlib.contextmanager
+def _stop_signals():
+    """Collects the names of SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
+    received = []
+
+    def handle(number, frame):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
