@@ -1,4 +1,4 @@
-"""Factories: what a configuration refers to by `@name`, with its arguments, and whether values fit where they go."""
+"""What a configuration refers to by `@name`, with its arguments; and whether values fit where they go."""
 
 import collections.abc
 import dataclasses
@@ -9,6 +9,8 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
+
+import keras
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,17 +115,16 @@ def _construction(function):
 
 def parameters(function) -> Iterator[inspect.Parameter]:
     """The parameters that can be given by name, in order."""
-    parameters = inspect.signature(_construction(function)).parameters.values()
-    return (
-        p
-        for p in itertools.islice(parameters, int(inspect.isclass(function)), None)
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    )
+    found = inspect.signature(_construction(function)).parameters.values()
+    found_but_self = itertools.islice(found, int(inspect.isclass(function)), None)
+    return (p for p in found_but_self if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
 def annotations(function) -> dict[str, Any]:
-    """{parameter: type}, and `return`, as far as they are told; `_NotText` where only a default is, a number."""
+    """{parameter: type}, and `return`, where told; `_NotText` for an untold one that takes numbers."""
     hints = {p.name: _NotText for p in parameters(function) if isinstance(p.default, int | float)}
+    if inspect.isclass(function) and issubclass(function, keras.optimizers.schedules.LearningRateSchedule):
+        hints = {p.name: _NotText for p in parameters(function) if p.name != "name"}  # Keras tells no types.
     try:
         return hints | typing.get_type_hints(_construction(function))
     except (NameError, TypeError):  # Annotations that name what is imported for type checkers alone.
@@ -131,7 +132,7 @@ def annotations(function) -> dict[str, Any]:
 
 
 class _NotText:
-    """Stands for the untold type of a parameter whose default is a number: it may well be a schedule, but no text."""
+    """Stands for the untold type of a parameter that takes numbers: perhaps a schedule too, but no text."""
 
 
 def fits(value, hint) -> bool:
@@ -170,11 +171,12 @@ def _result_fits(function, kind) -> bool:
     """Whether what `function` returns can be of `kind`: known for classes and annotated functions."""
     result = function if inspect.isclass(function) else annotations(function).get("return", Any)
     result = typing.get_origin(result) or result
-    if not isinstance(result, type) or getattr(kind, "_is_protocol", False):
+    unknown = (
+        not isinstance(result, type) or not isinstance(kind, type) or getattr(kind, "_is_protocol", False)
+    )
+    if unknown or (result is int and kind in (float, complex)):
         return True
-    if kind is collections.abc.Callable:
-        return issubclass(result, collections.abc.Callable) or issubclass(object, result)
-    return not isinstance(kind, type) or issubclass(result, kind) or issubclass(kind, result)
+    return issubclass(result, kind) or issubclass(kind, result)
 
 
 def _items_fit(value, arguments) -> bool:
@@ -188,6 +190,12 @@ def _items_fit(value, arguments) -> bool:
 
 
 def wrong_type(where, value, *, function, macro=None) -> ValueError:
+    """The error to raise when `value` does not fit a parameter of `function`.
+
+    Args:
+      where: the parameter, as the configuration spells it.
+      macro: name of the macro that holds the value, if one does.
+    """
     parameter = where.rpartition(".")[2]
     hint = annotations(function)[parameter]
     if hint is _NotText:
