@@ -35,7 +35,7 @@ def main(argv):
     if not _WORKDIR.value and not _DRY_RUN.value:
         raise ValueError("--workdir is required. Received: none. Pass for example --workdir=runs/my_run.")
     # TensorFlow takes seconds to import: complain about flags before.
-    from lmscale import configuration, dry_run, trainer
+    from lmscale import configuration, trainer
     from lmscale.distribution.strategies import make_strategy
     from lmscale.workdir import Workdir
 
@@ -44,11 +44,13 @@ def main(argv):
     if _DRY_RUN.value:
         strategy = make_strategy(cpu_devices=_CPU_DEVICES.value)
         print(configuration.describe(config))
+        from lmscale import dry_run
+
         dry_run.print_report(config.experiment, num_devices=strategy.num_replicas_in_sync)
         return 0
     with Workdir(_WORKDIR.value) as workdir:
         finished = workdir.finished()
-        configuration.check_same_run(config, workdir.config_path)
+        _check_same_run(config, workdir)
         if finished is not None and finished["step"] >= config.experiment.train_steps:
             print(f"This run is finished: {workdir.path}, {json.dumps(finished)}")
             return 0
@@ -68,6 +70,30 @@ def main(argv):
         print(f"Finished: {workdir.path}, {json.dumps(summary)}")
         print(f"TensorBoard: tensorboard --logdir={workdir.path}")
     return 0
+
+
+# What a run may change when it goes on: how long, how often, where the same data lies.
+_MAY_CHANGE = {
+    *("TRAIN_STEPS", "LOG_EVERY", "EVAL_EVERY", "SAVE_EVERY", "DATA_DIR"),
+    *(
+        f"experiment.Experiment.{name}"
+        for name in ("data_dir", "train_steps", "log_every", "eval_every", "save_every", "keep_checkpoints")
+    ),
+}
+
+
+def _check_same_run(config, workdir):
+    """Raises ValueError if the work directory belongs to a run of other settings."""
+    if not workdir.config_path.exists():
+        return
+    differences = config.differences(workdir.config_path.read_text(encoding="utf-8"))
+    refused = [line for line in differences if line.split(":")[0] not in _MAY_CHANGE]
+    if refused:
+        raise ValueError(
+            f"The run in {workdir.path} goes on with the settings it started with. Received other ones:\n  "
+            + "\n  ".join(refused)
+            + "\nRun with the old settings, or give another --workdir."
+        )
 
 
 def run():
