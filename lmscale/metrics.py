@@ -16,8 +16,8 @@ import tensorflow as tf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api as hparams_api
-from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -72,8 +72,10 @@ class MetricsWriter:
         """
         wall_time = time.time()
         values = {tag: _number(value) for tag, value in metrics.items()}
-        for tag, value in values.items():
-            self._events.add_event(Event(summary=scalar_pb(tag, value), step=step, wall_time=wall_time))
+        # `simple_value`, not the tensors that tf.summary writes: TensorBoard's EventAccumulator, by which
+        # scripts read event files, hides the later steps of a resumed run only for these.
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._events.add_event(Event(summary=summary, step=step, wall_time=wall_time))
         line: dict[str, float | None] = {"step": int(step), "wall_time": round(wall_time, 3)}
         line |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         self._lines.write(json.dumps(line) + "\n")
@@ -187,7 +189,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict | None]]:
 
 
 def _keep_lines(path: Path, *, last_step: float) -> None:
-    """Drops the lines of later steps, and what is no line: a run that was killed may have cut its last short."""
+    """Drops the lines of later steps, and what is no line: a run that was killed may have cut its last."""
     if not path.exists():
         return
     lines = list(_lines(path))
@@ -225,7 +227,7 @@ def _format(value: float | int) -> str:
 
 @contextlib.contextmanager
 def _logging_to(terminal, *, instead) -> Iterator[None]:
-    """Log handlers that write to `terminal` write to `instead`: they hold the stream that was stderr before."""
+    """Has log handlers, which hold the stream that was stderr before, write to `instead` of `terminal`."""
     handlers = [getattr(handler, "python_handler", handler) for handler in logging.getLogger().handlers]
     moved = [
         handler

@@ -134,7 +134,7 @@ class Workdir:
         except OSError as error:
             lock.close()
             raise ValueError(
-                f"The working directory {self.path} must be on a filesystem that has locks ({error.strerror})."
+                f"The working directory {self.path} must be on a filesystem with locks ({error.strerror})."
             ) from error
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
