@@ -70,7 +70,8 @@ def sampled_softmax_loss(
       sampled_log_expected_count: [num_sampled] float32, of each sampled id.
       true_bias: [tokens] or None.
       sampled_bias: [num_sampled] or None.
-      remove_accidental_hits: leave out, for each token, the sampled ids that are its label.
+      remove_accidental_hits: leave out, for each token, the sampled ids that are its label: every copy of an
+        id drawn repeatedly, where tf.nn.sampled_softmax_loss leaves out one.
 
     Returns:
       [tokens] float32, nats, unreduced.

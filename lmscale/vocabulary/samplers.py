@@ -131,9 +131,8 @@ class LogUniformSampler(Sampler):
 
     Needs no table of the vocabulary's size: the class under a point has a closed form, taken relative to the
     start of the cell. (In float32, exp(u * log(vocab_size + 1)) by itself would skip most ids beyond 2**20.)
-    The frequency of any id agrees with its expected count to about 2**-24 of the ids in its cell: to 2e-4,
-    relative, at a vocabulary of 10**7. Compiled and uncompiled draws may differ by one id where rounding
-    decides.
+    The frequency of any id agrees with its expected count to 1e-3, relative, at a vocabulary of 10**7, and
+    better at smaller ones. Compiled and uncompiled draws may differ by one id where rounding decides.
 
     With `replacement`, draws are independent and the expected count is num_sampled * p(id). Without, it is
     min(1, scale * p(id)), with the scale that makes the sum num_sampled: a prefix of the ids is drawn exactly
