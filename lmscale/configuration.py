@@ -257,8 +257,9 @@ def _explained(source):
         if isinstance(error, SyntaxError):
             where = f"{error.filename}, line {error.lineno}" if error.filename else source
             message = f"{error.msg} in: {(error.text or '').strip()}" if error.text else error.msg
+        shell = " (which the shell must let through)" if source.startswith("binding") else ""
         raise ValueError(
-            f"{where}: {_one_line(message)}. Expected NAME = value, with strings in quotes: NAME = 'text'."
+            f"{where}: {_one_line(message)}. Expected NAME = value, with text in quotes{shell}: NAME = 'text'."
         ) from error
     except (ValueError, AttributeError, NameError, ImportError, OSError, TypeError, RuntimeError) as error:
         message, *locations = re.split(r"\n  In (?=file \"|bindings string)", str(error))

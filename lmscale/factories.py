@@ -171,10 +171,10 @@ def _result_fits(function, kind) -> bool:
     """Whether what `function` returns can be of `kind`: known for classes and annotated functions."""
     result = function if inspect.isclass(function) else annotations(function).get("return", Any)
     result = typing.get_origin(result) or result
-    unknown = (
-        not isinstance(result, type) or not isinstance(kind, type) or getattr(kind, "_is_protocol", False)
-    )
-    if unknown or (result is int and kind in (float, complex)):
+    if result is Any or not isinstance(result, type):
+        # Unknown. Where a function is asked for, the function itself must have been meant, without ().
+        return kind is not collections.abc.Callable
+    if not isinstance(kind, type) or getattr(kind, "_is_protocol", False) or (result, kind) == (int, float):
         return True
     return issubclass(result, kind) or issubclass(kind, result)
 
@@ -206,9 +206,9 @@ def wrong_type(where, value, *, function, macro=None) -> ValueError:
         expected = re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(hint))
     name = macro or where
     advice = f"Set {name} to a value of that type."
-    if isinstance(value, Factory):
+    if isinstance(value, Factory) and fits(Result(value), hint):
         advice = f"To pass what it returns, write {name} = @{value.name}()."
-    elif isinstance(value, Result):
+    elif isinstance(value, Result) and fits(value.factory, hint):
         advice = f"To pass the function itself, write {name} = @{value.factory.name}."
     kind = "a reference" if isinstance(value, Factory | Result) else type(value).__name__
     return ValueError(
