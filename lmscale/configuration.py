@@ -257,9 +257,9 @@ def _explained(source):
         if isinstance(error, SyntaxError):
             where = f"{error.filename}, line {error.lineno}" if error.filename else source
             message = f"{error.msg} in: {(error.text or '').strip()}" if error.text else error.msg
-        shell = " (which the shell must let through)" if source.startswith("binding") else ""
+        shell = " (which a shell must let through)" if source.startswith("binding") else ""
         raise ValueError(
-            f"{where}: {_one_line(message)}. Expected NAME = value, with text in quotes{shell}: NAME = 'text'."
+            f"{where}: {_one_line(message)}. Expected NAME = value, text in quotes{shell}: NAME = 'text'."
         ) from error
     except (ValueError, AttributeError, NameError, ImportError, OSError, TypeError, RuntimeError) as error:
         message, *locations = re.split(r"\n  In (?=file \"|bindings string)", str(error))
@@ -318,7 +318,7 @@ class _Resolver:
       used: {(selector, scopes): Factory}, in the order in which they are met.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.macros: dict[str, Any] = {}
         self.used: dict[tuple[str, str], factories.Factory] = {}
         self._config = {key: dict(parameters) for key, parameters in gin_config._CONFIG.items()}

@@ -496,7 +496,7 @@ def test_not_gin(load, text, message):
 
 def test_not_gin_in_a_binding(load):
     with pytest.raises(
-        ValueError, match=r"binding 'DATA=runs/data': .*Expected NAME = value, with text in quotes"
+        ValueError, match=r"binding 'DATA=runs/data': .*Expected NAME = value, text in quotes"
     ):
         load(BASE, "DATA=runs/data")
 

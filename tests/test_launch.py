@@ -17,7 +17,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 def run(*command, cwd, **environment):
-    """Runs a command, without PYTHON in its environment; returns the completed process, its output as text."""
+    """Runs a command, without PYTHON in its environment; returns the process, with its output as text."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHON"}
     return subprocess.run(
         [str(part) for part in command],
@@ -147,7 +147,7 @@ def fake_python(path, version="3.12.1", suitable=True):
 
 @pytest.fixture
 def setup(project, tmp_path):
-    """Runs launch/setup.sh where all Pythons found are stand-ins; returns the process and what it installed."""
+    """Runs launch/setup.sh where all Pythons are stand-ins; returns the process and what it installed."""
     log = tmp_path / "log"
     only = tmp_path / "bin"
     for name in ("python3.12", "python3.11", "python3.13", "python3.10", "python3"):
