@@ -60,7 +60,9 @@ def expand_patterns(patterns: Sequence[str], *, flag: str) -> list[Path]:
         if path.stat().st_size == 0:
             raise ValueError(f"{flag}: {str(path)!r} is empty (0 bytes). Remove it from the list or fill it.")
         if path.suffix in _UNREADABLE_SUFFIXES:
-            raise ValueError(f"{flag}: {path.suffix} is not read. Received: {str(path)!r}. Use text, .gz or .xz.")
+            raise ValueError(
+                f"{flag}: {path.suffix} is not read. Received: {str(path)!r}. Use text, .gz or .xz."
+            )
     resolved = [path.resolve() for path in paths]
     for position, path in enumerate(resolved):
         if path in resolved[:position]:
@@ -110,8 +112,8 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
                 number = lines_before + data.count(b"\n", 0, error.start) + 1
                 column = error.start - (data.rfind(b"\n", 0, error.start) + 1)
                 raise ValueError(
-                    f"{path}, line {number}: not UTF-8 (byte 0x{data[error.start]:02x} at byte {column + 1} of the "
-                    "line). Convert the file, for instance with iconv -t UTF-8."
+                    f"{path}, line {number}: not UTF-8 (byte 0x{data[error.start]:02x} at byte {column + 1} of "
+                    "the line). Convert the file, for instance with iconv -t UTF-8."
                 ) from error
             lines_before += data.count(b"\n")
             lines = text.replace("\r\n", "\n").split("\n")
@@ -124,7 +126,7 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
 
 
 def _last_cut(data: bytes) -> int:
-    """Where to cut: behind the last line end; in a longer line, before its last blank; 0 if there is neither."""
+    """Where to cut: behind the last line end; in a longer line, before its last blank; if neither, at 0."""
     line_end = data.rfind(b"\n") + 1
     return line_end or max(max(data.rfind(blank) for blank in _BLANKS), 0)
 
@@ -135,7 +137,8 @@ def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
     expected = _MAGIC_OF_SUFFIX.get(path.suffix)
     if expected and not start.startswith(expected):
         raise ValueError(
-            f"{path}: must be a {path.suffix} file by its name. Received: first bytes {start!r}. Rename or remake it."
+            f"{path}: must be a {path.suffix} file by its name. Received: first bytes {start!r}. "
+            "Rename or remake it."
         )
     if start.startswith(_GZIP):
         return gzip.open(raw)  # type: ignore[return-value]

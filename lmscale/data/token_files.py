@@ -82,7 +82,8 @@ class PreparedData:
             if path.stat().st_size != entry["bytes"]:
                 raise ValueError(
                     f"{path}: must have {entry['bytes']:,} bytes by {MANIFEST_FILE}. "
-                    f"Received: {path.stat().st_size:,} bytes. The file is damaged or was replaced: prepare again."
+                    f"Received: {path.stat().st_size:,} bytes. "
+                    "The file is damaged or was replaced: prepare again."
                 )
             if verify and (digest := file_sha256(path)) != entry["sha256"]:
                 raise ValueError(
@@ -157,19 +158,21 @@ class PreparedDirectoryWriter:
 
         Args:
           directory: the final place.
-          replace: whether a prepared directory may be there already, to be replaced at the end.
+          replace: whether a directory may be there already, to be replaced at the end.
         Raises:
           OSError: if the folder cannot be made.
         """
-        self._final = directory.absolute()
+        self._final = directory.resolve()
         self._replace = replace
         self._made_parents = [p for p in self._final.parents if not p.exists()]
         try:
             self._final.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{self._final.name}.partial-", dir=self._final.parent))
-        except OSError:
+            self.folder = Path(
+                tempfile.mkdtemp(prefix=f".{self._final.name}.partial-", dir=self._final.parent)
+            )
+        except OSError as error:
             self._remove_made_parents()
-            raise
+            raise OSError(f"{directory}: the output cannot be written there: {error.strerror}.") from error
         self._finished = False
 
     def __enter__(self):
@@ -279,7 +282,7 @@ def _read_manifest(directory: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}. Prepare the data again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: must say \"format\": {FORMAT!r}. Prepare the data again.")
+        raise ValueError(f'{path}: must say "format": {FORMAT!r}. Prepare the data again.')
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path}: format_version must be {FORMAT_VERSION}. Received: {manifest.get('format_version')!r}. "
@@ -292,7 +295,9 @@ def _read_manifest(directory: Path) -> dict:
             entry = entry.get(key) if isinstance(entry, dict) else None  # type: ignore[assignment]
         if not _is_file_entry(entry) or any(type(entry.get(key)) is not int for key in keys):
             wanted = ", ".join(("file", "bytes", "sha256", *keys))
-            raise ValueError(f"{path}: {place!r} must hold {wanted}. Received: {entry!r}. Prepare the data again.")
+            raise ValueError(
+                f"{path}: {place!r} must hold {wanted}. Received: {entry!r}. Prepare the data again."
+            )
     if not all(map(_is_file_entry, manifest.setdefault("tokenizer_files", []))):
         raise ValueError(f"{path}: 'tokenizer_files' must list file, bytes, sha256. Prepare the data again.")
     vocabulary = manifest["vocabulary"]
@@ -303,8 +308,8 @@ def _read_manifest(directory: Path) -> dict:
         expected = entry["tokens"] * token_dtype(vocabulary["size"]).itemsize
         if entry["tokens"] < 1 or entry["bytes"] != expected:
             raise ValueError(
-                f"{path}: {entry['tokens']:,} tokens of 'splits.{split}' must take {expected:,} bytes, and at "
-                f"least one token is needed. Received: bytes={entry['bytes']:,}. Prepare the data again."
+                f"{path}: {entry['tokens']:,} tokens of 'splits.{split}' must take {expected:,} bytes, and "
+                f"there must be one at least. Received: bytes={entry['bytes']:,}. Prepare the data again."
             )
     return manifest
 

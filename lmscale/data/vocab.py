@@ -76,7 +76,7 @@ class Vocabulary:
 
 
 class _IdsOrUnk(dict):
-    """A dict whose `[]` gives the id of `<unk>` for an absent key. Indexing stays a single C call per token."""
+    """A dict whose `[]` gives the id of `<unk>` for an absent key; a hit stays a single C call."""
 
     def __init__(self, known, *, unk_id):
         super().__init__(known)
@@ -84,6 +84,21 @@ class _IdsOrUnk(dict):
 
     def __missing__(self, key):
         return self._unk_id
+
+
+def check_limits(*, vocab_size: int | None, min_count: int) -> None:
+    """Checks the limits of `build_vocabulary` before any text is read.
+
+    Raises:
+      ValueError: if a limit is too small.
+    """
+    if vocab_size is not None and vocab_size < 3:
+        raise ValueError(
+            f"vocab_size must be at least 3: {UNK}, {EOS} and one token. "
+            f"Received: vocab_size={vocab_size}. Use a larger one, or none for no limit."
+        )
+    if min_count < 1:
+        raise ValueError(f"min_count must be at least 1. Received: min_count={min_count}.")
 
 
 def build_vocabulary(
@@ -99,15 +114,10 @@ def build_vocabulary(
       vocab_size: rows at most, `<unk>` and `<eos>` included; None for no limit.
       min_count: tokens seen fewer times than this become `<unk>`.
     Raises:
-      ValueError: if a limit is too small, or nothing but `<unk>` and `<eos>` would be left.
+      ValueError: if a limit is too small, nothing but `<unk>` and `<eos>` would be left, or a token holds
+        white space, which vocab.txt could not keep.
     """
-    if vocab_size is not None and vocab_size < 3:
-        raise ValueError(
-            f"vocab_size must be at least 3: {UNK}, {EOS} and one token. "
-            f"Received: vocab_size={vocab_size}. Use a larger one, or none for no limit."
-        )
-    if min_count < 1:
-        raise ValueError(f"min_count must be at least 1. Received: min_count={min_count}.")
+    check_limits(vocab_size=vocab_size, min_count=min_count)
     ranked = sorted(
         (item for item in counts.items() if item[1] >= min_count and item[0] not in (UNK, EOS)),
         key=lambda item: (-item[1], item[0]),
@@ -116,10 +126,15 @@ def build_vocabulary(
         del ranked[vocab_size - 2 :]
     if not ranked:
         raise ValueError(
-            f"At least one token must occur min_count={min_count} times. Received: {len(counts):,} types, the "
-            f"most frequent {max(counts.values(), default=0):,} times, {EOS} included. "
+            f"At least one token must occur min_count={min_count} times. Received: {len(counts):,} types, "
+            f"the most frequent {max(counts.values(), default=0):,} times, {EOS} included. "
             "Use a smaller min_count, or more text."
         )
+    for token, _ in ranked:
+        if token.split() != [token]:
+            raise ValueError(
+                f"A token must not be empty nor hold white space. Received: {token!r}. Use another tokenizer."
+            )
     num_eos = counts.get(EOS, 0)
     num_unk = sum(counts.values()) - num_eos - sum(count for _, count in ranked)
     ranked += [(EOS, num_eos), (UNK, num_unk)]

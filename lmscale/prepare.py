@@ -1,0 +1,133 @@
+"""Turns text into a prepared directory: a vocabulary, compact token files and a manifest.
+
+Either three texts or one which is split here:
+
+  python -m lmscale.prepare --train=train.txt --valid=valid.txt --test=test.txt --output=DIR
+  python -m lmscale.prepare --input='books/*.txt.xz' --output=DIR
+
+Each is a file, a glob or a comma-separated list of them: UTF-8, plain or compressed with gzip or xz.
+One `<eos>` stands at the end of each line. The vocabulary comes from the training text alone: all its
+tokens, unless --vocab_size or --min_count limits it; the others become `<unk>`. --input is dealt to the
+splits in blocks of --block_lines lines, each block to the split that is furthest behind its fraction.
+
+The same text and options give the same bytes. A directory which exists already is left alone if it was
+made of the same text with the same options, and refused otherwise, unless --overwrite is given.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from lmscale import command_line
+from lmscale.data import preparation, token_files, tokenizers
+
+_TRAIN = flags.DEFINE_list("train", None, "Training text.")
+_VALID = flags.DEFINE_list("valid", None, "Validation text.")
+_TEST = flags.DEFINE_list("test", None, "Test text.")
+_INPUT = flags.DEFINE_list("input", None, "One text to be split, in place of --train, --valid and --test.")
+_VALID_FRACTION = flags.DEFINE_float(
+    "valid_fraction", None, "With --input: fraction for validation; unset: 0.05."
+)
+_TEST_FRACTION = flags.DEFINE_float("test_fraction", None, "With --input: fraction for test; unset: 0.05.")
+_BLOCK_LINES = flags.DEFINE_integer("block_lines", None, "With --input: lines dealt together; unset: 100.")
+_OUTPUT = flags.DEFINE_string("output", None, "The directory to make.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a prepared directory at --output.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", "whitespace", f"How lines become tokens: {', '.join(tokenizers.tokenizer_names())}."
+)
+_SENTENCEPIECE_MODEL = flags.DEFINE_string("sentencepiece_model", None, "Model of --tokenizer=sentencepiece.")
+_VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", None, "Rows of the vocabulary at most, <unk> and <eos> included; unset: no limit."
+)
+_MIN_COUNT = flags.DEFINE_integer(
+    "min_count", 1, "Tokens seen fewer times in the training text become <unk>."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Prepares what the flags say, and prints what came out."""
+    del argv
+    if not _OUTPUT.value:
+        raise ValueError("--output must name the directory to make. Received none.")
+    tokenizer = tokenizers.make_tokenizer(
+        _TOKENIZER.value, options={"sentencepiece_model": _SENTENCEPIECE_MODEL.value}
+    )
+    with _progress() as report:
+        data, made = preparation.prepare(
+            _corpus(),
+            output=Path(_OUTPUT.value),
+            tokenizer=tokenizer,
+            vocab_size=_VOCAB_SIZE.value,
+            min_count=_MIN_COUNT.value,
+            overwrite=_OVERWRITE.value,
+            report=report,
+        )
+    print(_summary(data))
+    print(f"Wrote {_OUTPUT.value}." if made else f"{_OUTPUT.value} holds this already: nothing to do.")
+    return 0
+
+
+def run() -> None:
+    """The console script."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Some tokenizers import TensorFlow.
+    command_line.run_main(main)
+
+
+def _corpus() -> preparation.Corpus:
+    texts = {"train": _TRAIN.value, "valid": _VALID.value, "test": _TEST.value}
+    given = {name: patterns for name, patterns in texts.items() if patterns is not None}
+    rule_flags = (_VALID_FRACTION, _TEST_FRACTION, _BLOCK_LINES)
+    rule: dict[str, Any] = {flag.name: flag.value for flag in rule_flags if flag.value is not None}
+    shown = ", ".join(f"--{name}" for name in given) or "none of them"
+    if _INPUT.value is not None:
+        if given:
+            raise ValueError(
+                f"--input stands in place of --train, --valid and --test. Received also: {shown}."
+            )
+        return preparation.Corpus({"input": _INPUT.value}, rule=preparation.LineBlockSplit(**rule))
+    if len(given) < len(texts):
+        raise ValueError(f"--train, --valid and --test are needed, or --input alone. Received: {shown}.")
+    if rule:
+        raise ValueError(f"--{next(iter(rule))} applies to --input only. Received: {shown}.")
+    return preparation.Corpus(given)
+
+
+def _summary(data: token_files.PreparedData) -> str:
+    types = data.manifest["vocabulary"]["types_in_train_text"]
+    lines = [f"vocabulary {data.vocab_size:,} rows, of {types:,} types in the training text"]
+    for name in token_files.SPLITS:
+        split = data.manifest["splits"][name]
+        lines.append(
+            f"{name:5} {split['tokens']:,} tokens, {split['lines']:,} lines, {split['types']:,} types, "
+            f"{split['unk_tokens']:,} <unk> ({split['unk_tokens'] / split['tokens']:.2%})"
+        )
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _progress():
+    """A `preparation.Report`: a bar for each phase if stderr is a terminal, else nothing."""
+    if not sys.stderr.isatty():
+        yield lambda phase, done, total: None
+        return
+    import rich.console
+    import rich.progress
+
+    columns = [*rich.progress.Progress.get_default_columns(), rich.progress.DownloadColumn()]
+    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bars:
+        tasks: dict[str, rich.progress.TaskID] = {}
+
+        def report(phase: str, done: int, total: int):
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        yield report
+
+
+if __name__ == "__main__":
+    run()
