@@ -45,7 +45,8 @@ class MetricsWriter:
         Args:
           directory: where to write; made if absent.
           resume_step: the run goes on from this step. What it wrote for later steps, before it was killed
-            or went back, is removed from metrics.jsonl and hidden by TensorBoard. None: keep all.
+            or went back, is removed from metrics.jsonl and hidden by TensorBoard. -1: it starts, and
+            nothing that a run left here before its first checkpoint is kept. None: keep all.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)

@@ -100,6 +100,9 @@ def test_resume_from_the_start(tmp_path):
     write_steps(tmp_path, [20], value=2.0, resume_step=0)
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 20]
     assert tensorboard_scalars(tmp_path)["train/loss_nats"] == [(0, 1.0), (20, 2.0)]
+    write_steps(tmp_path, [0], value=3.0, resume_step=-1)
+    assert [line["train/loss_nats"] for line in read_metrics(tmp_path)] == [3.0]
+    assert tensorboard_scalars(tmp_path)["train/loss_nats"] == [(0, 3.0)]
 
 
 def test_without_resume_step_everything_is_kept(tmp_path):
