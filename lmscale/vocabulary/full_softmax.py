@@ -2,10 +2,10 @@
 
     loss[t] = logsumexp_v(logits[t, v]) - logits[t, label[t]],    logits[t, v] = hidden[t] . row[v] + bias[v]
 
-Every shard streams its own rows, `block_rows` at a time, over the tokens of all replicas with a running logsumexp,
-so that the [tokens, vocab_size] logits never exist: the largest temporary is [tokens, block_rows]. Gradients
-recompute the logits of each block instead of keeping them. The arithmetic of a block is compiled with XLA, which
-reads the logits twice (maximum; exponential and sum) and writes nothing but the product itself.
+Every shard streams its own rows, `block_rows` at a time, over the tokens of all replicas with a running
+logsumexp, so that the [tokens, vocab_size] logits never exist: the largest temporary is [tokens, block_rows].
+Gradients recompute the logits of each block instead of keeping them. The arithmetic of a block is compiled
+with XLA, which reads the logits twice (maximum; exponential and sum) and writes only the product itself.
 
 `shard_logsumexp` and `shard_gradients` are local to a shard; `full_softmax_loss` and
 `full_softmax_value_and_gradients` combine the shards, inside `strategy.run` and outside any gradient tape.
@@ -94,7 +94,7 @@ def shard_gradients(
 ):
     """One shard's part of the gradients of `sum(loss_weights * loss)`, the logits recomputed block by block.
 
-    With d[t, r] = loss_weights[t] * (exp(logits[t, r] - logsumexp[t]) - [r == local_labels[t]]), valid rows r only:
+    With d[t, r] = loss_weights[t] * (exp(logits[t, r] - logsumexp[t]) - [r == local_labels[t]]) on valid rows r,
     d_hidden = d . rows, d_rows = d^T . hidden, d_bias = sum_t d[t].
 
     Args:
@@ -105,8 +105,9 @@ def shard_gradients(
       loss_weights: [tokens] float32, the gradient arriving at each token's loss.
 
     Returns:
-      d_hidden [tokens, embed_dim] float32, to be summed over shards; d_rows [shard_rows, embed_dim] float32, the
-      only table-sized buffer; d_bias [shard_rows] float32, or None without a bias.
+      d_hidden [tokens, embed_dim] float32, to be summed over shards.
+      d_rows [shard_rows, embed_dim] float32, the only table-sized buffer.
+      d_bias [shard_rows] float32, or None without a bias.
 
     Raises:
       ValueError: as for `shard_logsumexp`.
@@ -132,14 +133,14 @@ def full_softmax_loss(
 ):
     """Exact cross-entropy of each token against the whole vocabulary, its rows sharded over the replicas.
 
-    Row `id` is local row `id // num_replicas` of replica `id % num_replicas`. Every replica brings the same number
-    of tokens. The logits are as exact as the device's float32 products: NVIDIA GPUs use TensorFloat-32 unless
-    `tf.config.experimental.enable_tensor_float_32_execution(False)` was called.
+    Row `id` is local row `id // num_replicas` of replica `id % num_replicas`. Every replica brings the same
+    number of tokens. The logits are as exact as the device's float32 products: NVIDIA GPUs use TensorFloat-32
+    unless `tf.config.experimental.enable_tensor_float_32_execution(False)` was called.
 
     Args:
       hidden: [tokens, embed_dim] float, this replica's tokens.
       labels: [tokens] integer ids. A label outside the vocabulary gives NaN.
-      rows: [shard_rows, embed_dim], this replica's shard: a tensor, or this replica's own component of a variable.
+      rows: [shard_rows, embed_dim], this replica's shard: a tensor, or its own component of a variable.
       bias: [shard_rows], or None.
       num_valid_rows: int or scalar int32; rows of this shard from there on are padding.
       block_rows: int, rows read at a time; None for `default_block_rows` at the tokens of all replicas.
@@ -151,8 +152,9 @@ def full_softmax_loss(
     Raises:
       ValueError: if static shapes are unknown or disagree, or block_rows < 1.
 
-    Communication, with N = num_replicas: all-gather of hidden [tokens, embed_dim] and labels [tokens] to N times
-      the tokens; all-gather of the shards' logsumexp [1, N * tokens]; all-reduce of the true logits [N * tokens].
+    Communication, with N = num_replicas: all-gather of hidden [tokens, embed_dim] and of labels [tokens], to
+      N * tokens; all-gather of the shards' logsumexp [1, N * tokens], to [N, N * tokens]; all-reduce of the
+      true logits [N * tokens].
     """
     _check_tokens(hidden, labels=labels)
     tokens = hidden.shape[0]
@@ -166,8 +168,8 @@ def full_softmax_value_and_gradients(
 ):
     """`full_softmax_loss` with the gradients of its weighted sum over the tokens of all replicas.
 
-    No tape is needed, and none may record this. Costs four products of tokens and rows (one for the loss, one to
-    recompute the logits, two for the gradients) and one [shard_rows, embed_dim] buffer.
+    No tape is needed, and none may record this. Costs four products of tokens and rows (one for the loss, one
+    to recompute the logits, two for the gradients) and one [shard_rows, embed_dim] buffer.
 
     Args:
       hidden, labels, rows, bias, num_valid_rows, block_rows, compute_dtype: as for `full_softmax_loss`.
@@ -267,8 +269,8 @@ def _checked_block_rows(hidden, *, rows, bias, block_rows):
     tokens, embed_dim = hidden.shape
     if rows.shape.rank != 2 or not rows.shape[0] or rows.shape[1] != embed_dim:
         raise ValueError(
-            f"rows must have a static shape [shard_rows, {embed_dim}], as hidden {hidden.shape}, with at least one "
-            f"row. Received: {rows.shape}. Project hidden to the size of a row and give every shard a row."
+            f"rows must have a static shape [shard_rows, {embed_dim}] with hidden {hidden.shape}, shard_rows at "
+            f"least 1. Received: {rows.shape}. Project hidden to the size of a row, give every shard a row."
         )
     shard_rows = rows.shape[0]
     if bias is not None and bias.shape.as_list() != [shard_rows]:
@@ -284,10 +286,10 @@ def _checked_block_rows(hidden, *, rows, bias, block_rows):
 
 
 def _read_block(rows, bias, block, block_rows, num_valid_rows):
-    """Rows [block_rows, embed_dim] and bias [block_rows] or None of a block, their local ids, which are valid.
+    """Rows [block_rows, embed_dim] and bias [block_rows] (or None) of a block, their ids, and which are valid.
 
-    A gather, not a slice: reading a variable that scatter updates have touched copies the whole of it, gathering
-    from it never does.
+    A gather, not a slice: a slice reads the variable, and reading one that scatter updates have touched
+    copies the whole of it.
     """
     local_ids = block * block_rows + tf.range(block_rows, dtype=tf.int32)
     valid = local_ids < tf.minimum(num_valid_rows, rows.shape[0])
@@ -296,7 +298,11 @@ def _read_block(rows, bias, block, block_rows, num_valid_rows):
 
 
 def _block_logits(hidden, rows, bias, valid):
-    """[tokens, block_rows] float32 logits, -inf where not valid; hidden and rows are of one dtype."""
+    """[tokens, block_rows] float32 logits, -inf where not valid; hidden and rows are of one dtype.
+
+    Adding to the product before anything reduces it also keeps XLA on CPU (TensorFlow 2.21) from fusing a
+    bfloat16 product with a reduction, which aborts the process.
+    """
     logits = tf.matmul(hidden, rows, transpose_b=True, output_type=tf.float32)
     bias = tf.zeros(valid.shape, tf.float32) if bias is None else tf.cast(bias, tf.float32)
     return logits + tf.where(valid, bias, -float("inf"))
@@ -320,19 +326,32 @@ def _logsumexp_of_block(hidden, rows, bias, valid, running_max, running_sum):
 
 @tf.function(jit_compile=True, autograph=False)
 def _gradients_of_block(
-    hidden, rows, bias, valid, local_ids, local_labels, logsumexp, loss_weights, d_hidden
+    hidden,
+    hidden_transposed,
+    rows,
+    bias,
+    valid,
+    local_ids,
+    local_labels,
+    logsumexp,
+    loss_weights,
+    d_hidden,
 ):
-    """Adds a block to d_hidden; returns it with the block's d_rows and d_bias."""
+    """Adds a block to d_hidden; returns it and (d_rows transposed, d_bias if there is a bias) of the block.
+
+    hidden is transposed before and d_rows after, outside: in here XLA would turn them into a product with the
+    transpose of d_logits, which takes it 1.6 (float32) to 3 (bfloat16) times as long on a CPU.
+    """
     rows = _without_padding(rows, valid, hidden.dtype)
     logits = _block_logits(hidden, rows, bias, valid)
     is_label = (local_labels[:, tf.newaxis] == local_ids) & valid
     probabilities = tf.exp(logits - logsumexp[:, tf.newaxis])
     d_logits = loss_weights[:, tf.newaxis] * (probabilities - tf.cast(is_label, tf.float32))
-    d_bias = tf.reduce_sum(d_logits, axis=0)
+    d_bias = () if bias is None else (tf.reduce_sum(d_logits, axis=0),)
     d_logits = tf.cast(d_logits, hidden.dtype)
     d_hidden += tf.matmul(d_logits, rows, output_type=tf.float32)
-    d_rows = tf.matmul(d_logits, hidden, transpose_a=True, output_type=tf.float32)
-    return d_hidden, d_rows, d_bias
+    d_rows_transposed = tf.matmul(hidden_transposed, d_logits, output_type=tf.float32)
+    return d_hidden, (d_rows_transposed, *d_bias)
 
 
 @tf.function(autograph=False)
@@ -361,15 +380,17 @@ def _shard_gradients(
     hidden, rows, bias, num_valid_rows, local_labels, logsumexp, loss_weights, *, block_rows, compute_dtype
 ):
     hidden = tf.cast(hidden, compute_dtype)
+    hidden_transposed = tf.transpose(hidden)
     (tokens, embed_dim), shard_rows = hidden.shape, rows.shape[0]
     num_blocks = -(-shard_rows // block_rows)
 
-    def body(block, d_hidden, d_rows, d_bias):
+    def body(block, d_hidden, d_shard):
         block_of_rows, block_of_bias, local_ids, valid = _read_block(
             rows, bias, block, block_rows, num_valid_rows
         )
-        d_hidden, block_d_rows, block_d_bias = _gradients_of_block(
+        d_hidden, (block_of_d_rows, *block_of_d_bias) = _gradients_of_block(
             hidden,
+            hidden_transposed,
             block_of_rows,
             block_of_bias,
             valid,
@@ -380,20 +401,21 @@ def _shard_gradients(
             d_hidden,
         )
         # In place: inside a graph nothing else refers to the loop's buffers.
-        d_rows = tf.tensor_scatter_nd_update(d_rows, [[block]], block_d_rows[tf.newaxis])
-        d_bias = tf.tensor_scatter_nd_update(d_bias, [[block]], block_d_bias[tf.newaxis])
-        return block + 1, d_hidden, d_rows, d_bias
+        d_block = [tf.transpose(block_of_d_rows), *block_of_d_bias]
+        d_shard = [
+            tf.tensor_scatter_nd_update(d, [[block]], new[tf.newaxis])
+            for d, new in zip(d_shard, d_block, strict=True)
+        ]
+        return block + 1, d_hidden, d_shard
 
-    _, d_hidden, d_rows, d_bias = tf.while_loop(
+    buffers = [tf.zeros([num_blocks, block_rows, embed_dim])]
+    if bias is not None:
+        buffers.append(tf.zeros([num_blocks, block_rows]))
+    _, d_hidden, d_shard = tf.while_loop(
         lambda block, *_: block < num_blocks,
         body,
-        [
-            tf.constant(0),
-            tf.zeros([tokens, embed_dim]),
-            tf.zeros([num_blocks, block_rows, embed_dim]),
-            tf.zeros([num_blocks, block_rows]),
-        ],
+        [tf.constant(0), tf.zeros([tokens, embed_dim]), buffers],
         parallel_iterations=1,
     )
-    d_rows = tf.reshape(d_rows, [num_blocks * block_rows, embed_dim])[:shard_rows]
-    return d_hidden, d_rows, None if bias is None else tf.reshape(d_bias, [-1])[:shard_rows]
+    d_shard = [tf.reshape(d, [-1, *d.shape[2:]])[:shard_rows] for d in d_shard]
+    return d_hidden, d_shard[0], None if bias is None else d_shard[1]
