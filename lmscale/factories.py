@@ -189,6 +189,18 @@ def _items_fit(value, arguments) -> bool:
     return True
 
 
+def _type_text(hint) -> str:
+    if hint is _NotText:
+        return "number"
+    if hint is types.NoneType:
+        return "None"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(map(_type_text, typing.get_args(hint)))
+    if isinstance(hint, type) and not typing.get_origin(hint):
+        return hint.__name__
+    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(hint))
+
+
 def wrong_type(where, value, *, function, macro=None) -> ValueError:
     """The error to raise when `value` does not fit a parameter of `function`.
 
@@ -198,12 +210,6 @@ def wrong_type(where, value, *, function, macro=None) -> ValueError:
     """
     parameter = where.rpartition(".")[2]
     hint = annotations(function)[parameter]
-    if hint is _NotText:
-        expected = "number"
-    elif isinstance(hint, type) and not typing.get_origin(hint):
-        expected = hint.__name__
-    else:
-        expected = re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(hint))
     name = macro or where
     advice = f"Set {name} to a value of that type."
     if isinstance(value, Factory) and fits(Result(value), hint):
@@ -212,6 +218,6 @@ def wrong_type(where, value, *, function, macro=None) -> ValueError:
         advice = f"To pass the function itself, write {name} = @{value.factory.name}."
     kind = "a reference" if isinstance(value, Factory | Result) else type(value).__name__
     return ValueError(
-        f"{where} must be of type {expected}. Received: {spell(value)} ({kind})"
+        f"{where} must be of type {_type_text(hint)}. Received: {spell(value)} ({kind})"
         f"{f', from the macro {macro}' if macro else ''}. {advice}"
     )
