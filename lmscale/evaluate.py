@@ -4,6 +4,7 @@ Full softmax over every row of the vocabulary, every token of the split once. Th
 """
 
 import json
+import os
 
 from absl import flags, logging
 
@@ -12,7 +13,9 @@ from lmscale.command_line import run_main
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run.")
 _SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "What to evaluate on.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "A step, `latest` or `best`.")
-_CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "As for lmscale.train; need not be what the run used.")
+_CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", None, "As for lmscale.train; need not be what the run used."
+)
 _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "Override of the run's configuration, such as DATA_DIR='elsewhere'; may be repeated."
 )
@@ -26,6 +29,7 @@ def main(argv):
     checkpoint = _CHECKPOINT.value
     if checkpoint not in ("latest", "best") and not checkpoint.isdecimal():
         raise ValueError(f"--checkpoint must be a step, `latest` or `best`. Received: {checkpoint}.")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from lmscale import configuration
     from lmscale.distribution.strategies import make_strategy
     from lmscale.evaluation import evaluate_checkpoint
@@ -34,7 +38,9 @@ def main(argv):
     logging.set_verbosity(logging.INFO)
     with Workdir(_WORKDIR.value, readonly=True) as workdir:
         if not workdir.config_path.exists():
-            raise ValueError(f"No run has started in {workdir.path}: it has no config.gin. Start one with lmscale.train.")
+            raise ValueError(
+                f"No run has started in {workdir.path}: it has no config.gin. Start one with lmscale.train."
+            )
         config = configuration.load([str(workdir.config_path)], _GIN_PARAM.value)
         strategy = make_strategy(cpu_devices=_CPU_DEVICES.value)
         report = evaluate_checkpoint(

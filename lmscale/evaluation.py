@@ -38,7 +38,9 @@ class Evaluator:
     result; the number of devices does not: lanes of padding fill up what does not divide.
     """
 
-    def __init__(self, model, *, strategy, batch_size, window, eos_id, compute_dtype="float32", loss=None, seed=0):
+    def __init__(
+        self, model, *, strategy, batch_size, window, eos_id, compute_dtype="float32", loss=None, seed=0
+    ):
         """Args:
         model: `LanguageModel`.
         strategy: the one that it was built under.
@@ -79,7 +81,10 @@ class Evaluator:
             batch = batches.at(i)
             arrays = [np.pad(x, padding) for x in (batch.input_ids, batch.labels, batch.loss_weights)]
             step_sums, state = self._step(
-                state, *(tf.constant(x) for x in arrays), tf.constant(i), with_training_loss=with_training_loss
+                state,
+                *(tf.constant(x) for x in arrays),
+                tf.constant(i),
+                with_training_loss=with_training_loss,
             )
             sums += self._strategy.experimental_local_results(step_sums)[0].numpy()
             if on_step:
@@ -97,7 +102,9 @@ class Evaluator:
         return self._batches(tokens).num_steps
 
     def _batches(self, tokens):
-        return EvaluationBatches(tokens, batch_size=self._batch_size, window=self._window, eos_id=self._eos_id)
+        return EvaluationBatches(
+            tokens, batch_size=self._batch_size, window=self._window, eos_id=self._eos_id
+        )
 
     @tf.function
     def _initial_state(self):
@@ -167,7 +174,9 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
     data = PreparedData.open(experiment.data_dir)
     tokens = data.split(split)
     if not len(tokens):
-        raise ValueError(f"The split to evaluate must have tokens. Received: {split} of {experiment.data_dir}, empty.")
+        raise ValueError(
+            f"The split to evaluate must have tokens. Received: {split} of {experiment.data_dir}, empty."
+        )
     with strategy.scope():
         # No optimizer: an evaluation holds the parameters alone.
         model = LanguageModel(experiment, vocab_size=data.vocab_size, trainable=False)
@@ -175,7 +184,9 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
         model.checkpoint_items(), step=None if step is None else int(step), subset=True
     )
     if metadata is None:
-        raise ValueError(f"{workdir.path} has no checkpoint yet. Wait for the run's first, or shorten SAVE_EVERY.")
+        raise ValueError(
+            f"{workdir.path} has no checkpoint yet. Wait for the run's first, or shorten SAVE_EVERY."
+        )
     evaluator = Evaluator(
         model,
         strategy=strategy,
@@ -184,7 +195,9 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
         eos_id=data.eos_id,
         compute_dtype=experiment.compute_dtype,
     )
-    with progress(total=evaluator.num_steps(tokens), initial=0, description=f"evaluating {split}") as show_step:
+    with progress(
+        total=evaluator.num_steps(tokens), initial=0, description=f"evaluating {split}"
+    ) as show_step:
         result = evaluator.evaluate(tokens, on_step=show_step)
     return {
         "split": split,

@@ -83,7 +83,9 @@ class Experiment:
             raise ValueError(f"clip_norm must be positive or None. Received: clip_norm={self.clip_norm}.")
         for name, choices in (("compute_dtype", ("float32", "bfloat16")), ("on_bad_step", ("stop", "skip"))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}. Received: {name}={getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be one of {choices}. Received: {name}={getattr(self, name)!r}."
+                )
 
     def check_devices(self, num_devices):
         """Raises ValueError unless the global batch can be divided over `num_devices`."""

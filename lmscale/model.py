@@ -1,9 +1,6 @@
 """The trained state of a run: vocabulary table, body, their optimizer slots; and how it is saved."""
 
-import dataclasses
-
 import keras
-import numpy as np
 import tensorflow as tf
 
 from lmscale.checkpoints import CheckpointItem
@@ -43,7 +40,10 @@ class LanguageModel:
         self.body_slots = {
             name: {
                 slot_name: tf.Variable(
-                    tf.fill([1, *variable.shape] if slot.per_element else [1], tf.cast(slot.initial_value, slot.dtype)),
+                    tf.fill(
+                        [1, *variable.shape] if slot.per_element else [1],
+                        tf.cast(slot.initial_value, slot.dtype),
+                    ),
                     trainable=False,
                 )
                 for slot_name, slot in experiment.body_optimizer.slots.items()
@@ -90,29 +90,6 @@ class LanguageModel:
         for name, slots in self.body_slots.items():
             replicated.update({f"body_slots/{name}/{slot}": variable for slot, variable in slots.items()})
         return items + [_replicated_item(name, variable) for name, variable in replicated.items()]
-
-    def parameter_table(self):
-        """Rows of (name, logical shape, dtype, how it is placed, bytes on each device)."""
-        sharded = self.table.bytes_per_shard()
-        rows = []
-        for name, variable in self.table.variables().items():
-            shape = (self.table.vocab_size, *variable.shape[1:])
-            rows.append(ParameterRow(f"table/{name}", shape, variable.dtype.name, "sharded", sharded[name]))
-        for item in self.checkpoint_items()[len(rows) :]:
-            size = int(np.prod(item.shape)) * np.dtype(item.dtype).itemsize
-            rows.append(ParameterRow(item.name, item.shape, np.dtype(item.dtype).name, "replicated", size))
-        return rows
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterRow:
-    """One line of the parameter table."""
-
-    name: str
-    shape: tuple
-    dtype: str
-    placement: str
-    bytes_per_device: int
 
 
 def _replicated_item(name, variable):

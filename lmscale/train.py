@@ -6,6 +6,7 @@ saving: run the same command again to go on.
 """
 
 import json
+import os
 import sys
 
 from absl import flags, logging
@@ -13,8 +14,12 @@ from absl import flags, logging
 from lmscale.command_line import run_main
 
 _GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Configuration file; may be given several times.")
-_GIN_PARAM = flags.DEFINE_multi_string("gin_param", [], "Override, such as LEARNING_RATE=0.001; may be repeated.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes: checkpoints, metrics, its configuration.")
+_GIN_PARAM = flags.DEFINE_multi_string(
+    "gin_param", [], "Override, such as LEARNING_RATE=0.001; may be repeated."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run writes: checkpoints, metrics, its configuration."
+)
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "Split the host CPU into this many devices. Without it: all GPUs, or else one CPU."
 )
@@ -31,10 +36,13 @@ def main(argv):
     """Flags to configuration to `train`."""
     del argv
     if not _GIN_FILE.value:
-        raise ValueError("--gin_file is required. Received: none. Pass for example --gin_file=configs/quickstart.gin.")
+        raise ValueError(
+            "--gin_file is required. Received: none. Pass for example --gin_file=configs/quickstart.gin."
+        )
     if not _WORKDIR.value and not _DRY_RUN.value:
         raise ValueError("--workdir is required. Received: none. Pass for example --workdir=runs/my_run.")
     # TensorFlow takes seconds to import: complain about flags before.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from lmscale import configuration, trainer
     from lmscale.distribution.strategies import make_strategy
     from lmscale.workdir import Workdir
@@ -58,7 +66,11 @@ def main(argv):
         strategy = make_strategy(cpu_devices=_CPU_DEVICES.value)
         try:
             summary = trainer.train(
-                config.experiment, workdir=workdir, strategy=strategy, config_text=config.text, hparams=config.macros
+                config.experiment,
+                workdir=workdir,
+                strategy=strategy,
+                config_text=config.text,
+                hparams=config.macros,
             )
         except trainer.StoppedEarlyError as stopped:
             print(f"{stopped}. Run the same command again to go on.", file=sys.stderr)

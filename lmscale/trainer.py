@@ -31,6 +31,17 @@ class NonFiniteError(Exception):
     """The loss or the gradient was NaN or infinite. No such step was applied or saved."""
 
 
+def training_batches(experiment, *, body, tokens):
+    """The batches of a run: streams that continue for a body with carried state, shuffled windows for others."""
+    make = ContiguousBatches if body.stateful else ShuffledWindows
+    return make(
+        tokens,
+        global_batch_size=experiment.global_batch_size,
+        window=experiment.window,
+        seed=experiment.seed,
+    )
+
+
 class Trainer:
     """An experiment on the devices of a strategy: its model, its data, and the step that trains the one on the other."""
 
@@ -49,12 +60,8 @@ class Trainer:
         with strategy.scope():
             self.loss = experiment.loss(vocab_size=self.data.vocab_size, counts=self.data.counts)
             self.model = LanguageModel(experiment, vocab_size=self.data.vocab_size)
-        make_batches = ContiguousBatches if self.model.encoder.body.stateful else ShuffledWindows
-        self.batches = make_batches(
-            self.data.split("train"),
-            global_batch_size=experiment.global_batch_size,
-            window=experiment.window,
-            seed=experiment.seed,
+        self.batches = training_batches(
+            experiment, body=self.model.encoder.body, tokens=self.data.split("train")
         )
         self.evaluator = Evaluator(
             self.model,
@@ -76,7 +83,10 @@ class Trainer:
         """Does the update number `self.step` (0-based) and returns its metrics, {name: scalar tensor}."""
         batch = self.batches.at(self.step)
         metrics, self._state = self._train_step(
-            self._state, tf.constant(batch.window_ids), tf.constant(self.step), tf.constant(batch.starts_epoch)
+            self._state,
+            tf.constant(batch.window_ids),
+            tf.constant(self.step),
+            tf.constant(batch.starts_epoch),
         )
         self.step += 1
         return metrics
@@ -141,9 +151,12 @@ class Trainer:
                 tf.reduce_sum(loss.loss) / num_tokens,
             ]
         )
-        body_gradients = {name: body_gradients.get(name, tf.zeros(v.shape)) for name, v in body_variables.items()}
+        body_gradients = {
+            name: body_gradients.get(name, tf.zeros(v.shape)) for name, v in body_variables.items()
+        }
         gradient_norm = tf.sqrt(
-            merged.squared_norm + tf.add_n([tf.reduce_sum(tf.square(g)) for g in body_gradients.values()] or [0.0])
+            merged.squared_norm
+            + tf.add_n([tf.reduce_sum(tf.square(g)) for g in body_gradients.values()] or [0.0])
         )
         is_finite = tf.math.is_finite(mean_loss) & tf.math.is_finite(gradient_norm)
         scale = 1.0
@@ -151,7 +164,9 @@ class Trainer:
             scale = tf.minimum(1.0, experiment.clip_norm / tf.maximum(gradient_norm, 1e-30))
         table.apply(merged, step=step, scale=scale, keep=is_finite)
         self.model.apply_body_gradients(body_gradients, step=step, scale=scale, keep=is_finite)
-        new_state = tf.nest.map_structure(lambda new, old: tf.where(is_finite, new, old), new_state, old_state)
+        new_state = tf.nest.map_structure(
+            lambda new, old: tf.where(is_finite, new, old), new_state, old_state
+        )
         metrics = {
             "loss": mean_loss,
             "gradient_norm": gradient_norm,
@@ -208,7 +223,9 @@ def _window_gradients(window, input_gradient, loss):
     return RowGradients(
         embedding=embedding,
         bias=bias,
-        shared_embedding=tf.zeros_like(shared) if loss.shared_rows is None else tf.cast(loss.shared_rows, tf.float32),
+        shared_embedding=tf.zeros_like(shared)
+        if loss.shared_rows is None
+        else tf.cast(loss.shared_rows, tf.float32),
         shared_bias=loss.shared_bias,
     )
 
@@ -239,9 +256,11 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
         run.resume(metadata)
         _logger.info("resuming at step %d", trainer.step)
     workdir.write_config(config_text)
+    # Without a checkpoint, whatever an earlier start has logged is void: step 0 included.
+    resume_step = -1 if metadata is None else trainer.step
     with (
-        MetricsWriter(workdir.train_dir, resume_step=trainer.step) as train_metrics,
-        MetricsWriter(workdir.eval_dir, resume_step=trainer.step) as eval_metrics,
+        MetricsWriter(workdir.train_dir, resume_step=resume_step) as train_metrics,
+        MetricsWriter(workdir.eval_dir, resume_step=resume_step) as eval_metrics,
         _stop_signals() as stop,
         progress(total=experiment.train_steps, initial=trainer.step, description="training") as show_step,
     ):
@@ -282,7 +301,7 @@ class _Run:
     def summary(self):
         return {
             "step": self.trainer.step,
-            "validation_loss_nats": self.last_validation_loss,
+            "validation_loss_nats": _finite_or_none(self.last_validation_loss),
             "best_step": self.checkpoints.best_step(),
             "skipped_steps": self.skipped_steps,
         }
@@ -303,7 +322,9 @@ class _Run:
                 self._check_finite()
                 loss = self._evaluate(eval_metrics)
                 is_best = loss < self.best_validation_loss
-                self.best_validation_loss = min(self.best_validation_loss, loss) if is_best else self.best_validation_loss
+                self.best_validation_loss = (
+                    min(self.best_validation_loss, loss) if is_best else self.best_validation_loss
+                )
                 self.last_validation_loss = loss
             if step % experiment.save_every == 0 or is_last or is_best or stop:
                 self._save(loss)
@@ -312,7 +333,6 @@ class _Run:
 
     def _save(self, validation_loss):
         self._check_finite()
-        finite = math.isfinite(self.best_validation_loss)
         self.checkpoints.save(
             self.trainer.step,
             self.trainer.checkpoint_items(),
@@ -320,8 +340,8 @@ class _Run:
                 "step": self.trainer.step,
                 "data_fingerprint": self.trainer.data.fingerprint,
                 "num_devices": self.trainer.strategy.num_replicas_in_sync,
-                "best_validation_loss_nats": self.best_validation_loss if finite else None,
-                "last_validation_loss_nats": self.last_validation_loss,
+                "best_validation_loss_nats": _finite_or_none(self.best_validation_loss),
+                "last_validation_loss_nats": _finite_or_none(self.last_validation_loss),
                 "skipped_steps": self.skipped_steps,
             },
             validation_loss_nats=validation_loss,
@@ -404,6 +424,11 @@ class _Run:
         shown = ("valid/exact_loss_nats", "valid/exact_perplexity", "valid/eval_secs")
         _logger.info("%s", format_log_line(self.trainer.step, {name: scalars[name] for name in shown}))
         return valid.loss_nats
+
+
+def _finite_or_none(loss):
+    """JSON has neither NaN nor infinity."""
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 @contextlib.contextmanager

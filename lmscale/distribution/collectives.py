@@ -40,7 +40,9 @@ def all_reduce_sum(x):
     """
     if num_replicas() == 1:
         return x
-    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.nest.map_structure(tf.identity, x))
+    return tf.distribute.get_replica_context().all_reduce(
+        tf.distribute.ReduceOp.SUM, tf.nest.map_structure(tf.identity, x)
+    )
 
 
 def local_value(variable):

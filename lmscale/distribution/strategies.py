@@ -1,5 +1,7 @@
 """Choose the `tf.distribute` strategy of a run."""
 
+import logging
+
 import tensorflow as tf
 
 
@@ -18,15 +20,21 @@ def make_strategy(*, cpu_devices=None):
     Raises:
       ValueError: if `cpu_devices` is below 1, or TensorFlow has already been initialised otherwise.
     """
+    # TensorFlow tells of every collective that it traces: it would drown the run's own lines.
+    logging.getLogger("tensorflow").setLevel(logging.WARNING)
     if cpu_devices is None:
         gpus = tf.config.list_logical_devices("GPU")
         devices = [gpu.name for gpu in gpus] or ["CPU:0"]
         return tf.distribute.MirroredStrategy(devices)
     if cpu_devices < 1:
-        raise ValueError(f"cpu_devices must be at least 1. Received: {cpu_devices}. Give --cpu_devices=1 or more.")
+        raise ValueError(
+            f"cpu_devices must be at least 1. Received: {cpu_devices}. Give --cpu_devices=1 or more."
+        )
     cpu = tf.config.list_physical_devices("CPU")[0]
     try:
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * cpu_devices)
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * cpu_devices
+        )
     except RuntimeError as error:
         if len(tf.config.list_logical_devices("CPU")) < cpu_devices:
             raise ValueError(

@@ -1,5 +1,9 @@
 """Full softmax: exact, and linear in vocab_size. For small vocabularies, and to measure what sampling costs."""
 
+from typing import Literal
+
+import numpy as np
+
 from lmscale.losses.training_loss import LossGradients, TrainingLoss
 from lmscale.vocabulary.full_softmax import full_softmax_value_and_gradients
 
@@ -9,7 +13,14 @@ class FullSoftmax(TrainingLoss):
 
     name = "exact"
 
-    def __init__(self, *, vocab_size, counts, block_rows=None, compute_dtype="float32"):
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        counts: np.ndarray | None,
+        block_rows: int | None = None,
+        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+    ):
         """Args:
         vocab_size, counts: as for every loss; not needed here.
         block_rows: rows of a shard whose logits exist at a time; None to choose by memory.

@@ -1,8 +1,13 @@
 """Sampled softmax: a step costs the same for ten thousand rows and for ten million."""
 
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
 import tensorflow as tf
 
 from lmscale.losses.training_loss import LossGradients, TrainingLoss
+from lmscale.vocabulary.samplers import Sampler
 from lmscale.vocabulary.sampled_softmax import sampled_softmax_value_and_gradients
 
 
@@ -11,7 +16,15 @@ class SampledSoftmax(TrainingLoss):
 
     name = "sampled"
 
-    def __init__(self, *, vocab_size, counts, sampler, remove_accidental_hits=True, compute_dtype="float32"):
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        counts: np.ndarray | None,
+        sampler: Callable[..., Sampler],
+        remove_accidental_hits: bool = True,
+        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+    ):
         """Args:
         vocab_size: rows of the table.
         counts: [vocab_size] int, how often each id occurs in the training data.
@@ -22,6 +35,9 @@ class SampledSoftmax(TrainingLoss):
         self.sampler = sampler(vocab_size=vocab_size, counts=counts)
         self.remove_accidental_hits = remove_accidental_hits
         self.compute_dtype = tf.as_dtype(compute_dtype)
+
+    def num_shared_rows(self, *, global_tokens):
+        return self.sampler.num_sampled or global_tokens
 
     def candidates(self, *, seed, labels):
         return self.sampler.candidates(seed=seed, labels=labels)

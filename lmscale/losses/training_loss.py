@@ -41,6 +41,11 @@ class TrainingLoss(abc.ABC):
 
     name: str
 
+    def num_shared_rows(self, *, global_tokens):
+        """How many candidates `candidates` returns for a batch of `global_tokens` labels."""
+        del global_tokens
+        return 0
+
     @abc.abstractmethod
     def candidates(self, *, seed, labels):
         """Chooses the rows that every token is compared with; the same on every replica.

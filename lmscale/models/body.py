@@ -5,6 +5,7 @@ the gin file as `Experiment.body`. The trainer knows nothing else about it.
 """
 
 import abc
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
@@ -50,7 +51,7 @@ class KerasBody(Body):
         return self.layers[0](inputs, training=dropout is not None), state
 
 
-def keras_body(*, layer):
+def keras_body(*, layer: Callable[[], keras.layers.Layer]) -> Body:
     """Body factory for gin: `keras_body.layer = @SomeLayer` names a Keras layer class or factory."""
     return KerasBody(layer())
 
@@ -76,7 +77,9 @@ class Encoder:
         """{name: Keras variable}, trained or not (seed generators of Keras layers included); names do not depend on
         what else the process has built."""
         layers = self.body.layers + ([self.projection] if self.projection else [])
-        return {f"{i}/{v.path.split('/', 1)[-1]}": v for i, layer in enumerate(layers) for v in layer.variables}
+        return {
+            f"{i}/{v.path.split('/', 1)[-1]}": v for i, layer in enumerate(layers) for v in layer.variables
+        }
 
     @property
     def trainable_variables(self):

@@ -49,7 +49,9 @@ class DropoutStream:
         bits = tf.raw_ops.StatelessRandomUniformFullIntV2(
             shape=[batch, counts * _WORDS_PER_COUNT],
             key=tf.constant([(self._seed * 2**16 + mask_number) % 2**64], tf.uint64),
-            counter=tf.stack([tf.cast(self._first_example * counts, tf.uint64), tf.cast(self._step, tf.uint64)]),
+            counter=tf.stack(
+                [tf.cast(self._first_example * counts, tf.uint64), tf.cast(self._step, tf.uint64)]
+            ),
             alg=_PHILOX,
             dtype=tf.uint32,
         )
@@ -61,4 +63,6 @@ def check_rate(**rates):
     """Raises ValueError unless every rate is in [0, 1)."""
     for name, rate in rates.items():
         if not 0 <= rate < 1:
-            raise ValueError(f"{name} must be in [0, 1). Received: {name}={rate}. Set DROPOUT to a fraction, such as 0.2.")
+            raise ValueError(
+                f"{name} must be in [0, 1). Received: {name}={rate}. Set DROPOUT to a fraction, such as 0.2."
+            )

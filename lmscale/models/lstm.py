@@ -13,7 +13,9 @@ class LstmBody(Body):
     stateful = True
 
     def __init__(self, *, hidden_dims, dropout, embedding_dropout, output_dropout, dropout_over_time):
-        super().__init__([keras.layers.LSTM(dim, return_sequences=True, return_state=True) for dim in hidden_dims])
+        super().__init__(
+            [keras.layers.LSTM(dim, return_sequences=True, return_state=True) for dim in hidden_dims]
+        )
         self._hidden_dims = hidden_dims
         self._dropout = dropout
         self._embedding_dropout = embedding_dropout
@@ -40,14 +42,14 @@ class LstmBody(Body):
 
 def lstm_body(
     *,
-    num_layers,
-    hidden_dim,
-    last_hidden_dim=None,
-    dropout=0.0,
-    embedding_dropout=None,
-    output_dropout=None,
-    dropout_over_time=False,
-):
+    num_layers: int,
+    hidden_dim: int,
+    last_hidden_dim: int | None = None,
+    dropout: float = 0.0,
+    embedding_dropout: float | None = None,
+    output_dropout: float | None = None,
+    dropout_over_time: bool = False,
+) -> LstmBody:
     """LSTM stack with dropout on the embeddings, between the layers and on the output.
 
     Args:

@@ -12,6 +12,8 @@ import dataclasses
 import keras
 import tensorflow as tf
 
+LearningRate = float | keras.optimizers.schedules.LearningRateSchedule
+
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
@@ -28,12 +30,17 @@ class RowOptimizer(abc.ABC):
     Subclasses give `slots` and `update_rows`. All tensors of one call share their leading axis, the rows.
     """
 
-    def __init__(self, *, learning_rate):
+    def __init__(self, *, learning_rate: LearningRate):
         """Args:
         learning_rate: positive float, or a `keras.optimizers.schedules.LearningRateSchedule` of the step.
         """
-        if not isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule) and not learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive. Received: {learning_rate}. Set LEARNING_RATE above 0.")
+        if (
+            not isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule)
+            and not learning_rate > 0
+        ):
+            raise ValueError(
+                f"learning_rate must be positive. Received: {learning_rate}. Set LEARNING_RATE above 0."
+            )
         self.learning_rate = learning_rate
 
     def learning_rate_at(self, step):
@@ -84,9 +91,11 @@ class Adagrad(RowOptimizer):
     Source: Duchi et al. 2011, "Adaptive Subgradient Methods", diagonal form.
     """
 
-    def __init__(self, *, learning_rate, initial_accumulator=0.1, epsilon=1e-7):
+    def __init__(
+        self, *, learning_rate: LearningRate, initial_accumulator: float = 0.1, epsilon: float = 1e-7
+    ):
         super().__init__(learning_rate=learning_rate)
-        _require_non_negative(initial_accumulator=initial_accumulator, epsilon=epsilon)
+        _check_accumulator(initial_accumulator=initial_accumulator, epsilon=epsilon)
         self.initial_accumulator = initial_accumulator
         self.epsilon = epsilon
 
@@ -107,9 +116,11 @@ class RowWiseAdagrad(RowOptimizer):
     Recommendation Models" (arXiv:2104.05158), row-wise AdaGrad.
     """
 
-    def __init__(self, *, learning_rate, initial_accumulator=0.1, epsilon=1e-7):
+    def __init__(
+        self, *, learning_rate: LearningRate, initial_accumulator: float = 0.1, epsilon: float = 1e-7
+    ):
         super().__init__(learning_rate=learning_rate)
-        _require_non_negative(initial_accumulator=initial_accumulator, epsilon=epsilon)
+        _check_accumulator(initial_accumulator=initial_accumulator, epsilon=epsilon)
         self.initial_accumulator = initial_accumulator
         self.epsilon = epsilon
 
@@ -142,9 +153,18 @@ class Adam(RowOptimizer):
     Source: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1, with g = 0 on skipped steps.
     """
 
-    def __init__(self, *, learning_rate, beta_1=0.9, beta_2=0.999, epsilon=1e-8):
+    def __init__(
+        self,
+        *,
+        learning_rate: LearningRate,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+    ):
         super().__init__(learning_rate=learning_rate)
-        _require_non_negative(epsilon=epsilon)
+        if not epsilon > 0:
+            # At 0, an element whose gradients were all zero would divide zero by zero.
+            raise ValueError(f"epsilon must be positive. Received: epsilon={epsilon}. Set it to 1e-8, say.")
         for name, value in (("beta_1", beta_1), ("beta_2", beta_2)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1). Received: {name}={value}.")
@@ -170,7 +190,9 @@ class Adam(RowOptimizer):
         t = tf.cast(step, tf.float32)
         correction = tf.sqrt(1 - tf.pow(beta_2, t)) / (1 - tf.pow(beta_1, t))
         scaled_epsilon = self.epsilon * tf.sqrt(1 - tf.pow(beta_2, t))
-        new_weights = weights - self.learning_rate_at(step - 1) * correction * first / (tf.sqrt(second) + scaled_epsilon)
+        new_weights = weights - self.learning_rate_at(step - 1) * correction * first / (
+            tf.sqrt(second) + scaled_epsilon
+        )
         new_slots = {
             "first_moment": first,
             "second_moment": second,
@@ -179,7 +201,10 @@ class Adam(RowOptimizer):
         return new_weights, new_slots
 
 
-def _require_non_negative(**values):
-    for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0. Received: {name}={value}.")
+def _check_accumulator(*, initial_accumulator, epsilon):
+    # With both at 0, an element whose gradients were all zero would divide zero by zero.
+    if not (initial_accumulator >= 0 and epsilon >= 0 and initial_accumulator + epsilon > 0):
+        raise ValueError(
+            "initial_accumulator and epsilon must be at least 0, and one of them above it. Received: "
+            f"initial_accumulator={initial_accumulator}, epsilon={epsilon}. Leave them at their defaults, say."
+        )

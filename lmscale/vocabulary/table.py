@@ -91,33 +91,30 @@ class ShardedTable:
           with bound embed_dim ** -0.5, which gives logits of unit order for a hidden state of unit order.
         seed: int.
         """
-        if embed_dim < 1:
-            raise ValueError(f"embed_dim must be at least 1. Received: {embed_dim}. Set EMBED_DIM to a positive number.")
         strategy = tf.distribute.get_strategy()
         self.placement = Placement(vocab_size=vocab_size, num_shards=strategy.num_replicas_in_sync)
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
         self.optimizer = optimizer
         self._strategy = strategy
-        shapes = {"embedding": [embed_dim]}
-        if bias:
-            shapes["bias"] = []
-        self.parameters = {name: self._make_variable(name, shape, tf.float32, 0.0) for name, shape in shapes.items()}
-        self.slots = {name: {} for name in shapes}
-        for name, shape in shapes.items():
-            for slot_name, slot in (optimizer.slots if optimizer else {}).items():
-                self.slots[name][slot_name] = self._make_variable(
-                    f"{name}/{slot_name}", shape if slot.per_element else [], slot.dtype, slot.initial_value
-                )
+        self._layout = table_layout(
+            vocab_size=vocab_size, embed_dim=embed_dim, optimizer=optimizer, bias=bias
+        )
+        self.parameters = {e.name: self._make_variable(e) for e in self._layout if not e.is_slot}
+        self.slots = {name: {} for name in self.parameters}
+        for entry in self._layout:
+            if entry.is_slot:
+                name, slot_name = entry.name.split("/")
+                self.slots[name][slot_name] = self._make_variable(entry)
         self._initialise(initializer or _uniform(embed_dim**-0.5), seed)
 
-    def _make_variable(self, name, row_shape, dtype, initial_value):
-        shape = [self.placement.allocated_rows, *row_shape]
+    def _make_variable(self, entry):
+        shape = [self.placement.allocated_rows, *entry.row_shape]
         return tf.Variable(
-            lambda: tf.fill(shape, tf.cast(initial_value, dtype)),
+            lambda: tf.fill(shape, tf.cast(entry.initial_value, entry.dtype)),
             trainable=False,
-            dtype=dtype,
-            name=name.replace("/", "_"),
+            dtype=entry.dtype,
+            name=entry.name.replace("/", "_"),
             synchronization=tf.VariableSynchronization.ON_READ,
             aggregation=tf.VariableAggregation.NONE,
         )
@@ -203,7 +200,11 @@ class ShardedTable:
         own = _gather_over_replicas(
             [
                 tf.reshape(gradients.embedding, [count, self.embed_dim]),
-                *([] if pulled.bias is None else [tf.reshape(_or_zeros(gradients.bias, pulled.bias), [count])]),
+                *(
+                    []
+                    if pulled.bias is None
+                    else [tf.reshape(_or_zeros(gradients.bias, pulled.bias), [count])]
+                ),
             ]
         )
         shared = _sum_over_replicas(
@@ -253,14 +254,18 @@ class ShardedTable:
         Communication: none.
         """
         if self.optimizer is None:
-            raise ValueError("A table needs an optimizer to be updated. Received: optimizer=None. Pass a RowOptimizer.")
+            raise ValueError(
+                "A table needs an optimizer to be updated. Received: optimizer=None. Pass a RowOptimizer."
+            )
         rows = merged.local_rows
         if rows is not None:
             rows = tf.where(keep, rows, self.placement.scratch_row)
         for name, gradient in merged.gradients.items():
             variables = {"": self.parameters[name], **self.slots[name]}
             variables = {key: collectives.local_value(variable) for key, variable in variables.items()}
-            old = {key: v.read_value() if rows is None else tf.gather(v, rows) for key, v in variables.items()}
+            old = {
+                key: v.read_value() if rows is None else tf.gather(v, rows) for key, v in variables.items()
+            }
             weights = old.pop("")
             gradient = tf.where(keep, gradient * scale, 0.0)
             new_weights, new_slots = self.optimizer.update_rows(
@@ -294,7 +299,9 @@ class ShardedTable:
         """Rows [start, stop) of the logical [vocab_size, ...] tensor `name` in id order, as a numpy array."""
         n = self.placement.num_shards
         first, last = start // n, -(-stop // n)
-        blocks = [component[first:last].numpy() for component in self._components(name)]
+        # Gathered and scattered, here and below: a slice of a variable copies the whole of it once scatter updates
+        # have touched it.
+        blocks = [tf.gather(component, tf.range(first, last)).numpy() for component in self._components(name)]
         rows = np.stack(blocks, axis=1).reshape((-1, *blocks[0].shape[1:]))
         return rows[start - first * n : stop - first * n]
 
@@ -306,14 +313,45 @@ class ShardedTable:
             mine = values[offset::n]
             if len(mine):
                 first = (start + offset) // n
-                component[first : first + len(mine)].assign(mine)
+                component.scatter_update(tf.IndexedSlices(mine, tf.range(first, first + len(mine))))
 
     def bytes_per_shard(self):
-        """Bytes of parameters and slots that each device holds, {name: bytes}; scratch and padding rows included."""
-        return {
-            name: int(np.prod(self._components(name)[0].shape)) * variable.dtype.size
-            for name, variable in self.variables().items()
-        }
+        """{name: bytes} of parameters and slots that each device holds; scratch and padding rows included."""
+        return {entry.name: entry.bytes_on_shard(self.placement) for entry in self._layout}
+
+
+@dataclasses.dataclass(frozen=True)
+class TableEntry:
+    """One tensor of a table: a parameter, "embedding", or a slot of one, "embedding/accumulator"."""
+
+    name: str
+    row_shape: tuple[int, ...]
+    dtype: tf.DType
+    initial_value: float
+
+    @property
+    def is_slot(self):
+        return "/" in self.name
+
+    def bytes_on_shard(self, placement):
+        """Bytes allocated on each shard, scratch and padding rows included."""
+        return placement.allocated_rows * int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.size
+
+
+def table_layout(*, vocab_size, embed_dim, optimizer, bias):
+    """The tensors of a `ShardedTable` without making them, a list of `TableEntry`; arguments as the table's."""
+    if vocab_size < 1 or embed_dim < 1:
+        raise ValueError(
+            "vocab_size and embed_dim must be at least 1. Received: "
+            f"vocab_size={vocab_size}, embed_dim={embed_dim}. Set EMBED_DIM to a positive number."
+        )
+    row_shapes = {"embedding": (embed_dim,), **({"bias": ()} if bias else {})}
+    entries = [TableEntry(name, shape, tf.float32, 0.0) for name, shape in row_shapes.items()]
+    for name, shape in row_shapes.items():
+        for slot_name, slot in (optimizer.slots if optimizer else {}).items():
+            row_shape = shape if slot.per_element else ()
+            entries.append(TableEntry(f"{name}/{slot_name}", row_shape, slot.dtype, slot.initial_value))
+    return entries
 
 
 def _uniform(bound):

@@ -1,0 +1,107 @@
+"""What a run would do, without doing it: its parameters, and the memory that each device would hold."""
+
+import keras
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lmscale.data.token_files import PreparedData
+from lmscale.models.body import Encoder
+from lmscale.trainer import training_batches
+from lmscale.vocabulary.full_softmax import default_block_rows
+from lmscale.vocabulary.placement import Placement
+from lmscale.vocabulary.table import table_layout
+
+_FLOAT_BYTES = 4
+
+
+def print_report(experiment, *, num_devices):
+    """Prints the parameter table and the memory of a device. Allocates the body, not the vocabulary.
+
+    Args:
+      experiment: `Experiment`.
+      num_devices: devices that the table would be sharded over.
+
+    Raises:
+      ValueError: if the experiment does not fit its data or the devices.
+    """
+    experiment.check_devices(num_devices)
+    data = PreparedData.open(experiment.data_dir)
+    loss = experiment.loss(vocab_size=data.vocab_size, counts=data.counts)
+    keras.utils.set_random_seed(experiment.seed)
+    encoder = Encoder(experiment.body(), embed_dim=experiment.embed_dim)
+    batches = training_batches(experiment, body=encoder.body, tokens=data.split("train"))
+    placement = Placement(vocab_size=data.vocab_size, num_shards=num_devices)
+    console = Console(width=110)
+
+    table = Table(title="Parameters and optimizer state", title_justify="left", show_footer=True)
+    rows = []
+    num_parameters = 0
+    for entry in table_layout(
+        vocab_size=data.vocab_size,
+        embed_dim=experiment.embed_dim,
+        optimizer=experiment.row_optimizer,
+        bias=experiment.softmax_bias,
+    ):
+        shape = (data.vocab_size, *entry.row_shape)
+        num_parameters += 0 if entry.is_slot else int(np.prod(shape))
+        rows.append(
+            (f"table/{entry.name}", shape, entry.dtype.name, "sharded", entry.bytes_on_shard(placement))
+        )
+    for name, variable in encoder.trainable_variables.items():
+        size = int(np.prod(variable.shape))
+        num_parameters += size
+        rows.append((f"body/{name}", tuple(variable.shape), "float32", "replicated", size * _FLOAT_BYTES))
+        for slot_name, slot in experiment.body_optimizer.slots.items():
+            shape = tuple(variable.shape) if slot.per_element else ()
+            slot_bytes = (size if slot.per_element else 1) * slot.dtype.size
+            rows.append((f"body_slots/{name}/{slot_name}", shape, slot.dtype.name, "replicated", slot_bytes))
+    state_bytes = sum(row[-1] for row in rows)
+    for title, footer, justify in (
+        ("name", "", "left"),
+        ("shape", "", "right"),
+        ("dtype", "", "left"),
+        ("placement", "all", "left"),
+        ("MiB a device", _mib(state_bytes), "right"),
+    ):
+        table.add_column(title, footer=footer, justify=justify)
+    for name, shape, dtype, where, size in rows:
+        table.add_row(name, " x ".join(f"{n:,}" for n in shape) or "scalar", dtype, where, _mib(size))
+    console.print(table)
+
+    sharded = sum(row[-1] for row in rows if row[3] == "sharded")
+    padding = placement.allocated_rows * num_devices - data.vocab_size
+    tokens = experiment.global_batch_size * experiment.window
+    pulled, logits = _step_bytes(experiment, loss=loss, num_devices=num_devices, placement=placement)
+    memory = Table(
+        title=f"Memory of each of {num_devices} device(s)", title_justify="left", show_header=False
+    )
+    memory.add_row("table and its slots, 1/N of the rows", f"{_mib(sharded)} MiB")
+    memory.add_row("body and its slots, a copy on each", f"{_mib(state_bytes - sharded)} MiB")
+    memory.add_row("rows pulled for a step and their gradients (estimate)", f"{_mib(pulled)} MiB")
+    memory.add_row("logits of a step and their gradients (estimate)", f"{_mib(logits)} MiB")
+    memory.add_row("in all, without the body's activations", f"{_mib(state_bytes + pulled + logits)} MiB")
+    console.print(memory)
+    console.print(
+        f"{num_parameters:,} parameters; vocabulary {data.vocab_size:,} rows, {padding:,} more as padding over all "
+        f"devices; {tokens:,} tokens a step, {batches.steps_per_epoch:,} steps an epoch, "
+        f"{experiment.train_steps / batches.steps_per_epoch:.2f} epochs"
+    )
+
+
+def _step_bytes(experiment, *, loss, num_devices, placement):
+    """Estimates (bytes of the pulled rows and their gradients, bytes of the logits and theirs) on one device."""
+    global_tokens = experiment.global_batch_size * experiment.window
+    num_shared = loss.num_shared_rows(global_tokens=global_tokens)
+    pulled = experiment.global_batch_size * (experiment.window + 1) + num_shared
+    if num_shared:
+        num_logits = global_tokens // num_devices * num_shared
+    else:
+        num_logits = global_tokens * default_block_rows(
+            tokens=global_tokens, shard_rows=placement.allocated_rows
+        )
+    return 2 * pulled * (experiment.embed_dim + 1) * _FLOAT_BYTES, 2 * num_logits * _FLOAT_BYTES
+
+
+def _mib(num_bytes):
+    return f"{num_bytes / 2**20:,.2f}"
