@@ -1,0 +1,28 @@
+import functools
+import sys
+
+import pytest
+
+NUM_CPU_DEVICES = 8
+
+
+def pytest_collection_finish(session):
+    """Splits the CPU into logical devices before any op runs, for runs that use TensorFlow at all."""
+    tf = sys.modules.get("tensorflow")
+    if tf is not None:
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * NUM_CPU_DEVICES
+        )
+
+
+@pytest.fixture(scope="session")
+def mirrored():
+    """mirrored(n): a MirroredStrategy over n CPU devices, the same object at each call."""
+    import tensorflow as tf
+
+    @functools.cache
+    def make(num_replicas):
+        return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_replicas)])
+
+    return make

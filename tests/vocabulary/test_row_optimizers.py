@@ -1,0 +1,247 @@
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from lmscale.vocabulary import row_optimizers
+
+ROWS, DIM, STEPS = 7, 5, 6
+SHAPES = [(ROWS, DIM), (ROWS,), (ROWS, 2, 3)]
+
+OPTIMIZERS = {
+    "sgd": lambda lr: row_optimizers.SGD(learning_rate=lr),
+    "adagrad": lambda lr: row_optimizers.Adagrad(learning_rate=lr),
+    "row_wise_adagrad": lambda lr: row_optimizers.RowWiseAdagrad(learning_rate=lr),
+    "adam": lambda lr: row_optimizers.Adam(learning_rate=lr),
+}
+
+
+def _problem(shape, *, steps=STEPS, seed=0):
+    """Weights, and a gradient for each step, in float64 with the values of float32."""
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=shape).astype(np.float32)
+    return weights, rng.normal(size=(steps, *shape)).astype(np.float32)
+
+
+def _initial_slots(optimizer, shape):
+    return {
+        name: tf.fill(shape if slot.per_element else shape[:1], tf.cast(slot.initial_value, slot.dtype))
+        for name, slot in optimizer.slots.items()
+    }
+
+
+def _run(optimizer, weights, gradients, *, touched=None):
+    """Updates the rows that `touched` [steps, rows] names; returns weights and slots as numpy arrays."""
+    weights = np.array(weights)
+    slots = {name: slot.numpy() for name, slot in _initial_slots(optimizer, weights.shape).items()}
+
+    # Compiled, with the step a tensor, as in training.
+    @tf.function
+    def update(weights, gradients, slots, step):
+        return optimizer.update_rows(weights=weights, gradients=gradients, slots=slots, step=step)
+
+    for step, gradient in enumerate(gradients):
+        rows = np.arange(len(weights)) if touched is None else np.flatnonzero(touched[step])
+        new_weights, new_slots = update(
+            tf.constant(weights[rows]),
+            tf.constant(gradient[rows]),
+            {name: tf.constant(slot[rows]) for name, slot in slots.items()},
+            tf.constant(step),
+        )
+        assert new_slots.keys() == slots.keys()
+        weights[rows] = new_weights.numpy()
+        for name, slot in new_slots.items():
+            slots[name][rows] = slot.numpy()
+    return weights, slots
+
+
+def _run_keras(optimizer, weights, gradients):
+    """Weights and the optimizer's variables by name, after dense updates."""
+    variable = keras.Variable(weights)
+    optimizer.build([variable])
+    for gradient in gradients:
+        optimizer.apply([tf.constant(gradient)], [variable])
+    return variable.numpy(), {v.path.rsplit("_", 1)[-1]: v.numpy() for v in optimizer.variables}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sgd_equals_keras(shape):
+    weights, gradients = _problem(shape)
+    expected, _ = _run_keras(keras.optimizers.SGD(0.3), weights, gradients)
+    actual, slots = _run(row_optimizers.SGD(learning_rate=0.3), weights, gradients)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+    assert slots == {}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adagrad_equals_keras(shape):
+    weights, gradients = _problem(shape)
+    # With epsilon=0, because Keras adds it inside the root.
+    expected, variables = _run_keras(
+        keras.optimizers.Adagrad(0.3, initial_accumulator_value=0.2, epsilon=0), weights, gradients
+    )
+    optimizer = row_optimizers.Adagrad(learning_rate=0.3, initial_accumulator=0.2, epsilon=0)
+    actual, slots = _run(optimizer, weights, gradients)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(slots["accumulator"], variables["accumulator"], rtol=1e-6)
+
+
+def test_adagrad_adds_epsilon_outside_the_root():
+    weights, gradients = _problem((ROWS, DIM))
+    lr, epsilon, accumulator = 0.3, 0.5, np.full((ROWS, DIM), 0.25)
+    expected = weights.astype(np.float64)
+    for gradient in gradients.astype(np.float64):
+        accumulator = accumulator + gradient**2
+        expected = expected - lr * gradient / (np.sqrt(accumulator) + epsilon)
+    optimizer = row_optimizers.Adagrad(learning_rate=lr, initial_accumulator=0.25, epsilon=epsilon)
+    actual, slots = _run(optimizer, weights, gradients)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(slots["accumulator"], accumulator, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_row_wise_adagrad_against_numpy(shape):
+    weights, gradients = _problem(shape)
+    lr, epsilon, accumulator = 0.3, 1e-3, np.full(ROWS, 0.25)
+    expected = weights.astype(np.float64)
+    for gradient in gradients.astype(np.float64):
+        accumulator = accumulator + np.mean(gradient.reshape(ROWS, -1) ** 2, axis=1)
+        scale = lr / (np.sqrt(accumulator) + epsilon)
+        expected = expected - scale.reshape([ROWS] + [1] * (len(shape) - 1)) * gradient
+    optimizer = row_optimizers.RowWiseAdagrad(learning_rate=lr, initial_accumulator=0.25, epsilon=epsilon)
+    actual, slots = _run(optimizer, weights, gradients)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(slots["accumulator"], accumulator, rtol=1e-6)
+    assert slots["accumulator"].shape == (ROWS,)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adam_equals_keras_where_every_row_is_touched(shape):
+    weights, gradients = _problem(shape, steps=11)
+    # Epsilon next to nothing, because Keras does not correct it for bias with the second moment.
+    kwargs = {"learning_rate": 0.03, "beta_1": 0.85, "beta_2": 0.97, "epsilon": 1e-12}
+    expected, variables = _run_keras(keras.optimizers.Adam(**kwargs), weights, gradients)
+    actual, slots = _run(row_optimizers.Adam(**kwargs), weights, gradients)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(slots["first_moment"], variables["momentum"], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(slots["second_moment"], variables["velocity"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("epsilon", [1e-8, 0.3])
+def test_adam_is_algorithm_1_on_touched_rows_with_the_dense_moments(epsilon):
+    steps, lr, beta_1, beta_2 = 40, 0.03, 0.9, 0.99
+    weights, gradients = _problem((ROWS, DIM), steps=steps)
+    # From touched at every step to touched once in ten.
+    rate = np.linspace(1, 0.1, ROWS)
+    touched = np.random.default_rng(1).uniform(size=(steps, ROWS)) < rate
+    touched[0] = [True, False] * (ROWS // 2) + [True]
+    touched[-1] = True
+    first, second, expected = np.zeros((ROWS, DIM)), np.zeros((ROWS, DIM)), weights.astype(np.float64)
+    for t, (gradient, mask) in enumerate(zip(gradients, touched, strict=True), start=1):
+        gradient = np.where(mask[:, None], gradient, 0).astype(np.float64)
+        first = beta_1 * first + (1 - beta_1) * gradient
+        second = beta_2 * second + (1 - beta_2) * gradient**2
+        update = lr * (first / (1 - beta_1**t)) / (np.sqrt(second / (1 - beta_2**t)) + epsilon)
+        expected = np.where(mask[:, None], expected - update, expected)
+    optimizer = row_optimizers.Adam(learning_rate=lr, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon)
+    actual, slots = _run(optimizer, weights, gradients, touched=touched)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(slots["first_moment"], first, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(slots["second_moment"], second, rtol=1e-5, atol=1e-8)
+    np.testing.assert_array_equal(slots["last_step"], np.full(ROWS, steps))
+
+
+def test_adam_moments_equal_those_of_dense_keras_adam_with_zero_gradients_on_skipped_steps():
+    steps = 23
+    weights, gradients = _problem((ROWS, DIM), steps=steps)
+    touched = np.random.default_rng(2).uniform(size=(steps, ROWS)) < 0.3
+    optimizer = row_optimizers.Adam(learning_rate=0.03)
+    _, slots = _run(optimizer, weights, gradients, touched=touched)
+    dense = np.where(touched[:, :, None], gradients, 0)
+    _, variables = _run_keras(keras.optimizers.Adam(0.03), weights, dense)
+    # What a row has not caught up yet: the decay since it was last touched.
+    behind = (steps - slots["last_step"])[:, None]
+    assert behind.max() > 0
+    first = optimizer.beta_1**behind * slots["first_moment"]
+    second = optimizer.beta_2**behind * slots["second_moment"]
+    np.testing.assert_allclose(first, variables["momentum"], rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(second, variables["velocity"], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_zero_gradient_leaves_fresh_rows_exactly_where_they_are(name):
+    weights, _ = _problem((ROWS, DIM))
+    optimizer = OPTIMIZERS[name](0.3)
+    actual, _ = _run(optimizer, weights, np.zeros((3, ROWS, DIM), np.float32))
+    np.testing.assert_array_equal(actual, weights)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_do_not_influence_each_other(name):
+    weights, gradients = _problem((ROWS, DIM))
+    together, slots_together = _run(OPTIMIZERS[name](0.3), weights, gradients)
+    for row in range(ROWS):
+        alone, slots_alone = _run(OPTIMIZERS[name](0.3), weights[[row]], gradients[:, [row]])
+        np.testing.assert_allclose(alone[0], together[row], rtol=1e-6)
+        for slot in slots_alone:
+            np.testing.assert_allclose(slots_alone[slot][0], slots_together[slot][row], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_schedule_is_read_at_the_number_of_updates_before(name):
+    steps = 5
+    weights, gradients = _problem((ROWS, DIM), steps=steps)
+    schedule = keras.optimizers.schedules.CosineDecay(0.5, decay_steps=steps, alpha=0.1)
+    rates = [0.5 * (0.9 * 0.5 * (1 + np.cos(np.pi * step / steps)) + 0.1) for step in range(steps)]
+    optimizer = OPTIMIZERS[name](schedule)
+    for step, rate in enumerate(rates):
+        np.testing.assert_allclose(optimizer.learning_rate_at(tf.constant(step)), rate, rtol=1e-6)
+    # A rule's step is proportional to its learning rate, whatever the slots.
+    slots = _initial_slots(optimizer, (ROWS, DIM))
+    for step, (rate, gradient) in enumerate(zip(rates, gradients, strict=True)):
+        arguments = {"weights": weights, "gradients": gradient, "slots": slots, "step": tf.constant(step)}
+        with_schedule, slots = optimizer.update_rows(**arguments)
+        with_constant, _ = OPTIMIZERS[name](rate).update_rows(**arguments)
+        np.testing.assert_allclose(with_schedule, with_constant, rtol=1e-6, atol=1e-7)
+        assert np.abs(with_schedule - weights).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("learning_rate", [0.0, -0.1, float("nan")])
+def test_learning_rate_that_is_not_positive_is_refused(name, learning_rate):
+    with pytest.raises(
+        ValueError, match=re.escape(f"learning_rate must be positive. Received: {learning_rate}.")
+    ):
+        OPTIMIZERS[name](learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (row_optimizers.Adagrad, {"initial_accumulator": -0.1}, "initial_accumulator=-0.1"),
+        (row_optimizers.Adagrad, {"epsilon": -1e-9}, "epsilon=-1e-09"),
+        (row_optimizers.RowWiseAdagrad, {"initial_accumulator": float("nan")}, "initial_accumulator=nan"),
+        (row_optimizers.RowWiseAdagrad, {"epsilon": -1.0}, "epsilon=-1.0"),
+        (row_optimizers.Adam, {"beta_1": 1.0}, "beta_1 must be in [0, 1). Received: beta_1=1.0"),
+        (row_optimizers.Adam, {"beta_2": -0.5}, "beta_2 must be in [0, 1). Received: beta_2=-0.5"),
+        (row_optimizers.Adam, {"epsilon": -1.0}, "epsilon=-1.0"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(learning_rate=0.1, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (row_optimizers.Adagrad, {"initial_accumulator": 0.0, "epsilon": 0.0}),
+        (row_optimizers.RowWiseAdagrad, {"initial_accumulator": 0.0, "epsilon": 0.0}),
+        (row_optimizers.Adam, {"epsilon": 0.0}),
+    ],
+)
+def test_settings_that_divide_a_zero_gradient_by_zero_are_refused(make, arguments):
+    with pytest.raises(ValueError, match="epsilon"):
+        make(learning_rate=0.1, **arguments)
