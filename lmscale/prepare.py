@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 def run() -> None:
     """The console script."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Some tokenizers import TensorFlow.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # A tokenizer that imports TensorFlow must not occupy a GPU.
     command_line.run_main(main)
 
 

@@ -241,9 +241,10 @@ def _write_splits(
             num_lines[split] += len(block.lines) - (not block.ends_line)
     for split in SPLITS:
         if files[split].num_tokens == 0:
+            total = sum(num_lines.values())
             raise ValueError(
-                f"Every split must get some lines. Received: none for {split}, of {sum(num_lines.values()):,} "
-                f"lines, by {corpus.rule}. Use a smaller block_lines, a larger {split}_fraction, or more text."
+                f"Every split must get some lines. Received: none of {total:,} lines for {split}, by "
+                f"{corpus.rule}. Use a smaller block_lines, a larger {split}_fraction, or more text."
             )
     if not np.array_equal(counts["train"], vocabulary.counts):
         raise ValueError(

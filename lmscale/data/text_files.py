@@ -111,9 +111,10 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
             except UnicodeDecodeError as error:
                 number = lines_before + data.count(b"\n", 0, error.start) + 1
                 column = error.start - (data.rfind(b"\n", 0, error.start) + 1)
+                wrong = f"byte 0x{data[error.start]:02x} at byte {column + 1} of the line"
                 raise ValueError(
-                    f"{path}, line {number}: not UTF-8 (byte 0x{data[error.start]:02x} at byte {column + 1} of "
-                    "the line). Convert the file, for instance with iconv -t UTF-8."
+                    f"{path}, line {number}: must be UTF-8. Received: {wrong}. "
+                    "Convert the file, for instance with iconv -t UTF-8."
                 ) from error
             lines_before += data.count(b"\n")
             lines = text.replace("\r\n", "\n").split("\n")

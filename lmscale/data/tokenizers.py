@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 import re
 import sys
 import unicodedata
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lmscale.data.vocab import UNK
+from lmscale.data.vocab import EOS, UNK
 
 _TOKENIZERS: dict[str, type["Tokenizer"]] = {}
 
@@ -139,45 +140,32 @@ class WordsTokenizer(Tokenizer):
 class WordpieceTokenizer(Tokenizer):
     """Pieces of the words of `words`, learned from the training text: `un`, `##think`, `##able`.
 
-    The pieces number `vocab_size` at most, less `<eos>`, and 32,000 if none is set. Every character of the
-    training text is a piece, except those beyond the thousand most frequent; a word that cannot be put
+    There are `vocab_size` pieces at most, `<eos>` included, and 32,000 if none is set; somewhat fewer come
+    out. They are learned from the most frequent 200,000 words. Every character of these is a piece, at a
+    word's start and inside, except those beyond the thousand most frequent; a word that cannot be put
     together is `<unk>`. The pieces go to `tokenizer.wordpiece.txt`, in the form that TensorFlow Text reads.
 
-    Source: Schuster and Nakajima 2012; learned and applied by tensorflow_text.
+    Source: Schuster and Nakajima 2012; the steps of learning and the cutting are tensorflow_text's.
     """
-
-    def __init__(self):
-        self._find_words = WordsTokenizer()
-        self._pieces_of_word: dict[str, list[str]] = {}
-        self._vocabulary: list[str] = []
 
     learns = True
 
-    def learn(self, lines, *, vocab_size):
-        from tensorflow_text.tools.wordpiece_vocab import wordpiece_tokenizer_learner_lib as learner
+    def __init__(self):
+        self._words = WordsTokenizer()
+        self._vocabulary: list[str] = []
+        self._pieces_of_word: dict[str, list[str]] = {}
 
-        vocab_size = 32_000 if vocab_size is None else vocab_size
+    def learn(self, lines, *, vocab_size):
         word_counts: Counter[str] = Counter()
         for block in lines:
-            for words in self._find_words.tokenize(block):
+            for words in self._words.tokenize(block):
                 word_counts.update(words)
         if not word_counts:
-            raise ValueError("wordpiece: the training text has no word to learn from. Give other text.")
-        self._vocabulary = learner.learn(
-            word_counts,
-            vocab_size=vocab_size - 1,
-            reserved_tokens=[_WORDPIECE_UNK],
-            lower_thresh=2,
-            max_input_tokens=_MAX_WORDPIECE_WORDS,
-        )
-        if len(self._vocabulary) > vocab_size - 1:
-            raise ValueError(
-                f"vocab_size must be at least {len(self._vocabulary) + 1} for wordpiece pieces of this text. "
-                f"Received: vocab_size={vocab_size}. Use a larger one, or tokenizer=characters."
-            )
+            raise ValueError("The training text must hold a word to learn from. Received none.")
+        self._vocabulary = _learn_wordpieces(word_counts, (vocab_size or 32_000) - 1)
 
     def tokenize(self, lines):
-        words_of_lines = self._find_words.tokenize(lines)
+        words_of_lines = self._words.tokenize(lines)
         known = self._pieces_of_word
         new = sorted({word for words in words_of_lines for word in words if word not in known})
         if new:
@@ -259,7 +247,53 @@ class SentencepieceTokenizer(Tokenizer):
 
 
 _WORDPIECE_UNK = "[UNK]"
-_MAX_WORDPIECE_WORDS = 200_000
+
+
+def _learn_wordpieces(word_counts, max_pieces):
+    """At most `max_pieces` pieces, `[UNK]` first, of the words counted.
+
+    The learner keeps the pieces that occur at least a threshold of times. It is searched for here, because
+    the search that comes with the learner may end on a vocabulary above its limit. Halving the ratio of the
+    bounds, not their difference, suits Zipf's law: few steps are needed, and each is slow.
+    """
+    from tensorflow_text.tools.wordpiece_vocab import wordpiece_tokenizer_learner_lib as learner
+
+    params = learner.Params(
+        upper_thresh=None,
+        lower_thresh=None,
+        num_iterations=4,
+        max_input_tokens=200_000,
+        max_token_length=50,
+        max_unique_chars=1000,
+        vocab_size=max_pieces,
+        slack_ratio=0.05,
+        include_joiner_token=True,
+        joiner="##",
+        reserved_tokens=[_WORDPIECE_UNK],
+    )
+    words = learner.get_input_words(word_counts.items(), params.reserved_tokens, params.max_token_length)
+    words.sort(key=lambda item: (-item[1], item[0]))
+    characters = learner.get_allowed_chars(words, params.max_unique_chars)
+    words = learner.filter_input_words(words, characters, params.max_input_tokens)
+    smallest = 1 + 2 * len(learner.extract_char_tokens(words))
+    if smallest > max_pieces:
+        raise ValueError(
+            f"vocab_size must be at least {smallest + 1} for wordpiece: {EOS}, {UNK}, and each character at "
+            f"the start of words and inside. Received: vocab_size={max_pieces + 1}. Use a larger one."
+        )
+    # Above the sum of all counts nothing but the characters is left, and they fit.
+    too_low, fits = 0, sum(count for _, count in words) + 1
+    vocabulary = None
+    while fits - too_low > 1 and (
+        vocabulary is None or len(vocabulary) < (1 - params.slack_ratio) * max_pieces
+    ):
+        threshold = min(max(math.isqrt(max(too_low, 1) * fits), too_low + 1), fits - 1)
+        candidate = learner.learn_with_thresh(words, threshold, params)
+        if len(candidate) <= max_pieces:
+            fits, vocabulary = threshold, candidate
+        else:
+            too_low = threshold
+    return vocabulary or learner.learn_with_thresh(words, fits, params)
 
 
 def _words_pattern():
