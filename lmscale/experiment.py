@@ -73,7 +73,8 @@ class Experiment:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(
-                    f"{name} must be at least 1. Received: {name}={getattr(self, name)}. Set {name.upper()} to 1 or more."
+                    f"{name} must be at least 1. Received: {name}={getattr(self, name)}. "
+                    f"Set {name.upper()} to 1 or more."
                 )
         if self.seed < 0 or self.seed >= 2**31:
             raise ValueError(f"seed must be in [0, 2**31). Received: seed={self.seed}. Choose another SEED.")

@@ -43,10 +43,15 @@ def training_batches(experiment, *, body, tokens):
 
 
 class Trainer:
-    """An experiment on the devices of a strategy: its model, its data, and the step that trains the one on the other."""
+    """An experiment on the devices of a strategy: its model, its data, and the step that joins them."""
 
-    def __init__(self, experiment, *, strategy):
-        """Reads the data, builds the model, leaves the training loop to `train`.
+    def __init__(self, experiment, *, data, strategy):
+        """Builds the model; the training loop is `train`'s.
+
+        Args:
+          experiment: `Experiment`.
+          data: `PreparedData`.
+          strategy: `tf.distribute.Strategy`.
 
         Raises:
           ValueError: if the experiment does not fit the devices or the data.
@@ -54,7 +59,7 @@ class Trainer:
         experiment.check_devices(strategy.num_replicas_in_sync)
         self.experiment = experiment
         self.strategy = strategy
-        self.data = PreparedData.open(experiment.data_dir)
+        self.data = data
         if experiment.deterministic_ops:
             tf.config.experimental.enable_op_determinism()
         with strategy.scope():
@@ -248,7 +253,7 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
       StoppedEarlyError: on SIGTERM or SIGINT, at the next step boundary, after saving.
       NonFiniteError: with on_bad_step="stop".
     """
-    trainer = Trainer(experiment, strategy=strategy)
+    trainer = Trainer(experiment, data=PreparedData.open(experiment.data_dir), strategy=strategy)
     checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints)
     metadata = checkpoints.restore(trainer.checkpoint_items())
     run = _Run(trainer, checkpoints=checkpoints)

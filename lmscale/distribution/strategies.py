@@ -36,9 +36,10 @@ def make_strategy(*, cpu_devices=None):
             cpu, [tf.config.LogicalDeviceConfiguration()] * cpu_devices
         )
     except RuntimeError as error:
-        if len(tf.config.list_logical_devices("CPU")) < cpu_devices:
+        started = len(tf.config.list_logical_devices("CPU"))
+        if started < cpu_devices:
             raise ValueError(
                 f"cpu_devices={cpu_devices} must be set before TensorFlow starts its devices. Received: a process "
-                f"with {len(tf.config.list_logical_devices('CPU'))} CPU devices already started. Call make_strategy first."
+                f"that has started {started} CPU device(s). Call make_strategy first."
             ) from error
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(cpu_devices)])

@@ -57,7 +57,7 @@ def keras_body(*, layer: Callable[[], keras.layers.Layer]) -> Body:
 
 
 class Encoder:
-    """A body and, where its width is not the table's, the projection that ties them: [..., hidden] -> [..., embed_dim]."""
+    """A body and, where its width is not the table's, the projection to it: [..., hidden] -> [..., embed_dim]."""
 
     def __init__(self, body, *, embed_dim):
         self.body = body

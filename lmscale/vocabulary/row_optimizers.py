@@ -8,11 +8,12 @@ cost of a step linear in vocab_size: they are not used here, Keras learning-rate
 
 import abc
 import dataclasses
+from typing import TypeAlias
 
 import keras
 import tensorflow as tf
 
-LearningRate = float | keras.optimizers.schedules.LearningRateSchedule
+LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
 
 
 @dataclasses.dataclass(frozen=True)
