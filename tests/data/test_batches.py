@@ -1,0 +1,190 @@
+"""Batches against their formulas, on token streams whose ids are their own positions."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+
+from lmscale.data.batches import ContiguousBatches, EvaluationBatches, ShuffledWindows
+
+
+def epoch_of(batches, epoch):
+    return [batches.at(epoch * batches.steps_per_epoch + w) for w in range(batches.steps_per_epoch)]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "global_batch_size", "window"),
+    [(11, 1, 10), (103, 1, 7), (103, 4, 5), (1009, 8, 3), (24, 8, 2), (70_001, 3, 64)],
+)
+class TestContiguousBatches:
+    def test_formula(self, num_tokens, global_batch_size, window):
+        batches = ContiguousBatches(
+            np.arange(num_tokens), global_batch_size=global_batch_size, window=window, seed=5
+        )
+        lane_length = num_tokens // global_batch_size
+        assert batches.steps_per_epoch == (lane_length - 1) // window
+        for epoch in range(3):
+            offset = batches.at(epoch * batches.steps_per_epoch).window_ids[0, 0]
+            for w, batch in enumerate(epoch_of(batches, epoch)):
+                assert batch.window_ids.shape == (global_batch_size, window + 1)
+                assert batch.window_ids.dtype == np.int32
+                assert (batch.epoch, batch.starts_epoch) == (epoch, w == 0)
+                expected = [
+                    [(lane * lane_length + offset + w * window + i) % num_tokens for i in range(window + 1)]
+                    for lane in range(global_batch_size)
+                ]
+                np.testing.assert_array_equal(batch.window_ids, expected)
+
+    def test_rows_go_on_where_they_ended(self, num_tokens, global_batch_size, window):
+        batches = ContiguousBatches(
+            np.arange(num_tokens), global_batch_size=global_batch_size, window=window, seed=0
+        )
+        for before, after in itertools.pairwise(epoch_of(batches, 1)):
+            np.testing.assert_array_equal(before.window_ids[:, -1], after.window_ids[:, 0])
+
+    def test_no_token_is_a_label_twice_in_an_epoch(self, num_tokens, global_batch_size, window):
+        batches = ContiguousBatches(
+            np.arange(num_tokens), global_batch_size=global_batch_size, window=window, seed=1
+        )
+        labels = np.concatenate([batch.window_ids[:, 1:].ravel() for batch in epoch_of(batches, 2)])
+        assert len(set(labels.tolist())) == len(labels)
+        assert num_tokens - len(labels) < global_batch_size * (window + 1)
+
+
+def test_contiguous_epochs_reach_every_token():
+    batches = ContiguousBatches(np.arange(50), global_batch_size=3, window=7, seed=0)  # 42 labels per epoch
+    seen = {
+        label for epoch in range(20) for b in epoch_of(batches, epoch) for label in b.window_ids[:, 1:].flat
+    }
+    assert seen == set(range(50))
+
+
+def test_contiguous_offsets_are_uniform():
+    batches = ContiguousBatches(np.arange(1000), global_batch_size=1, window=999, seed=3)
+    offsets = np.array([batches.at(epoch).window_ids[0, 0] for epoch in range(4000)])
+    tenths = np.bincount(offsets // 100, minlength=10)
+    assert np.abs(tenths - 400).max() < 5 * np.sqrt(
+        400 * 0.9
+    )  # Five standard deviations of a binomial count.
+
+
+@pytest.mark.parametrize("kind", [ContiguousBatches, ShuffledWindows])
+def test_batch_is_a_pure_function_of_seed_and_step(kind):
+    tokens = np.arange(5000) % 97
+    steps = [0, 1, 40, 41, 42, 43, 10_000, 123_456_789]
+    batches = kind(tokens, global_batch_size=5, window=23, seed=7)
+    forwards = [batches.at(step).window_ids for step in steps]
+    for step, expected in reversed(list(zip(steps, forwards, strict=True))):
+        fresh = kind(tokens, global_batch_size=5, window=23, seed=7)
+        np.testing.assert_array_equal(fresh.at(step).window_ids, expected)
+    other_seed = kind(tokens, global_batch_size=5, window=23, seed=8)
+    assert not np.array_equal(other_seed.at(0).window_ids, forwards[0])
+
+
+def test_batches_stay_the_same_over_versions():
+    """A run resumed under a new version must read on: these values are never to change."""
+    contiguous = ContiguousBatches(np.arange(100), global_batch_size=2, window=3, seed=1)
+    shuffled = ShuffledWindows(np.arange(100), global_batch_size=4, window=3, seed=1)
+    assert contiguous.at(0).window_ids.tolist() == [[43, 44, 45, 46], [93, 94, 95, 96]]
+    assert contiguous.at(100).window_ids.tolist() == [[11, 12, 13, 14], [61, 62, 63, 64]]
+    assert shuffled.at(0).window_ids[:, 0].tolist() == [21, 36, 12, 6]
+    assert shuffled.at(100).window_ids[:, 0].tolist() == [24, 27, 93, 63]
+
+
+@pytest.mark.parametrize("num_windows", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1000])
+def test_shuffled_windows_are_a_permutation_each_epoch(num_windows):
+    batches = ShuffledWindows(np.arange(num_windows + 1), global_batch_size=1, window=1, seed=11)
+    orders = [[int(b.window_ids[0, 0]) for b in epoch_of(batches, epoch)] for epoch in range(3)]
+    for order in orders:
+        assert sorted(order) == list(range(num_windows))
+    if num_windows > 15:
+        assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_shuffled_orders_are_equally_likely():
+    batches = ShuffledWindows(np.arange(4), global_batch_size=1, window=1, seed=0)
+    orders = collections.Counter(
+        tuple(int(b.window_ids[0, 0]) for b in epoch_of(batches, epoch)) for epoch in range(1800)
+    )
+    assert len(orders) == 6
+    assert all(abs(count - 300) < 5 * np.sqrt(300 * 5 / 6) for count in orders.values())
+
+
+def test_shuffled_windows_are_consecutive_pieces_of_the_stream():
+    num_tokens, global_batch_size, window = 1003, 6, 9  # 111 windows, 3 tokens beside them, 18 steps
+    batches = ShuffledWindows(
+        np.arange(num_tokens), global_batch_size=global_batch_size, window=window, seed=2
+    )
+    assert batches.steps_per_epoch == 18
+    left_out = set()
+    for epoch in range(4):
+        rows = np.concatenate([batch.window_ids for batch in epoch_of(batches, epoch)])
+        np.testing.assert_array_equal(rows, rows[:, :1] + np.arange(window + 1))
+        starts = rows[:, 0]
+        assert len(set(starts.tolist())) == len(starts) == 108
+        assert len(set((starts % window).tolist())) == 1
+        assert starts.min() >= 0
+        assert rows.max() < num_tokens
+        left_out.add(frozenset(range(111)) - frozenset((starts // window).tolist()))
+        assert all(batch.starts_epoch and batch.epoch == epoch for batch in epoch_of(batches, epoch))
+    assert len(left_out) == 4  # Other windows are left out in each epoch.
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 97, 100])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 101])
+@pytest.mark.parametrize("window", [1, 3, 7, 50])
+def test_evaluation_covers_every_token_once(num_tokens, batch_size, window):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 9, num_tokens).astype("<u2")
+    batches = EvaluationBatches(tokens, batch_size=batch_size, window=window, eos_id=4)
+    all_batches = [batches.at(step) for step in range(batches.num_steps)]
+    for batch in all_batches:
+        for array in (batch.input_ids, batch.labels, batch.loss_weights):
+            assert array.shape == (batch_size, window)
+        assert (batch.input_ids.dtype, batch.labels.dtype) == (np.int32, np.int32)
+        assert batch.loss_weights.dtype == np.float32
+
+    # Read lane by lane, the weighted entries are the stream itself, each after the token before it.
+    def lanes(name):
+        return np.concatenate([getattr(batch, name) for batch in all_batches], axis=1).ravel()
+
+    counted = lanes("loss_weights") == 1
+    assert set(lanes("loss_weights").tolist()) <= {0.0, 1.0}
+    np.testing.assert_array_equal(lanes("labels")[counted], tokens)
+    np.testing.assert_array_equal(lanes("input_ids")[counted], [4, *tokens[:-1]])
+    assert sum(float(batch.loss_weights.sum()) for batch in all_batches) == num_tokens
+    assert set(lanes("labels")[~counted].tolist()) <= {4}
+
+
+def test_evaluation_in_one_lane_needs_no_padding_but_at_the_end():
+    batches = EvaluationBatches(np.array([3, 1, 2, 3, 1]), batch_size=1, window=3, eos_id=0)
+    assert batches.num_steps == 2
+    assert batches.at(0).input_ids.tolist() == [[0, 3, 1]]
+    assert batches.at(0).labels.tolist() == [[3, 1, 2]]
+    assert batches.at(1).input_ids.tolist() == [[2, 3, 0]]
+    assert batches.at(1).labels.tolist() == [[3, 1, 0]]
+    assert batches.at(1).loss_weights.tolist() == [[1, 1, 0]]
+
+
+@pytest.mark.parametrize("kind", [ContiguousBatches, ShuffledWindows])
+def test_training_errors_name_what_was_received(kind):
+    tokens = np.arange(20)
+    with pytest.raises(ValueError, match=r"20 tokens, global_batch_size=4, window=6"):
+        kind(tokens, global_batch_size=4, window=6, seed=0)
+    kind(tokens, global_batch_size=4, window=4, seed=0)
+    with pytest.raises(ValueError, match=r"window=0"):
+        kind(tokens, global_batch_size=4, window=0, seed=0)
+    with pytest.raises(ValueError, match=r"seed=-1"):
+        kind(tokens, global_batch_size=4, window=4, seed=-1)
+    with pytest.raises(ValueError, match=r"shape \(4, 5\)"):
+        kind(tokens.reshape(4, 5), global_batch_size=2, window=1, seed=0)
+    with pytest.raises(ValueError, match=r"step=-1"):
+        kind(tokens, global_batch_size=4, window=4, seed=0).at(-1)
+
+
+def test_evaluation_errors_name_what_was_received():
+    with pytest.raises(ValueError, match="0 tokens"):
+        EvaluationBatches(np.array([], np.int32), batch_size=1, window=1, eos_id=0)
+    with pytest.raises(ValueError, match=r"0 \.\. 1\. Received: step=2"):
+        EvaluationBatches(np.arange(4), batch_size=1, window=2, eos_id=0).at(2)
