@@ -258,14 +258,17 @@ class UnigramSampler(Sampler):
         certain = tf.constant(self._certain_ids, tf.int64)
         if self._line is None:
             return tf.cast(certain, tf.int32)
-        cell, point = self._line.draw(seed)
+        ids = self._ids_at(*self._line.draw(seed))
+        return tf.cast(tf.concat([certain, ids], axis=0), tf.int32)
+
+    def _ids_at(self, cell, point):
         ids, last = tf.gather(self._first, cell), tf.gather(self._last, cell)
         # Written out, as XLA's searchsorted compares every draw with every class.
         for step in reversed(range(self._search_steps)):
             further = tf.minimum(ids + 2**step, last)
             end = tf.gather(self._end_in_cell, tf.maximum(further - 1, 0))
             ids = tf.where(end <= point, further, ids)
-        return tf.cast(tf.concat([certain, ids], axis=0), tf.int32)
+        return ids
 
     def log_expected_count(self, ids, *, num_draws=None):
         self._check_num_draws(num_draws)

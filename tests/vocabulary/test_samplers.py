@@ -7,7 +7,7 @@ import tensorflow as tf
 from lmscale.vocabulary.samplers import InBatchSampler, LogUniformSampler, UniformSampler, UnigramSampler
 
 VOCAB_SIZE = 1009
-NUM_SAMPLED = 251
+NUM_SAMPLED = 503
 SEED = (20, 25)
 
 
@@ -72,7 +72,7 @@ def _draw_repeatedly(sampler, repeats, *, jit_compile=False):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_frequencies_of_a_million_draws(name):
-    repeats = 4000
+    repeats = 2000
     draws = _draw_repeatedly(_make(name), repeats)
     observed = np.bincount(draws.ravel(), minlength=VOCAB_SIZE)
     expected = repeats * _expected_counts(name)
@@ -87,7 +87,7 @@ def test_frequencies_of_a_million_draws(name):
 
 @pytest.mark.parametrize("name", STRATIFIED)
 def test_stratified_draws_repeat_little(name):
-    draws = _draw_repeatedly(_make(name), 500)
+    draws = _draw_repeatedly(_make(name), 200)
     expected = _expected_counts(name)
     certain = expected >= 1 - 1e-12
     assert 10 < certain.sum() < NUM_SAMPLED
@@ -158,6 +158,20 @@ def test_same_seed_same_draw(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_same_draw_on_every_replica(mirrored, name):
+    strategy = mirrored(3)
+    with strategy.scope():
+        sampler = _make(name)
+
+    @tf.function(autograph=False)
+    def draw():
+        return strategy.run(lambda: sampler.sample(seed=tf.constant(SEED)))
+
+    for ids in strategy.experimental_local_results(draw()):
+        np.testing.assert_array_equal(ids, _make(name).sample(seed=tf.constant(SEED)))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_candidates(name):
     sampler = _make(name)
     candidates = sampler.candidates(seed=tf.constant(SEED))
@@ -167,9 +181,7 @@ def test_candidates(name):
     )
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "num_sampled"), [(1, 1), (2, 1), (VOCAB_SIZE, NUM_SAMPLED), (10**6, 8191)]
-)
+@pytest.mark.parametrize(("vocab_size", "num_sampled"), [(2, 1), (VOCAB_SIZE, NUM_SAMPLED), (10**6, 8191)])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_xla_draws_alike(name, vocab_size, num_sampled):
     sampler = _make(name, vocab_size, num_sampled)
@@ -233,23 +245,43 @@ def test_ten_million_classes(sampler_class, replacement):
     assert len(np.unique(upper)) > distinct - 5 * np.sqrt(distinct)
 
 
+def _count_points(sampler, cell, first_id, last_id):
+    """[ids] int64: how many of the 2**24 points of a cell belong to each id of first_id .. last_id."""
+    ids_at = tf.function(sampler._ids_at, autograph=False)
+    counts = np.zeros(last_id - first_id + 1, np.int64)
+    for points in np.split(np.arange(2**24), 16):
+        cells = tf.fill(points.shape, tf.constant(cell, tf.int64))
+        ids = ids_at(cells, tf.constant(points / 2**24, tf.float32)).numpy()
+        counts += np.bincount(ids - first_id, minlength=len(counts))
+    return counts
+
+
 def test_log_uniform_frequencies_within_a_cell():
     """Of all points of the last cell at V = 10**7, each id gets its share to 1e-3."""
     vocab_size = 10**7
     sampler = LogUniformSampler(vocab_size=vocab_size, num_sampled=64)
-    cells = 2**16
-    start, end = np.exp(np.log(vocab_size + 1) * (np.array([cells - 1, cells]) / cells))
+    start, end = np.exp(np.log(vocab_size + 1) * np.array([1 - 2.0**-16, 1]))
     first_id = int(start) - 1
-    counts = np.zeros(vocab_size - first_id, np.int64)
-    for points in np.split(np.arange(2**24), 16):
-        ids = sampler._ids_at(
-            tf.fill(points.shape, tf.constant(cells - 1, tf.int64)), points.astype(np.float32) / 2**24
-        )
-        counts += np.bincount(ids.numpy() - first_id, minlength=len(counts))
+    counts = _count_points(sampler, 2**16 - 1, first_id, vocab_size - 1)
     ids = np.arange(first_id + 1, vocab_size)  # the first id lies only partly in this cell
     expected = 2**24 * np.log1p(1 / (ids + 1)) / np.log(end / start)
     # Ids of a cell are told apart by offsets of up to 2459, whose float32 ulp is 2.4e-4.
     np.testing.assert_allclose(counts[1:], expected, rtol=1e-3)
+
+
+def test_unigram_frequencies_within_a_cell():
+    """Of all points of the first and of the last cell, each id gets exactly what its expected count says."""
+    vocab_size = 10**6
+    counts = np.where(np.arange(vocab_size) % 2, 10**6, 1)[::-1]
+    sampler = UnigramSampler(vocab_size=vocab_size, counts=counts, num_sampled=64, power=1.0)
+    expected = np.exp(np.float64(sampler.log_expected_count(tf.range(vocab_size)))) / 64 * 2**40
+    # About 15 ids lie in a cell, the last of the first cell and the first of the last one only partly.
+    first = _count_points(sampler, 0, 0, 19)
+    last = _count_points(sampler, 2**16 - 1, vocab_size - 20, vocab_size - 1)
+    assert np.all(expected[1:14:2] < 4)
+    # Expected counts are float32, and tell the short lengths exactly.
+    np.testing.assert_allclose(first[:14], expected[:14], rtol=1e-5)
+    np.testing.assert_allclose(last[-14:], expected[-14:], rtol=1e-5)
 
 
 @pytest.mark.parametrize("replacement", [True, False])
@@ -296,13 +328,13 @@ def test_estimates_the_sum_over_all_classes(name):
     sampler = _make(name)
     terms = np.exp(np.random.default_rng(3).normal(size=[VOCAB_SIZE]))
     weighted = terms / np.exp(sampler.log_expected_count(tf.range(VOCAB_SIZE)).numpy())
-    estimates = weighted[_draw_repeatedly(sampler, 2000)].sum(axis=1)
+    estimates = weighted[_draw_repeatedly(sampler, 1000)].sum(axis=1)
     standard_error = estimates.std() / np.sqrt(len(estimates))
     assert abs(estimates.mean() - terms.sum()) < 4 * standard_error
     if name in STRATIFIED:
         independent = _make(name.replace("stratified", "independent"))
         weighted = terms / np.exp(independent.log_expected_count(tf.range(VOCAB_SIZE)).numpy())
-        assert estimates.std() < 0.9 * weighted[_draw_repeatedly(independent, 2000)].sum(axis=1).std()
+        assert estimates.std() < 0.9 * weighted[_draw_repeatedly(independent, 1000)].sum(axis=1).std()
 
 
 def test_in_batch():
@@ -337,7 +369,7 @@ def test_num_sampled_errors(name, num_sampled):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_num_draws_error(name):
-    with pytest.raises(ValueError, match="num_draws=250, num_sampled=251"):
+    with pytest.raises(ValueError, match="num_draws=250, num_sampled=503"):
         _make(name).log_expected_count(tf.range(3), num_draws=250)
 
 
