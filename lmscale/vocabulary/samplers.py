@@ -107,7 +107,7 @@ class UniformSampler(Sampler):
     Source: tf.random.uniform_candidate_sampler with unique=False.
     """
 
-    def __init__(self, *, vocab_size, counts=None, num_sampled):
+    def __init__(self, *, vocab_size: int, counts: np.ndarray | None = None, num_sampled: int):
         del counts
         self.vocab_size, self.num_sampled = _check_sizes(vocab_size, num_sampled)
 
@@ -153,7 +153,9 @@ class LogUniformSampler(Sampler):
       for all).
     """
 
-    def __init__(self, *, vocab_size, counts=None, num_sampled, replacement=True):
+    def __init__(
+        self, *, vocab_size: int, counts: np.ndarray | None = None, num_sampled: int, replacement: bool = True
+    ):
         del counts
         self.vocab_size, self.num_sampled = _check_sizes(vocab_size, num_sampled)
         self._num_certain = 0 if replacement else _log_uniform_num_certain(self.vocab_size, self.num_sampled)
@@ -224,7 +226,15 @@ class UnigramSampler(Sampler):
       LogUniformSampler.
     """
 
-    def __init__(self, *, vocab_size, counts, num_sampled, power=0.75, replacement=True):
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        counts: np.ndarray,
+        num_sampled: int,
+        power: float = 0.75,
+        replacement: bool = True,
+    ):
         self.vocab_size, self.num_sampled = _check_sizes(vocab_size, num_sampled)
         weights = np.maximum(_check_counts(counts, self.vocab_size), 1.0) ** power
         certain_ids = np.zeros([0], np.int64) if replacement else _certain_ids(weights, self.num_sampled)
@@ -294,7 +304,7 @@ class InBatchSampler(Sampler):
 
     needs_labels = True
 
-    def __init__(self, *, vocab_size, counts):
+    def __init__(self, *, vocab_size: int, counts: np.ndarray):
         self.vocab_size, self.num_sampled = int(vocab_size), None
         smoothed = np.maximum(_check_counts(counts, self.vocab_size), 1.0)
         self._log_probability = _table(np.log(smoothed / smoothed.sum()).astype(np.float32))
