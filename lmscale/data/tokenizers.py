@@ -296,6 +296,7 @@ def _learn_wordpieces(word_counts, max_pieces):
     return vocabulary or learner.learn_with_thresh(words, fits, params)
 
 
+@functools.cache
 def _words_pattern():
     # `\w` leaves out combining marks, without which the words of Indic scripts would fall apart.
     marks = [code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)).startswith("M")]
