@@ -44,10 +44,10 @@ def default_block_rows(*, tokens, shard_rows):
     Returns:
       int, a multiple of 128 unless the shard is smaller than that.
     """
-    largest = max(_BLOCK_ROWS_MULTIPLE, _LOGITS_BLOCK_MIB * 2**20 // (4 * max(tokens, 1)))
+    multiple = _BLOCK_ROWS_MULTIPLE
+    largest = max(1, _LOGITS_BLOCK_MIB * 2**20 // (4 * max(tokens, 1)) // multiple) * multiple
     num_blocks = -(-shard_rows // largest)
-    even = -(-shard_rows // num_blocks)
-    return min(shard_rows, -(-even // _BLOCK_ROWS_MULTIPLE) * _BLOCK_ROWS_MULTIPLE)
+    return min(shard_rows, -(-shard_rows // (num_blocks * multiple)) * multiple)
 
 
 def shard_logsumexp(hidden, *, rows, bias, num_valid_rows, block_rows=None, compute_dtype=tf.float32):
@@ -94,8 +94,8 @@ def shard_gradients(
 ):
     """One shard's part of the gradients of `sum(loss_weights * loss)`, the logits recomputed block by block.
 
-    With d[t, r] = loss_weights[t] * (exp(logits[t, r] - logsumexp[t]) - [r == local_labels[t]]) on valid rows r,
-    d_hidden = d . rows, d_rows = d^T . hidden, d_bias = sum_t d[t].
+    d_hidden = d . rows, d_rows = d^T . hidden, d_bias = sum_t d[t], where over the valid rows r
+    d[t, r] = loss_weights[t] * (exp(logits[t, r] - logsumexp[t]) - [r == local_labels[t]]).
 
     Args:
       hidden: [tokens, embed_dim] float.
@@ -269,8 +269,8 @@ def _checked_block_rows(hidden, *, rows, bias, block_rows):
     tokens, embed_dim = hidden.shape
     if rows.shape.rank != 2 or not rows.shape[0] or rows.shape[1] != embed_dim:
         raise ValueError(
-            f"rows must have a static shape [shard_rows, {embed_dim}] with hidden {hidden.shape}, shard_rows at "
-            f"least 1. Received: {rows.shape}. Project hidden to the size of a row, give every shard a row."
+            f"rows must have a static shape [shard_rows, {embed_dim}] with hidden {hidden.shape}, and "
+            f"shard_rows at least 1. Received: {rows.shape}. Project hidden to the size of a row."
         )
     shard_rows = rows.shape[0]
     if bias is not None and bias.shape.as_list() != [shard_rows]:
@@ -286,7 +286,7 @@ def _checked_block_rows(hidden, *, rows, bias, block_rows):
 
 
 def _read_block(rows, bias, block, block_rows, num_valid_rows):
-    """Rows [block_rows, embed_dim] and bias [block_rows] (or None) of a block, their ids, and which are valid.
+    """Rows [block_rows, embed_dim] and bias [block_rows] (or None) of a block, their ids, which are valid.
 
     A gather, not a slice: a slice reads the variable, and reading one that scatter updates have touched
     copies the whole of it.
