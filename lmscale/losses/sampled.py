@@ -7,8 +7,8 @@ import numpy as np
 import tensorflow as tf
 
 from lmscale.losses.training_loss import LossGradients, TrainingLoss
-from lmscale.vocabulary.samplers import Sampler
 from lmscale.vocabulary.sampled_softmax import sampled_softmax_value_and_gradients
+from lmscale.vocabulary.samplers import Sampler
 
 
 class SampledSoftmax(TrainingLoss):

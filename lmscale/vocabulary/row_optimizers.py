@@ -137,19 +137,24 @@ class RowWiseAdagrad(RowOptimizer):
 
 
 class Adam(RowOptimizer):
-    """Adam whose moments are, on every row and at every step, those of dense Adam.
+    """Adam whose second moment runs on the clock of the steps, and whose first moment on each row's own.
 
-    A row that a step does not touch has gradient zero there, so dense Adam would only decay its moments:
-    k skipped steps multiply them by beta_1^k and beta_2^k. Each row therefore keeps the step of its last update and
-    catches the decay up, in closed form, when it is next touched:
+    A row that a step does not touch has gradient zero there. Dense Adam would decay both of its moments and go on
+    moving its weights by what is left of the first; a row that nobody reads should cost nothing. Update number t
+    (from 1) of a row last updated at number s, and for the n-th time:
 
-        k = t - last_step
-        m <- beta_1^k m + (1 - beta_1) g          v <- beta_2^k v + (1 - beta_2) g^2
-        w <- w - lr * (m / (1 - beta_1^t)) / (sqrt(v / (1 - beta_2^t)) + epsilon)
+        v <- beta_2^(t - s) v + (1 - beta_2) g^2        m <- beta_1 m + (1 - beta_1) g
+        w <- w - lr * (m / (1 - beta_1^n)) / (sqrt(v / (1 - beta_2^t)) + epsilon)
 
-    m, v and the bias correction equal the dense rule's exactly; the weight moves on the touched steps alone, so that
-    a row which nobody reads costs nothing. (The usual "lazy" form leaves out the decay: a rare row then meets a
-    first moment from thousands of steps ago at full size.)
+    v is dense Adam's exactly: the decay of the skipped steps is caught up in closed form. m is averaged over the
+    updates of the row: decaying it over skipped steps while the weights stand still would lose all but 1 - beta_1 of
+    a rare row's gradient, where dense Adam pays the rest out step by step. So:
+
+    - a row touched at every step follows dense Adam exactly;
+    - with beta_1 = 0, where dense Adam has no such rest, every row follows it exactly, whatever it skips; the first
+      moment is then not kept at all;
+    - otherwise a rare row is as fast as under dense Adam: with gradient g at a fraction p of the steps, both move by
+      lr * sqrt(p) a step.
 
     Source: Kingma & Ba 2015 (arXiv:1412.6980), Algorithm 1, with g = 0 on skipped steps.
     """
@@ -175,31 +180,32 @@ class Adam(RowOptimizer):
 
     @property
     def slots(self):
-        return {
-            "first_moment": Slot(per_element=True),
+        slots = {
             "second_moment": Slot(per_element=True),
             "last_step": Slot(per_element=False, dtype=tf.int32),
         }
+        if self.beta_1:
+            slots["first_moment"] = Slot(per_element=True)
+            slots["num_updates"] = Slot(per_element=False, dtype=tf.int32)
+        return slots
 
     def update_rows(self, *, weights, gradients, slots, step):
         step = tf.cast(step, tf.int32) + 1
-        elapsed = _per_row(tf.cast(step - slots["last_step"], tf.float32), gradients)
-        beta_1 = tf.constant(self.beta_1, tf.float32)
         beta_2 = tf.constant(self.beta_2, tf.float32)
-        first = tf.pow(beta_1, elapsed) * slots["first_moment"] + (1 - self.beta_1) * gradients
+        elapsed = _per_row(tf.cast(step - slots["last_step"], tf.float32), gradients)
         second = tf.pow(beta_2, elapsed) * slots["second_moment"] + (1 - self.beta_2) * tf.square(gradients)
-        t = tf.cast(step, tf.float32)
-        correction = tf.sqrt(1 - tf.pow(beta_2, t)) / (1 - tf.pow(beta_1, t))
-        scaled_epsilon = self.epsilon * tf.sqrt(1 - tf.pow(beta_2, t))
-        new_weights = weights - self.learning_rate_at(step - 1) * correction * first / (
-            tf.sqrt(second) + scaled_epsilon
-        )
-        new_slots = {
-            "first_moment": first,
-            "second_moment": second,
-            "last_step": tf.fill(tf.shape(slots["last_step"]), step),
-        }
-        return new_weights, new_slots
+        new_slots = {"second_moment": second, "last_step": tf.fill(tf.shape(slots["last_step"]), step)}
+        direction = gradients
+        if self.beta_1:
+            num_updates = slots["num_updates"] + 1
+            first = self.beta_1 * slots["first_moment"] + (1 - self.beta_1) * gradients
+            new_slots.update(first_moment=first, num_updates=num_updates)
+            correction = 1 - tf.pow(tf.constant(self.beta_1, tf.float32), tf.cast(num_updates, tf.float32))
+            direction = first / _per_row(correction, gradients)
+        # sqrt(v / c) + epsilon = (sqrt(v) + epsilon * sqrt(c)) / sqrt(c)
+        root = tf.sqrt(1 - tf.pow(beta_2, tf.cast(step, tf.float32)))
+        scale = self.learning_rate_at(step - 1) * root
+        return weights - scale * direction / (tf.sqrt(second) + self.epsilon * root), new_slots
 
 
 def _check_accumulator(*, initial_accumulator, epsilon):

@@ -1,0 +1,92 @@
+"""Draws the curve of runs: python -m lmscale.plot --workdir=runs/wikitext2 --output=curve.png
+
+Exact validation perplexity and training loss by epoch, from the runs' metrics.jsonl. --evaluations adds points from
+files to which the last lines of lmscale.evaluate were appended. Needs matplotlib (pip install 'lmscale[plot]').
+"""
+
+import json
+import math
+from pathlib import Path
+
+from absl import flags
+
+from lmscale.command_line import run_main
+
+_WORKDIR = flags.DEFINE_list("workdir", [], "Work directories of the runs to draw.")
+_EVALUATIONS = flags.DEFINE_list(
+    "evaluations", [], "Files of JSON lines printed by lmscale.evaluate on the first run."
+)
+_OUTPUT = flags.DEFINE_string("output", "curve.png", "Picture to write; the ending decides the format.")
+
+
+def main(argv):
+    """Reads the metrics, draws, saves."""
+    del argv
+    if not _WORKDIR.value:
+        raise ValueError("--workdir is required. Received: none. Pass the work directory of a run.")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError(
+            "lmscale.plot needs matplotlib. Install it with: pip install 'lmscale[plot]'."
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (loss_axes, perplexity_axes) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for number, workdir in enumerate(_WORKDIR.value):
+        name = Path(workdir).name
+        train = _metrics(Path(workdir) / "train" / "metrics.jsonl")
+        epochs_per_step = train[-1]["epoch"] / train[-1]["step"]
+        loss_tag = next(
+            tag for tag in ("sampled_loss_nats", "exact_loss_nats", *train[-1]) if tag in train[-1]
+        )
+        evaluations = _metrics(Path(workdir) / "eval" / "metrics.jsonl")
+        epochs = [line["step"] * epochs_per_step for line in evaluations]
+        loss_axes.plot(
+            [line["epoch"] for line in train],
+            [line[loss_tag] for line in train],
+            label=f"{name}: train, {loss_tag}",
+        )
+        valid = [line["valid/exact_loss_nats"] for line in evaluations]
+        loss_axes.plot(epochs, valid, marker=".", label=f"{name}: valid, exact")
+        perplexity_axes.plot(epochs, [math.exp(x) for x in valid], marker=".", label=f"{name}: valid, exact")
+        if number == 0:
+            points = [point for path in _EVALUATIONS.value for point in _metrics(Path(path))]
+            for split in sorted({point["split"] for point in points}):
+                mine = sorted((p["step"], p["perplexity"]) for p in points if p["split"] == split)
+                perplexity_axes.plot(
+                    [step * epochs_per_step for step, _ in mine],
+                    [perplexity for _, perplexity in mine],
+                    marker="x",
+                    label=f"{name}: {split}, exact",
+                )
+    loss_axes.set(xlabel="epoch", ylabel="loss, nats a token")
+    perplexity_axes.set(xlabel="epoch", ylabel="perplexity", yscale="log")
+    for axes in (loss_axes, perplexity_axes):
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize="small")
+    figure.savefig(_OUTPUT.value, dpi=110)
+    print(_OUTPUT.value)
+    return 0
+
+
+def _metrics(path):
+    """The objects of a file of JSON lines."""
+    lines = [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")
+    ]
+    if not lines:
+        raise ValueError(
+            f"{path} must have at least one line of JSON. Received: none. Let the run log a step first."
+        )
+    return lines
+
+
+def run():
+    """Console script lmscale-plot."""
+    run_main(main)
+
+
+if __name__ == "__main__":
+    run()
