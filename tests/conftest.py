@@ -23,6 +23,10 @@ def mirrored():
 
     @functools.cache
     def make(num_replicas):
-        return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_replicas)])
+        # Collectives find each other by a key in the whole process. TensorFlow's tests keep strategies of several
+        # sizes in a process apart by this attribute, too.
+        key_base = {"_collective_key_base": 100 * num_replicas}
+        kind = type("MirroredStrategy", (tf.distribute.MirroredStrategy,), key_base)
+        return kind([f"CPU:{i}" for i in range(num_replicas)])
 
     return make
