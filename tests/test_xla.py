@@ -18,7 +18,9 @@ VOCAB_SIZE, EMBED_DIM, BATCH, WINDOW = 1003, 12, 4, 5
 def _make_step(*, jit_compile):
     """A step on a table of its own: (table, function of the step number that returns the loss)."""
     keras.utils.set_random_seed(0)
-    table = ShardedTable(vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, optimizer=Adam(learning_rate=0.01), seed=0)
+    table = ShardedTable(
+        vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, optimizer=Adam(learning_rate=0.01), seed=0
+    )
     encoder = Encoder(
         lstm_body(num_layers=2, hidden_dim=9, dropout=0.2, dropout_over_time=True), embed_dim=EMBED_DIM
     )
@@ -47,7 +49,9 @@ def _make_step(*, jit_compile):
             candidates=candidates,
             table=table,
         )
-        gradient = tf.pad(tape.gradient(hidden, inputs, output_gradients=result.hidden), [[0, 0], [0, 1], [0, 0]])
+        gradient = tf.pad(
+            tape.gradient(hidden, inputs, output_gradients=result.hidden), [[0, 0], [0, 1], [0, 0]]
+        )
         gradient += tf.pad(tf.reshape(result.true_rows, inputs.shape), [[0, 0], [1, 0], [0, 0]])
         table.push(window, RowGradients(gradient, None, result.shared_rows, result.shared_bias), step=number)
         return tf.reduce_mean(result.loss)

@@ -30,7 +30,12 @@ def all_gather(x, axis=0):
     if num_replicas() == 1:
         return x
     # all_gather of a tensor captured from outside the replica function fails ("destinations can not be empty").
-    return tf.distribute.get_replica_context().all_gather(tf.identity(x), axis=axis)
+    gathered = tf.distribute.get_replica_context().all_gather(tf.identity(x), axis=axis)
+    # Between processes the static size of the axis gets lost.
+    shape = x.shape.as_list()
+    if shape[axis] is not None:
+        shape[axis] *= num_replicas()
+    return tf.ensure_shape(gathered, shape)
 
 
 def all_reduce_sum(x):

@@ -43,3 +43,16 @@ def make_strategy(*, cpu_devices=None):
                 f"that has started {started} CPU device(s). Call make_strategy first."
             ) from error
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(cpu_devices)])
+
+
+def first_local_replica(strategy, *, num_local):
+    """Number of this process's first replica among all of a strategy's; 0 where one process has them all.
+
+    Args:
+      strategy: `tf.distribute.Strategy`.
+      num_local: replicas of this process, the same in every process.
+    """
+    resolver = strategy.cluster_resolver
+    if resolver is None or num_local == strategy.num_replicas_in_sync:
+        return 0
+    return resolver.task_id * num_local

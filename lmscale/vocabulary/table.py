@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from lmscale.distribution import collectives
+from lmscale.distribution.strategies import first_local_replica
 from lmscale.vocabulary.placement import Placement
 
 # Ids initialised at a time: fixed, so that a row's first value depends on (seed, id) and not on the number of shards.
@@ -293,22 +294,31 @@ class ShardedTable:
         return named
 
     def _components(self, name):
-        return self._strategy.experimental_local_results(self.variables()[name])
+        """[(shard id, variable)] of the shards of `name` that this process holds."""
+        components = self._strategy.experimental_local_results(self.variables()[name])
+        first = first_local_replica(self._strategy, num_local=len(components))
+        return list(enumerate(components, start=first))
 
     def read_rows(self, name, start, stop):
         """Rows [start, stop) of the logical [vocab_size, ...] tensor `name` in id order, as a numpy array."""
         n = self.placement.num_shards
         first, last = start // n, -(-stop // n)
+        components = self._components(name)
+        if len(components) < n:
+            raise ValueError(
+                f"Rows are read by a process that holds all shards. Received: {len(components)} of {n} here. "
+                "Read them under a strategy of one process."
+            )
         # Gathered and scattered, here and below: a slice of a variable copies the whole of it once scatter updates
         # have touched it.
-        blocks = [tf.gather(component, tf.range(first, last)).numpy() for component in self._components(name)]
+        blocks = [tf.gather(component, tf.range(first, last)).numpy() for _, component in components]
         rows = np.stack(blocks, axis=1).reshape((-1, *blocks[0].shape[1:]))
         return rows[start - first * n : stop - first * n]
 
     def write_rows(self, name, start, values):
-        """Writes `values` to rows [start, start + len(values)) of the logical tensor `name`."""
+        """Writes `values` to rows [start, start + len(values)) of the logical tensor `name`, on this process's shards."""
         n = self.placement.num_shards
-        for shard_id, component in enumerate(self._components(name)):
+        for shard_id, component in self._components(name):
             offset = (shard_id - start) % n  # of the first id in the block that this shard owns
             mine = values[offset::n]
             if len(mine):
