@@ -82,7 +82,11 @@ def test_evaluate_agrees_with_the_run_on_other_numbers_of_devices(runs, in_backg
     }
     reports = {name: future.result() for name, future in futures.items()}
     early, late = (line["valid/exact_loss_nats"] for line in tiny_runs.metrics(runs[1], "eval"))
-    for name, loss_nats in {"valid": late, "early": early, "test": reports["test_of_one"]["loss_nats"]}.items():
+    for name, loss_nats in {
+        "valid": late,
+        "early": early,
+        "test": reports["test_of_one"]["loss_nats"],
+    }.items():
         assert reports[name]["loss_nats"] == pytest.approx(loss_nats, rel=TOLERANCE), name
     for name, report in reports.items():
         split = "test" if name.startswith("test") else "valid"

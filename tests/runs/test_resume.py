@@ -1,7 +1,6 @@
 """A run that is killed and started again ends as if nothing had happened."""
 
 import json
-import shutil
 import signal
 
 import numpy as np
@@ -80,20 +79,11 @@ def moved_run(data_dir, in_background, reference_run, tmp_path_factory):
     reference = reference_run(3)
 
     def run():
-        go_back(reference.result(), workdir, step=100)
+        tiny_runs.go_back(reference.result(), workdir, step=100)
         arguments = tiny_runs.train_arguments(workdir=workdir, data_dir=data_dir, cpu_devices=2)
         return tiny_runs.finish(arguments, log=workdir.with_name("resumed"))
 
     return in_background(run)
-
-
-def go_back(finished, workdir, *, step):
-    """Copies a work directory as it was at a step of an earlier checkpoint, metrics of later steps included."""
-    shutil.copytree(finished, workdir)
-    (workdir / "finished.json").unlink()
-    for later in tiny_runs.checkpoint_steps(workdir):
-        if later > step:
-            shutil.rmtree(workdir / "checkpoints" / f"step_{later:08d}")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +95,9 @@ def pair(reference_run, killed_run, moved_run):
 def test_killed_run_ends_bit_identical(pair):
     uninterrupted, killed = pair
     assert tiny_runs.checkpoint_steps(killed) == tiny_runs.checkpoint_steps(uninterrupted)
-    tiny_runs.assert_same_bits(tiny_runs.tensors(killed, LAST_STEP), tiny_runs.tensors(uninterrupted, LAST_STEP))
+    tiny_runs.assert_same_bits(
+        tiny_runs.tensors(killed, LAST_STEP), tiny_runs.tensors(uninterrupted, LAST_STEP)
+    )
 
 
 def test_killed_run_reports_every_step_once_and_the_same(pair):
@@ -135,7 +127,9 @@ def test_tensorboard_shows_every_step_once(pair, name):
     for tag in accumulator.Tags()["scalars"]:
         events = accumulator.Scalars(tag)
         assert [event.step for event in events] == [line["step"] for line in lines]
-        np.testing.assert_allclose([event.value for event in events], [line[tag] for line in lines], rtol=1e-6)
+        np.testing.assert_allclose(
+            [event.value for event in events], [line[tag] for line in lines], rtol=1e-6
+        )
 
 
 def test_resumes_on_another_number_of_devices(reference_run, moved_run):
@@ -144,7 +138,9 @@ def test_resumes_on_another_number_of_devices(reference_run, moved_run):
     expected, actual = tiny_runs.metrics(on_3), tiny_runs.metrics(moved)
     assert [line["step"] for line in actual] == list(range(1, LAST_STEP + 1))
     assert actual[:100] == expected[:100]
-    assert [len([tag for tag in line if tag.startswith("rows_touched")]) for line in actual] == [3] * 100 + [2] * 100
+    assert [len([tag for tag in line if tag.startswith("rows_touched")]) for line in actual] == [3] * 100 + [
+        2
+    ] * 100
     losses = [[line["sampled_loss_nats"] for line in lines] for lines in (actual, expected)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
     losses = [[line["valid/exact_loss_nats"] for line in tiny_runs.metrics(w, "eval")] for w in (moved, on_3)]
@@ -152,7 +148,9 @@ def test_resumes_on_another_number_of_devices(reference_run, moved_run):
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
-def test_restores_every_tensor_exactly_on_other_numbers_of_devices(reference_run, mirrored, tmp_path, devices):
+def test_restores_every_tensor_exactly_on_other_numbers_of_devices(
+    reference_run, mirrored, tmp_path, devices
+):
     """Saved on 3 devices, restored on others, saved again: the same bits, the carried state included."""
     workdir = reference_run(3).result()
     experiment = configuration.load([str(workdir / "config.gin")]).experiment
@@ -173,7 +171,7 @@ def test_damaged_newest_checkpoint_falls_back_loudly(reference_run, in_backgroun
     """It goes on from the checkpoint before, says so, and still ends bit-identical."""
     finished = reference_run(2).result()
     workdir = tmp_path / "run"
-    go_back(finished, workdir, step=180)
+    tiny_runs.go_back(finished, workdir, step=180)
     data = next((workdir / "checkpoints" / "step_00000180").glob("tensors.data-*"))
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C: save at the next step boundary, exit with code 75, go on later as if nothing had happened.
 
-The body here carries no state, so that windows are shuffled, and has dropout of its own, whose random state Keras keeps.
+The body here carries no state, so that windows are shuffled, and has dropout of its own, whose random state
+Keras keeps.
 """
 
 import re
@@ -63,11 +64,15 @@ def test_stopped_runs_save_and_go_on(data_dir, in_background, tmp_path):
         reached = tiny_runs.steps_done(stopped)
         process.send(number)
         assert process.wait() == EXIT_STOPPED, process.stderr
-        message = re.search(rf"stopped by {number.name} after step (\d+); the checkpoint is saved", process.stderr)
+        message = re.search(
+            rf"stopped by {number.name} after step (\d+); the checkpoint is saved", process.stderr
+        )
         step = int(message[1])
         assert "Run the same command again to go on" in process.stderr
         # The next boundary: the step that it was in, not the next save.
-        assert reached <= step == tiny_runs.steps_done(stopped) == tiny_runs.checkpoint_steps(stopped)[-1] < 150
+        assert (
+            reached <= step == tiny_runs.steps_done(stopped) == tiny_runs.checkpoint_steps(stopped)[-1] < 150
+        )
         assert not (stopped / "finished.json").exists()
     tiny_runs.finish(arguments(stopped), log=tmp_path / "last")
     whole = uninterrupted.result()

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,7 +82,9 @@ def write_data(directory, *, vocab_size=VOCAB_SIZE, split_tokens=SPLIT_TOKENS, s
     return Path(directory)
 
 
-def train_arguments(*, workdir, data_dir=None, gin_file=QUICKSTART, cpu_devices=2, bindings=TINY_MACROS, **macros):
+def train_arguments(
+    *, workdir, data_dir=None, gin_file=QUICKSTART, cpu_devices=2, bindings=TINY_MACROS, **macros
+):
     """Flags of `lmscale.train`. `macros` win over `bindings`; pass bindings={} with a resolved configuration."""
     bindings = {**bindings, **macros}
     if data_dir is not None:
@@ -230,8 +233,20 @@ def assert_same_bits(actual, expected):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert (actual[name].dtype, actual[name].shape) == (value.dtype, value.shape), name
-        different = np.frombuffer(actual[name].tobytes(), np.uint8) != np.frombuffer(value.tobytes(), np.uint8)
+        different = np.frombuffer(actual[name].tobytes(), np.uint8) != np.frombuffer(
+            value.tobytes(), np.uint8
+        )
         assert not different.any(), f"{name}: {np.count_nonzero(different)} of {different.size} bytes differ"
+
+
+def go_back(finished, workdir, *, step):
+    """Copies a work directory as it was at the step of an earlier checkpoint, metrics of later steps included."""
+    shutil.copytree(finished, workdir)
+    (workdir / "finished.json").unlink()
+    for later in checkpoint_steps(workdir):
+        if later > step:
+            shutil.rmtree(workdir / "checkpoints" / f"step_{later:08d}")
+    return workdir
 
 
 def snapshot(directory):
