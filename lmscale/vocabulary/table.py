@@ -316,7 +316,7 @@ class ShardedTable:
         return rows[start - first * n : stop - first * n]
 
     def write_rows(self, name, start, values):
-        """Writes rows [start, start + len(values)) of the logical tensor `name`, those of them that are in this process."""
+        """Writes rows [start, start + len(values)) of the logical tensor `name`: those that this process holds."""
         n = self.placement.num_shards
         for shard_id, component in self._components(name):
             offset = (shard_id - start) % n  # of the first id in the block that this shard owns
