@@ -62,7 +62,6 @@ def main(argv):
         if finished is not None and finished["step"] >= config.experiment.train_steps:
             print(f"This run is finished: {workdir.path}, {json.dumps(finished)}")
             return 0
-        workdir.clear_finished()
         strategy = make_strategy(cpu_devices=_CPU_DEVICES.value)
         try:
             summary = trainer.train(

@@ -260,6 +260,8 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
     if metadata is not None:
         run.resume(metadata)
         _logger.info("resuming at step %d", trainer.step)
+    # From here on it is another run than the one that finished; a mistake in the settings was noticed before.
+    workdir.clear_finished()
     workdir.write_config(config_text)
     # Without a checkpoint, whatever an earlier start has logged is void: step 0 included.
     resume_step = -1 if metadata is None else trainer.step
@@ -354,6 +356,7 @@ class _Run:
 
     def _check_finite(self):
         """Reads the flags of the steps since the last check. Non-finite steps were never applied."""
+        start = time.perf_counter()
         first = self.trainer.step - len(self._pending) + 1
         results = self.trainer.strategy.experimental_local_results
         for offset, metrics in enumerate(self._pending):
@@ -373,6 +376,8 @@ class _Run:
                 )
             self.skipped_steps += 1
             _logger.warning("skipped the update of %s", seen)
+        # Reading waits for the steps that a GPU has not done yet: it is their time.
+        self._seconds += time.perf_counter() - start
 
     def _log(self, writer):
         self._check_finite()
