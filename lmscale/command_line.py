@@ -61,9 +61,6 @@ def _fail(message: str) -> int:
 def _help(main: Callable) -> str:
     """Docstring and flags of the module which defines `main`; absl's own help looks only at __main__."""
     documentation = sys.modules[main.__module__].__doc__ or ""
-    flag_lines = flags.FLAGS.module_help(main.__module__).splitlines()[
-        2:
-    ]  # Behind a blank and the module's name.
-    return "\n".join(
-        [documentation.strip(), "", "Flags:", *flag_lines, "", "All libraries' flags: --helpfull"]
-    )
+    flags_help = flags.FLAGS.module_help(main.__module__)
+    listed = flags_help.partition(":\n")[2]  # Behind the module's name.
+    return f"{documentation.strip()}\n\nFlags:\n{listed}\n\nThose of all libraries: --helpfull"

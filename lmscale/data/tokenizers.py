@@ -224,7 +224,7 @@ class SentencepieceTokenizer(Tokenizer):
             pieces = self._tensorflow_tokenizer.id_to_string(tf.range(size)).numpy()
         except tf.errors.OpError as error:
             raise ValueError(
-                f"{path}: not a SentencePiece model ({error.message}). "
+                f"{path}: not a SentencePiece model. Received: {len(self._model):,} bytes. "
                 "Give a .model file that spm_train wrote."
             ) from error
         self._pieces = [piece.decode("utf-8") for piece in pieces]
