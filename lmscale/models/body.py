@@ -5,6 +5,8 @@ the gin file as `Experiment.body`. The trainer knows nothing else about it.
 """
 
 import abc
+import collections
+import re
 from collections.abc import Callable
 
 import keras
@@ -42,7 +44,11 @@ class Body(abc.ABC):
 
 
 class KerasBody(Body):
-    """Any Keras layer [batch, time, embed_dim] -> [batch, time, hidden], without carried state."""
+    """Any Keras layer [batch, time, embed_dim] -> [batch, time, hidden], without carried state.
+
+    Dropout layers of Keras draw the same masks on every replica, so that with them, unlike with a
+    `DropoutStream`, the loss depends on the number of devices.
+    """
 
     def __init__(self, layer):
         super().__init__([layer])
@@ -77,9 +83,16 @@ class Encoder:
         """{name: Keras variable}, trained or not (seed generators of Keras layers included); names do not depend on
         what else the process has built."""
         layers = self.body.layers + ([self.projection] if self.projection else [])
-        return {
-            f"{i}/{v.path.split('/', 1)[-1]}": v for i, layer in enumerate(layers) for v in layer.variables
-        }
+        named = {}
+        seen = collections.Counter()
+        for i, layer in enumerate(layers):
+            for variable in layer.variables:
+                path = variable.path.split("/", 1)[-1]
+                # Keras numbers layers over the whole process (dense_3), and repeats itself (seed_generator_state).
+                name = f"{i}/{re.sub(r'_[0-9]+(?=/|$)', '', path)}"
+                named[f"{name}_{seen[name]}" if seen[name] else name] = variable
+                seen[name] += 1
+        return named
 
     @property
     def trainable_variables(self):
