@@ -382,7 +382,8 @@ class _Resolver:
         arguments = []
         self.used[key] = factories.Factory(name=name, function=function, arguments=())  # Keeps its place.
         with self._following(key, name):
-            for parameter, (scope, value) in bound.items():
+            # Parts last: of a macro of the wrong type, the error then names the outermost use.
+            for parameter, (scope, value) in sorted(bound.items(), key=lambda item: _is_part(item[1][1])):
                 self._followed.add((scope, selector, parameter))
                 where = f"{scope + '/' if scope else ''}{self._name(configurable)}.{parameter}"
                 resolved = self._value(value, scopes=scopes, where=where)
@@ -455,6 +456,13 @@ def _macro_name(value):
         name = "/".join(value.scopes)
         value = gin_config._CONFIG[name, _MACRO]["value"]
     return name
+
+
+def _is_part(value):
+    return (
+        isinstance(value, gin_config.ConfigurableReference)
+        and value.configurable.wrapped is not gin_config.macro
+    )
 
 
 def _plain(value):

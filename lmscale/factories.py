@@ -52,7 +52,14 @@ class Factory:
         for parameter, value in arguments.items():
             if not fits(value, annotations(self.function).get(parameter, Any)):
                 raise wrong_type(f"{self.name}.{parameter}", value, function=self.function)
-        return self.function(*positional, **named, **arguments)
+        try:
+            return self.function(*positional, **named, **arguments)
+        except ValueError as error:
+            # Libraries tell only what they were given: say by which line of the configuration.
+            if self.function.__module__.partition(".")[0] == __package__ or not arguments:
+                raise
+            given = ", ".join(f"{parameter}={spell(value)}" for parameter, value in self.arguments)
+            raise ValueError(f"{self.name}({given}): {error}") from error
 
     def check_complete(self, from_caller: Collection[str]) -> None:
         """Raises ValueError unless every parameter without a default is bound or given `from_caller`."""

@@ -8,7 +8,7 @@ import numbers
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,31 @@ def format_log_line(step: int, metrics: Mapping[str, Any]) -> str:
     return "  ".join([f"step {step:,}", *fields])
 
 
+class ProgressBar:
+    """A line of the bars that `progress` shows; calling it with a step moves it there."""
+
+    def __init__(self, bars: Progress | None, *, total: int, initial: int, description: str):
+        self._bars = bars
+        if bars is not None:
+            self._task = bars.add_task(description, total=total, completed=initial)
+
+    def __call__(self, step: int) -> None:
+        if self._bars is not None:
+            self._bars.update(self._task, completed=step)
+
+    @contextlib.contextmanager
+    def part(self, *, total: int, description: str) -> Iterator["ProgressBar"]:
+        """Shows a second bar below, of a long piece of work within a step, until the block ends."""
+        bar = ProgressBar(self._bars, total=total, initial=0, description=description)
+        try:
+            yield bar
+        finally:
+            if self._bars is not None:
+                self._bars.remove_task(bar._task)
+
+
 @contextlib.contextmanager
-def progress(*, total: int, initial: int, description: str) -> Iterator[Callable[[int], None]]:
+def progress(*, total: int, initial: int, description: str) -> Iterator[ProgressBar]:
     """Shows a progress bar on stderr while it is a terminal, and nothing otherwise.
 
     While the bar is shown, what is printed or logged appears above it. Lines that native code writes to the
@@ -137,12 +160,12 @@ def progress(*, total: int, initial: int, description: str) -> Iterator[Callable
       description: shown before the bar.
 
     Yields:
-      update(step): moves the bar to `step`.
+      `ProgressBar`.
     """
     if not sys.stderr.isatty():
-        yield lambda step: None
+        yield ProgressBar(None, total=total, initial=initial, description=description)
         return
-    bar = Progress(
+    bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -152,10 +175,9 @@ def progress(*, total: int, initial: int, description: str) -> Iterator[Callable
         refresh_per_second=2,
         transient=True,
     )
-    task = bar.add_task(description, total=total, completed=initial)
     terminal = sys.stderr
-    with bar, _logging_to(terminal, instead=sys.stderr):
-        yield lambda step: bar.update(task, completed=step)
+    with bars, _logging_to(terminal, instead=sys.stderr):
+        yield ProgressBar(bars, total=total, initial=initial, description=description)
 
 
 def device_memory_mib() -> dict[str, float]:

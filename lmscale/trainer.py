@@ -327,7 +327,7 @@ class _Run:
             loss, is_best = None, False
             if step % experiment.eval_every == 0 or is_last:
                 self._check_finite()
-                loss = self._evaluate(eval_metrics)
+                loss = self._evaluate(eval_metrics, show_step=show_step)
                 is_best = loss < self.best_validation_loss
                 self.best_validation_loss = (
                     min(self.best_validation_loss, loss) if is_best else self.best_validation_loss
@@ -413,15 +413,17 @@ class _Run:
         _logger.info("%s", format_log_line(step, {name: scalars[name] for name in shown}))
         self._pending, self._seconds = [], 0.0
 
-    def _evaluate(self, writer):
-        valid = self.trainer.evaluator.evaluate(self.trainer.data.split("valid"))
+    def _evaluate(self, writer, *, show_step):
+        evaluator, tokens = self.trainer.evaluator, self.trainer.data.split("valid")
+        with show_step.part(total=evaluator.num_steps(tokens), description="evaluating valid") as show_batch:
+            valid = evaluator.evaluate(tokens, on_step=show_batch)
         scalars = {
             "valid/exact_loss_nats": valid.loss_nats,
             "valid/exact_perplexity": valid.perplexity,
             "valid/eval_secs": valid.seconds,
         }
         if self.experiment.probe_tokens:
-            probe = self.trainer.evaluator.evaluate(
+            probe = evaluator.evaluate(
                 self.trainer.data.split("train")[: self.experiment.probe_tokens], with_training_loss=True
             )
             name = self.trainer.loss.name

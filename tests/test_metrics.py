@@ -223,6 +223,10 @@ def test_progress_on_a_terminal_stays_below_the_log(monkeypatch):
                     log.warning(line)
                 time.sleep(0.6)
                 during = read()
+                with update.part(total=9, description="evaluating valid") as update_part:
+                    update_part(4)
+                    time.sleep(0.6)
+                    during_part = read()
             log.warning("after")
         finally:
             logging.getLogger().removeHandler(handler)
@@ -230,7 +234,10 @@ def test_progress_on_a_terminal_stays_below_the_log(monkeypatch):
     shown = screen(during)
     assert shown[:-1] == lines
     assert re.match(r"training .*130/140", shown[-1])
-    assert screen(during + after) == [*lines, "after"]
+    shown = screen(during + during_part)
+    assert re.match(r"training .*130/140", shown[-2])
+    assert re.match(r"evaluating valid .*4/9", shown[-1])
+    assert screen(during + during_part + after) == [*lines, "after"]
 
 
 def test_progress_is_silent_elsewhere(capsys):

@@ -28,7 +28,7 @@ def make_strategy(*, cpu_devices=None):
         return tf.distribute.MirroredStrategy(devices)
     if cpu_devices < 1:
         raise ValueError(
-            f"cpu_devices must be at least 1. Received: {cpu_devices}. Give --cpu_devices=1 or more."
+            f"cpu_devices must be at least 1. Received: cpu_devices={cpu_devices}. Give --cpu_devices=1 or more."
         )
     cpu = tf.config.list_physical_devices("CPU")[0]
     try:

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from lmscale.distribution import collectives
 
-_LOGITS_BLOCK_MIB = 64
+_BLOCK_MIB = 64
 _BLOCK_ROWS_MULTIPLE = 128
 
 
@@ -34,18 +34,19 @@ class FullSoftmaxGradients(NamedTuple):
     """[shard_rows] float32, or None without a bias."""
 
 
-def default_block_rows(*, tokens, shard_rows):
-    """Rows per block for [tokens, block_rows] float32 logits of about 64 MiB, evenly split over the shard.
+def default_block_rows(*, tokens, embed_dim, shard_rows):
+    """Rows per block for which rows and logits take about 64 MiB in float32, evenly split over the shard.
 
     Args:
       tokens: int, tokens of all replicas together.
+      embed_dim: int, values of a row.
       shard_rows: int, rows of a shard.
 
     Returns:
       int, a multiple of 128 unless the shard is smaller than that.
     """
     multiple = _BLOCK_ROWS_MULTIPLE
-    largest = max(1, _LOGITS_BLOCK_MIB * 2**20 // (4 * max(tokens, 1)) // multiple) * multiple
+    largest = max(1, _BLOCK_MIB * 2**20 // (4 * (tokens + embed_dim)) // multiple) * multiple
     num_blocks = -(-shard_rows // largest)
     return min(shard_rows, -(-shard_rows // (num_blocks * multiple)) * multiple)
 
@@ -143,7 +144,7 @@ def full_softmax_loss(
       rows: [shard_rows, embed_dim], this replica's shard: a tensor, or its own component of a variable.
       bias: [shard_rows], or None.
       num_valid_rows: int or scalar int32; rows of this shard from there on are padding.
-      block_rows: int, rows read at a time; None for `default_block_rows` at the tokens of all replicas.
+      block_rows: int, rows read at a time; None for `default_block_rows` of the tokens of all replicas.
       compute_dtype: dtype in which hidden and rows are multiplied; the logits are float32 in any case.
 
     Returns:
@@ -279,7 +280,7 @@ def _checked_block_rows(hidden, *, rows, bias, block_rows):
             "Give None for no bias."
         )
     if block_rows is None:
-        return default_block_rows(tokens=tokens, shard_rows=shard_rows)
+        return default_block_rows(tokens=tokens, embed_dim=embed_dim, shard_rows=shard_rows)
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1. Received: {block_rows}. Give None for the default.")
     return min(int(block_rows), shard_rows)
@@ -354,7 +355,8 @@ def _gradients_of_block(
     return d_hidden, (d_rows_transposed, *d_bias)
 
 
-@tf.function(autograph=False)
+# The loops over a shard are not functions of TensorFlow's own: those are kept for as long as the process lives, and
+# fail when a later table of the same shape meets the trace of a variable that is gone.
 def _shard_logsumexp(hidden, rows, bias, num_valid_rows, *, block_rows, compute_dtype):
     hidden = tf.cast(hidden, compute_dtype)
     tokens = hidden.shape[0]
@@ -375,7 +377,6 @@ def _shard_logsumexp(hidden, rows, bias, num_valid_rows, *, block_rows, compute_
     return running_max + tf.math.log(running_sum)
 
 
-@tf.function(autograph=False)
 def _shard_gradients(
     hidden, rows, bias, num_valid_rows, local_labels, logsumexp, loss_weights, *, block_rows, compute_dtype
 ):

@@ -40,7 +40,7 @@ def test_more_devices_than_were_started_are_refused():
 @pytest.mark.parametrize("cpu_devices", [0, -2])
 def test_fewer_than_one_device_is_refused(cpu_devices):
     with pytest.raises(
-        ValueError, match=re.escape(f"cpu_devices must be at least 1. Received: {cpu_devices}.")
+        ValueError, match=re.escape(f"cpu_devices must be at least 1. Received: cpu_devices={cpu_devices}.")
     ):
         make_strategy(cpu_devices=cpu_devices)
 

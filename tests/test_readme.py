@@ -1,0 +1,295 @@
+"""The README: its commands, paths and tables agree with the code, and its examples run."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = ("prepare", "train", "evaluate", "bench", "plot")
+
+
+def defined_flags(command):
+    source = (ROOT / "lmscale" / f"{command}.py").read_text(encoding="utf-8")
+    return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source))
+
+
+def shell_commands():
+    """Each `python -m lmscale...` of the README on one line, from blocks and from the text."""
+    texts = [block.replace("\\\n", " ") for _, block in BLOCKS] + re.findall(r"`([^`]+)`", PROSE)
+    return [line.strip() for text in texts for line in text.splitlines() if "python -m lmscale" in line]
+
+
+# ----------------------------------------------------------------------------------------- Commands and paths
+
+
+def test_commands_use_flags_that_exist():
+    commands = shell_commands()
+    assert {re.search(r"-m lmscale\.(\w+)", command)[1] for command in commands} == set(COMMANDS)
+    for command in commands:
+        used = set(re.findall(r" --(\w+)", command))
+        assert used <= defined_flags(re.search(r"-m lmscale\.(\w+)", command)[1]), command
+
+
+def test_flags_of_the_text_exist():
+    known = set().union(*map(defined_flags, COMMANDS)) | {"help", "logdir"}
+    mentioned = set(re.findall(r"`[^`\n]*?--(\w+)", PROSE))
+    assert mentioned <= known
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "evaluate"])
+def test_all_flags_are_in_the_table(command):
+    section = README.split(f"\n## {command.capitalize()}\n")[1].split("\n## ")[0]
+    rows = "\n".join(line for line in section.splitlines() if line.startswith("| `--"))
+    assert set(re.findall(r"`--(\w+)`", rows)) >= defined_flags(command)
+
+
+def test_links_lead_to_files():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", PROSE) if not link.startswith("http")]
+    assert "docs/pull_compute_push.svg" in links
+    for link in links:
+        assert (ROOT / link).is_file(), link
+
+
+def test_paths_exist():
+    folders = [path.name for path in ROOT.iterdir() if path.is_dir()]
+    words = set(re.findall(r"`([\w./-]+)`", PROSE))
+    words |= {
+        word for _, block in BLOCKS for word in re.findall(r"(?:^|[\s=])((?:launch|configs)/[\w./-]+)", block)
+    }
+    of_a_run = r"(runs|checkpoints|train|eval)/|(config\.gin|(metrics|metadata|finished|manifest)\.jsonl?)$"
+    paths = {
+        word
+        for word in words
+        if (word.split("/")[0] in folders or re.search(r"\.(py|gin|sh|md|json|jsonl)$", word))
+        and not re.match(of_a_run, word)
+    }
+    assert {"lmscale/trainer.py", "configs/shared/lstm.gin", "launch/quickstart.sh"} <= paths
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_new_files_of_examples_do_not_exist_yet():
+    names = re.findall(r"^# (\S+) \(new\)$", README, re.MULTILINE)
+    assert len(names) == 4
+    for name in names:
+        assert (ROOT / name).parent.is_dir(), name
+        assert not (ROOT / name).exists(), name
+
+
+# ----------------------------------------------------------------------------------------- Tables and settings
+
+
+def test_macro_table_is_that_of_the_quickstart():
+    text = (ROOT / "configs" / "quickstart.gin").read_text(encoding="utf-8")
+    macros = dict(re.findall(r"^([A-Z_]+) = (.*)$", text, re.MULTILINE))
+    table = {}
+    for names, values in re.findall(r"^\| ([A-Z_, ]+) \|[^|]*\| ([^|]*) \|$", README, re.MULTILINE):
+        for name, value in zip(names.split(", "), values.strip("`").split(", "), strict=True):
+            table[name] = value
+    assert table == macros
+
+
+def test_settings_of_the_experiment_exist():
+    tree = ast.parse((ROOT / "lmscale" / "experiment.py").read_text(encoding="utf-8"))
+    experiment = next(
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Experiment"
+    )
+    fields = {node.target.id for node in experiment.body if isinstance(node, ast.AnnAssign)}
+    mentioned = set(re.findall(r"\bExperiment\.(\w+)", README))
+    assert mentioned
+    assert mentioned <= fields
+
+
+def test_exit_codes():
+    codes = dict(re.findall(r"^\| (\d+) \| (.*) \|$", README, re.MULTILINE))
+    assert set(codes) == {"0", "1", "2", "3", "75"}
+    source = "".join((ROOT / "lmscale" / f"{name}.py").read_text() for name in ("train", "command_line"))
+    constants = dict(re.findall(r"^(EXIT_\w+) = (\d+)$", source, re.MULTILINE))
+    assert constants == {"EXIT_USAGE": "2", "EXIT_NON_FINITE": "3", "EXIT_STOPPED": "75"}
+
+
+# -------------------------------------------------------------------------------------------------- Examples
+
+TWO_DEVICES = """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+"""
+
+
+def run_python(program, *, cwd):
+    """Runs a program in a process of its own, since examples make strategies and devices as they like."""
+    path = cwd / "program.py"
+    path.write_text(program, encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, str(path)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def python_block(containing):
+    (block,) = [text for language, text in BLOCKS if language == "python" and containing in text]
+    return block
+
+
+def test_training_loop_of_ones_own_learns(tmp_path):
+    program = python_block("MirroredStrategy")
+    for old, new in (
+        ("= 1_000_000, 2048, 32, 35, 128", "= 1_003, 64, 6, 7, 16"),
+        ("MirroredStrategy()", "MirroredStrategy(['CPU:0', 'CPU:1'])"),
+    ):
+        assert program.count(old) == 1
+        program = program.replace(old, new)
+    # In this text each word is followed by always the same one.
+    program += """
+import numpy as np
+assert strategy.num_replicas_in_sync == 2
+generator = np.random.default_rng(0)
+losses = []
+for step in range(60):
+    first = generator.integers(0, 40, [BATCH_SIZE, 1])
+    window_ids = tf.constant((first + np.arange(WINDOW + 1) * 3) % 40 * 25, tf.int32)
+    losses.append(float(train_step(window_ids, tf.constant(step))))
+assert table.read_rows("embedding", 0, VOCAB_SIZE).shape == (VOCAB_SIZE, DIM)
+print(np.mean(losses[:5]), np.mean(losses[-5:]))
+"""
+    first, last = map(float, run_python(TWO_DEVICES + program, cwd=tmp_path).split())
+    assert last < 0.5 * first
+
+
+# Each example of an extension replaces a part of the shared configuration: {file or class named in the gin block:
+# what the lines which it replaces begin with}.
+REPLACED = {
+    "samplers.UnigramSampler": ("samplers.", "sampled.SampledSoftmax.sampler"),
+    "mixed_sampler": ("samplers.", "sampled.SampledSoftmax.sampler"),
+    "contrastive": ("sampled.", "experiment.Experiment.loss "),
+    "full.FullSoftmax": ("samplers.", "sampled.", "experiment.Experiment.loss "),
+    "RowWiseAdagrad": ("rows/row_optimizers", "experiment.Experiment.row_optimizer "),
+    "convolution": ("lstm.", "experiment.Experiment.body "),
+    "keras_body": ("lstm.", "experiment.Experiment.body "),
+    "transplanted_lstm": ("lstm.", "experiment.Experiment.body "),
+}
+# Pairs of parts in turn, so that four small runs try them all. The first leaves the checkpoint that the last reads.
+RUNS = (
+    ("samplers.UnigramSampler", "RowWiseAdagrad"),
+    ("full.FullSoftmax", "convolution"),
+    ("mixed_sampler", "keras_body"),
+    ("contrastive", "transplanted_lstm"),
+)
+WITHOUT_MACROS = {
+    "full.FullSoftmax": "NUM_SAMPLED",
+    "convolution": "NUM_LAYERS",
+    "keras_body": "NUM_LAYERS|DROPOUT",
+}
+
+
+def test_every_gin_block_is_tried():
+    blocks = [text for language, text in BLOCKS if not language and " = @" in text]
+    assert len(blocks) == len(REPLACED)
+    assert sorted(REPLACED) == sorted(part for parts in RUNS for part in parts)
+
+
+def gin_block(part):
+    (block,) = [text for language, text in BLOCKS if not language and part in text and " = @" in text]
+    return block
+
+
+def test_extensions_train_from_their_configurations(tmp_path):
+    for name, text in re.findall(r"^# (\S+) \(new\)\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    configs = []
+    for number, parts in enumerate(RUNS):
+        dropped = tuple(prefix for part in parts for prefix in REPLACED[part])
+        shared = (
+            (ROOT / "configs" / "shared" / "lstm.gin").read_text(encoding="utf-8").splitlines(keepends=True)
+        )
+        kept = [line for line in shared if not line.startswith(dropped)]
+        assert len(kept) < len(shared)
+        macros = (ROOT / "configs" / "quickstart.gin").read_text(encoding="utf-8")
+        macros = re.sub(r"^include .*\n", "", macros, flags=re.MULTILINE)
+        for part in parts:
+            if part in WITHOUT_MACROS:
+                macros = re.sub(rf"^({WITHOUT_MACROS[part]}) = .*\n", "", macros, flags=re.MULTILINE)
+        text = "".join(kept) + "".join(map(gin_block, parts)) + macros
+        text = text.replace(
+            "runs/quickstart/checkpoints/step_00001200", str(tmp_path / "saved/step_00000002")
+        )
+        configs.append(tmp_path / f"{number}.gin")
+        configs[-1].write_text(text, encoding="utf-8")
+    program = TWO_DEVICES + EXTENSIONS + f"\nmain({[str(path) for path in configs]!r}, {str(tmp_path)!r})\n"
+    assert run_python(program, cwd=tmp_path).split() == ["trained"] * len(RUNS)
+
+
+EXTENSIONS = """
+import math
+import os
+
+import numpy as np
+
+import lmscale
+import lmscale.losses
+import lmscale.models
+import lmscale.vocabulary
+from lmscale import configuration
+from lmscale.checkpoints import Checkpoints
+from lmscale.trainer import Trainer
+
+
+class Text:
+    vocab_size, eos_id = 701, 0
+    ids = np.random.default_rng(0).integers(0, 701, 2003)
+    counts = np.bincount(ids, minlength=701)
+
+    def split(self, name):
+        return self.ids
+
+
+SIZES = ("EMBED_DIM = 8", "HIDDEN_DIM = 12", "GLOBAL_BATCH_SIZE = 4", "WINDOW = 5")
+
+
+def main(configs, folder):
+    for package in (lmscale.losses, lmscale.models, lmscale.vocabulary):
+        package.__path__.append(os.path.join(folder, *package.__name__.split(".")))
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    recurrent = None
+    for number, path in enumerate(configs):
+        sampled = [] if number == 1 else ["NUM_SAMPLED = 300"]
+        experiment = configuration.load([path], [*SIZES, *sampled]).experiment
+        trainer = Trainer(experiment, data=Text(), strategy=strategy)
+        variables = trainer.model.encoder.variables
+        if recurrent is not None and "1/lstm_cell/recurrent_kernel" in variables and number == 3:
+            np.testing.assert_array_equal(variables["1/lstm_cell/recurrent_kernel"].numpy(), recurrent)
+        before = {name: variable.numpy() for name, variable in trainer.model.encoder.trainable_variables.items()}
+        for _ in range(2):
+            metrics = trainer.train_step()
+            assert math.isfinite(float(strategy.experimental_local_results(metrics["loss"])[0]))
+        for name, value in before.items():
+            assert np.any(value != variables[name].numpy()), name
+        if number == 0:
+            Checkpoints(os.path.join(folder, "saved")).save(2, trainer.checkpoint_items(), metadata={})
+            recurrent = variables["1/lstm_cell/recurrent_kernel"].numpy()
+        print("trained")
+    # The answer about hidden sizes: no projection behind a last layer as wide as the embedding.
+    quickstart = os.path.join(os.path.dirname(os.path.dirname(lmscale.__file__)), "configs", "quickstart.gin")
+    bindings = [*SIZES, "lstm.lstm_body.last_hidden_dim=%EMBED_DIM"]
+    body = configuration.load([quickstart], bindings).experiment.body()
+    assert [layer.units for layer in body.layers] == [12, 8]
+"""
