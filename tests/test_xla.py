@@ -53,7 +53,10 @@ def _make_step(*, jit_compile):
             tape.gradient(hidden, inputs, output_gradients=result.hidden), [[0, 0], [0, 1], [0, 0]]
         )
         gradient += tf.pad(tf.reshape(result.true_rows, inputs.shape), [[0, 0], [1, 0], [0, 0]])
-        table.push(window, RowGradients(gradient, None, result.shared_rows, result.shared_bias), step=number)
+        gradients = RowGradients(
+            embedding=gradient, shared_embedding=result.shared_rows, shared_bias=result.shared_bias
+        )
+        table.push(window, gradients, step=number)
         return tf.reduce_mean(result.loss)
 
     return table, step

@@ -38,14 +38,14 @@ class PulledRows:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RowGradients:
     """Gradients with respect to the fields of a `PulledRows`, of the same shapes. None stands for zero."""
 
     embedding: tf.Tensor
-    bias: tf.Tensor | None
     shared_embedding: tf.Tensor
-    shared_bias: tf.Tensor | None
+    bias: tf.Tensor | None = None
+    shared_bias: tf.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
