@@ -348,7 +348,12 @@ class Checkpoints:
 
     def _write_tensors(self, directory: Path, items: Sequence[CheckpointItem]) -> None:
         """Writes each batch of blocks as a checkpoint of its own, then merges them, which moves the files."""
-        parts = directory / "parts"
+        try:
+            self._write_parts(directory / "parts", items, destination=directory / _PREFIX)
+        except tf.errors.OpError as error:
+            raise OSError(f"{directory}: the checkpoint cannot be written: {error.message}.") from error
+
+    def _write_parts(self, parts: Path, items: Sequence[CheckpointItem], *, destination: Path) -> None:
         parts.mkdir()
         prefixes: list[str] = []
         blocks = (
@@ -367,7 +372,7 @@ class Checkpoints:
                 )
             tf.raw_ops.MergeV2Checkpoints(
                 checkpoint_prefixes=prefixes,
-                destination_prefix=str(directory / _PREFIX),
+                destination_prefix=str(destination),
                 delete_old_dirs=False,
                 allow_missing_files=False,
             )

@@ -1,11 +1,13 @@
 """How every entry point starts and fails: flags, help, a user's mistake in one line and exit code 2."""
 
+import os
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 _HELP_ARGUMENTS = ("--help", "-help", "--helpshort", "-helpshort", "-?", "--?", "-h", "--h")
 _SEE_HELP = "Pass --help to see the flags."
 
@@ -15,8 +17,8 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
 
     A `ValueError` or `OSError` from `main`, an unknown or malformed flag, or a left-over argument is a
     mistake of the user: it is printed to stderr as `error: <message>`, without a traceback, and the
-    process exits with code 2. With `--verbosity=1` the traceback is printed too. Any other exception is
-    a bug of ours and keeps its traceback.
+    process exits with code 2, as it does when memory is exhausted. With `--verbosity=1` the traceback is
+    printed too. Ctrl-C gives 130. Any other exception is a bug of ours and keeps its traceback.
 
     Args:
       main: the entry point; `--help` prints the docstring and the flags of the module that defines it.
@@ -28,9 +30,20 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             return _fail(f"this command takes flags only. Received also: {' '.join(argv[1:])}. {_SEE_HELP}")
         try:
             return main(argv)
+        except BrokenPipeError:  # Who read our output has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         except (ValueError, OSError) as error:
             logging.debug("The error was raised here:", exc_info=True)
             return _fail(_message(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return EXIT_INTERRUPTED
+        except Exception as error:
+            if type(error).__name__ != "ResourceExhaustedError":  # Of TensorFlow, which may not be imported.
+                raise
+            logging.debug("The error was raised here:", exc_info=True)
+            return _fail(f"there must be room for what was asked for. Received: {error}. Ask for less.")
 
     def parse(argv: list[str]) -> list[str]:
         end_of_flags = argv.index("--") if "--" in argv else len(argv)

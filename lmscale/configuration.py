@@ -221,7 +221,9 @@ class _IncludedFile:
 
 
 def _parse_file(path):
-    if _IncludedFile.find(path) is None:
+    with _explained(path):
+        found = _IncludedFile.find(path)
+    if found is None:
         folder, name = os.path.split(path)
         there = _FILE_SYSTEM.listdir(folder or ".") if _FILE_SYSTEM.isdir(folder or ".") else []
         near = _did_you_mean(name, [n for n in there if n.endswith(".gin")])
@@ -261,6 +263,8 @@ def _explained(source):
         raise ValueError(
             f"{where}: {_one_line(message)}. Expected NAME = value, text in quotes{shell}: NAME = 'text'."
         ) from error
+    except tf.errors.OpError as error:
+        raise ValueError(f"{source}: it cannot be read: {error.message}.") from error
     except (ValueError, AttributeError, NameError, ImportError, OSError, TypeError, RuntimeError) as error:
         message, *locations = re.split(r"\n  In (?=file \"|bindings string)", str(error))
         if locations and (match := re.match(r'file "(.*?)", line (\d+)', locations[0])):

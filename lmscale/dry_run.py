@@ -26,6 +26,7 @@ def print_report(experiment, *, num_devices):
       ValueError: if the experiment does not fit its data or the devices.
     """
     experiment.check_devices(num_devices)
+    experiment.check_learning_rates()
     data = PreparedData.open(experiment.data_dir)
     loss = experiment.loss(vocab_size=data.vocab_size, counts=data.counts)
     keras.utils.set_random_seed(experiment.seed)
@@ -97,8 +98,10 @@ def _step_bytes(experiment, *, loss, num_devices, placement):
     if num_shared:
         num_logits = global_tokens // num_devices * num_shared
     else:
+        # Every row has a gradient: as the loss gives it, and merged with those of the inputs.
+        pulled += placement.allocated_rows
         num_logits = global_tokens * default_block_rows(
-            tokens=global_tokens, shard_rows=placement.allocated_rows
+            tokens=global_tokens, embed_dim=experiment.embed_dim, shard_rows=placement.allocated_rows
         )
     return 2 * pulled * (experiment.embed_dim + 1) * _FLOAT_BYTES, 2 * num_logits * _FLOAT_BYTES
 

@@ -4,6 +4,7 @@ Full softmax over every row of the vocabulary, every token of the split once. Th
 """
 
 import json
+import math
 import os
 
 from absl import flags, logging
@@ -35,7 +36,8 @@ def main(argv):
     from lmscale.evaluation import evaluate_checkpoint
     from lmscale.workdir import Workdir
 
-    logging.set_verbosity(logging.INFO)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.INFO)
     with Workdir(_WORKDIR.value, readonly=True) as workdir:
         if not workdir.config_path.exists():
             raise ValueError(
@@ -46,7 +48,9 @@ def main(argv):
         report = evaluate_checkpoint(
             config.experiment, workdir=workdir, strategy=strategy, split=_SPLIT.value, checkpoint=checkpoint
         )
-    print(json.dumps(report))
+    # JSON has neither NaN nor infinity.
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
+    print(json.dumps(finite, allow_nan=False))
     return 0
 
 

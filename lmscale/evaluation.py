@@ -133,7 +133,9 @@ class Evaluator:
             sums = [tf.reduce_sum(tf.where(own_weights > 0, loss, 0.0))]
             if with_training_loss:
                 candidates = self._loss.candidates(
-                    seed=tf.stack([self._seed, step]), labels=tf.reshape(labels, [-1])
+                    seed=tf.stack([self._seed, step]),
+                    # Without the lanes that fill up the devices: candidates must not depend on their number.
+                    labels=tf.reshape(labels[: self._batch_size], [-1]),
                 )
                 training_loss = self._loss.value_and_gradients(
                     hidden,
@@ -186,6 +188,11 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
     if metadata is None:
         raise ValueError(
             f"{workdir.path} has no checkpoint yet. Wait for the run's first, or shorten SAVE_EVERY."
+        )
+    if metadata["vocabulary_sha256"] != data.vocabulary_sha256:
+        raise ValueError(
+            "A model must be evaluated with the vocabulary it was trained with. Received: "
+            f"{experiment.data_dir}, whose vocab.txt is another one. Set DATA_DIR to data of the same vocabulary."
         )
     evaluator = Evaluator(
         model,

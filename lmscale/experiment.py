@@ -1,6 +1,7 @@
 """Everything that a configuration says, as one object: gin fills it in, the trainer and the evaluation read it."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -74,7 +75,7 @@ class Experiment:
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be at least 1. Received: {name}={getattr(self, name)}. "
-                    f"Set {name.upper()} to 1 or more."
+                    "Give it a whole number from 1 on."
                 )
         if self.seed < 0 or self.seed >= 2**31:
             raise ValueError(f"seed must be in [0, 2**31). Received: seed={self.seed}. Choose another SEED.")
@@ -86,6 +87,16 @@ class Experiment:
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} must be one of {choices}. Received: {name}={getattr(self, name)!r}."
+                )
+
+    def check_learning_rates(self):
+        """Raises ValueError unless both learning rates start as finite numbers, 0 or more. Runs operations."""
+        for name in ("row_optimizer", "body_optimizer"):
+            rate = float(getattr(self, name).learning_rate_at(0))
+            if not 0 <= rate < math.inf:
+                raise ValueError(
+                    f"The learning rate of {name} must be finite and at least 0. Received: {rate} at the first step. "
+                    "Set LEARNING_RATE and ROW_LEARNING_RATE to positive numbers."
                 )
 
     def check_devices(self, num_devices):

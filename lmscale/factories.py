@@ -131,7 +131,8 @@ def annotations(function) -> dict[str, Any]:
     """{parameter: type}, and `return`, where told; `_NotText` for an untold one that takes numbers."""
     hints = {p.name: _NotText for p in parameters(function) if isinstance(p.default, int | float)}
     if inspect.isclass(function) and issubclass(function, keras.optimizers.schedules.LearningRateSchedule):
-        hints = {p.name: _NotText for p in parameters(function) if p.name != "name"}  # Keras tells no types.
+        # Keras tells no types. What may be None has None as its default.
+        hints = {p.name: _NotText for p in parameters(function) if p.name != "name" and p.default is not None}
     try:
         return hints | typing.get_type_hints(_construction(function))
     except (NameError, TypeError):  # Annotations that name what is imported for type checkers alone.
@@ -150,7 +151,7 @@ def fits(value, hint) -> bool:
     if hint is Any or isinstance(hint, typing.TypeVar):
         return True
     if hint is _NotText:
-        return not isinstance(value, str)
+        return not isinstance(value, str | bool | None)
     if hint is None or hint is types.NoneType:
         return value is None
     if origin is typing.Annotated:

@@ -207,7 +207,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict | None]]:
                 line = json.loads(text)
             except ValueError:
                 line = None
-            is_whole = isinstance(line, dict) and "step" in line and text.endswith("\n")
+            is_whole = isinstance(line, dict) and isinstance(line.get("step"), int) and text.endswith("\n")
             yield text, line if is_whole else None
 
 

@@ -37,6 +37,7 @@ class LanguageModel:
             seed=experiment.seed,
         )
         self.encoder = Encoder(experiment.body(), embed_dim=experiment.embed_dim)
+        self._check_same_on_every_device()
         self.body_slots = {
             name: {
                 slot_name: tf.Variable(
@@ -51,6 +52,19 @@ class LanguageModel:
             for name, variable in self.encoder.trainable_variables.items()
             if trainable
         }
+
+    def _check_same_on_every_device(self):
+        """Raises ValueError if a layer would gather statistics of its own on each of several devices."""
+        statistics = [
+            name
+            for name, variable in self.encoder.variables.items()
+            if not variable.trainable and tf.as_dtype(variable.dtype).is_floating
+        ]
+        if statistics and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError(
+                "A body on several devices must not gather statistics, which would differ between them. Received: "
+                f"{', '.join(statistics)}. Use LayerNormalization in place of BatchNormalization, say, or one device."
+            )
 
     def apply_body_gradients(self, gradients, *, step, scale, keep):
         """Updates this replica's copy of the body; every replica is given the same gradients. In `strategy.run`.

@@ -6,11 +6,14 @@ files to which the last lines of lmscale.evaluate were appended. Needs matplotli
 
 import json
 import math
+import os
 from pathlib import Path
 
 from absl import flags
 
 from lmscale.command_line import run_main
+
+_LARGEST_LOSS_NATS = 700  # exp of more overflows
 
 _WORKDIR = flags.DEFINE_list("workdir", [], "Work directories of the runs to draw.")
 _EVALUATIONS = flags.DEFINE_list(
@@ -24,6 +27,8 @@ def main(argv):
     del argv
     if not _WORKDIR.value:
         raise ValueError("--workdir is required. Received: none. Pass the work directory of a run.")
+    if Path(_OUTPUT.value).is_dir():
+        raise ValueError(f"--output must be a file. Received: {_OUTPUT.value}, a directory.")
     try:
         import matplotlib
     except ImportError as error:
@@ -36,28 +41,28 @@ def main(argv):
     figure, (loss_axes, perplexity_axes) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for number, workdir in enumerate(_WORKDIR.value):
         name = Path(workdir).name
-        train = _metrics(Path(workdir) / "train" / "metrics.jsonl")
+        train = _metrics(Path(workdir) / "train")
         epochs_per_step = train[-1]["epoch"] / train[-1]["step"]
         loss_tag = next(
             tag for tag in ("sampled_loss_nats", "exact_loss_nats", *train[-1]) if tag in train[-1]
         )
-        evaluations = _metrics(Path(workdir) / "eval" / "metrics.jsonl")
+        evaluations = _metrics(Path(workdir) / "eval")
         epochs = [line["step"] * epochs_per_step for line in evaluations]
         loss_axes.plot(
             [line["epoch"] for line in train],
-            [line[loss_tag] for line in train],
+            [_plotted(line.get(loss_tag)) for line in train],
             label=f"{name}: train, {loss_tag}",
         )
-        valid = [line["valid/exact_loss_nats"] for line in evaluations]
+        valid = [_plotted(line.get("valid/exact_loss_nats")) for line in evaluations]
         loss_axes.plot(epochs, valid, marker=".", label=f"{name}: valid, exact")
         perplexity_axes.plot(epochs, [math.exp(x) for x in valid], marker=".", label=f"{name}: valid, exact")
         if number == 0:
-            points = [point for path in _EVALUATIONS.value for point in _metrics(Path(path))]
+            points = [point for path in _EVALUATIONS.value for point in _evaluations(Path(path))]
             for split in sorted({point["split"] for point in points}):
-                mine = sorted((p["step"], p["perplexity"]) for p in points if p["split"] == split)
+                mine = sorted((p["step"], p["loss_nats"]) for p in points if p["split"] == split)
                 perplexity_axes.plot(
                     [step * epochs_per_step for step, _ in mine],
-                    [perplexity for _, perplexity in mine],
+                    [math.exp(_plotted(loss)) for _, loss in mine],
                     marker="x",
                     label=f"{name}: {split}, exact",
                 )
@@ -71,16 +76,36 @@ def main(argv):
     return 0
 
 
-def _metrics(path):
-    """The objects of a file of JSON lines."""
-    lines = [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")
-    ]
+def _plotted(value):
+    """A loss as it can be drawn: NaN, a gap, for one that JSON has no number for or whose perplexity overflows."""
+    return value if value is not None and value < _LARGEST_LOSS_NATS else math.nan
+
+
+def _metrics(directory):
+    """The lines of a run's metrics.jsonl."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from lmscale.metrics import read_metrics
+
+    lines = read_metrics(directory)
     if not lines:
         raise ValueError(
-            f"{path} must have at least one line of JSON. Received: none. Let the run log a step first."
+            f"{directory}/metrics.jsonl must have at least one line. Received: none. Let the run log a step first."
         )
     return lines
+
+
+def _evaluations(path):
+    """The JSON objects of a file to which lines of `lmscale.evaluate` were appended."""
+    try:
+        points = [
+            json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "{"
+        ]
+        if all({"split", "step", "loss_nats"} <= point.keys() for point in points):
+            return points
+        problem = "a line without split, step or loss_nats"
+    except ValueError as error:
+        problem = str(error)
+    raise ValueError(f"{path} must hold lines printed by lmscale.evaluate. Received: {problem}.")
 
 
 def run():

@@ -47,7 +47,8 @@ def main(argv):
     from lmscale.distribution.strategies import make_strategy
     from lmscale.workdir import Workdir
 
-    logging.set_verbosity(logging.INFO)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.INFO)
     config = configuration.load(_GIN_FILE.value, _GIN_PARAM.value, seed=_SEED.value)
     if _DRY_RUN.value:
         strategy = make_strategy(cpu_devices=_CPU_DEVICES.value)
@@ -86,16 +87,15 @@ def main(argv):
 # What a run may change when it goes on: how long, how often, where the same data lies.
 _MAY_CHANGE = {
     *("TRAIN_STEPS", "LOG_EVERY", "EVAL_EVERY", "SAVE_EVERY", "DATA_DIR"),
-    *(
-        f"experiment.Experiment.{name}"
-        for name in ("data_dir", "train_steps", "log_every", "eval_every", "save_every", "keep_checkpoints")
-    ),
+    *("experiment.Experiment.data_dir", "experiment.Experiment.train_steps"),
+    *(f"experiment.Experiment.{name}_every" for name in ("log", "eval", "save")),
+    *("experiment.Experiment.keep_checkpoints", "experiment.Experiment.on_bad_step"),
 }
 
 
 def _check_same_run(config, workdir):
-    """Raises ValueError if the work directory belongs to a run of other settings."""
-    if not workdir.config_path.exists():
+    """Raises ValueError if the work directory has checkpoints of a run of other settings."""
+    if not workdir.config_path.exists() or not any(workdir.checkpoints_dir.glob("step_*")):
         return
     differences = config.differences(workdir.config_path.read_text(encoding="utf-8"))
     refused = [line for line in differences if line.split(":")[0] not in _MAY_CHANGE]

@@ -15,7 +15,7 @@ from lmscale.data.batches import ContiguousBatches, ShuffledWindows
 from lmscale.data.token_files import PreparedData
 from lmscale.distribution import collectives
 from lmscale.evaluation import Evaluator
-from lmscale.metrics import MetricsWriter, device_memory_mib, format_log_line, progress
+from lmscale.metrics import MetricsWriter, device_memory_mib, format_log_line, progress, read_metrics
 from lmscale.model import LanguageModel
 from lmscale.models.dropout import DropoutStream
 from lmscale.vocabulary.table import RowGradients
@@ -57,6 +57,7 @@ class Trainer:
           ValueError: if the experiment does not fit the devices or the data.
         """
         experiment.check_devices(strategy.num_replicas_in_sync)
+        experiment.check_learning_rates()
         self.experiment = experiment
         self.strategy = strategy
         self.data = data
@@ -120,7 +121,6 @@ class Trainer:
         first = collectives.replica_id() * self._per_replica_batch_size
         ids = window_ids[first : first + self._per_replica_batch_size]
         labels = tf.reshape(ids[:, 1:], [-1])
-        old_state = state
         state = tf.nest.map_structure(lambda s: tf.where(starts_epoch, tf.zeros_like(s), s), state)
         candidates = self.loss.candidates(
             seed=tf.stack([experiment.seed, step]), labels=tf.reshape(window_ids[:, 1:], [-1])
@@ -145,20 +145,21 @@ class Trainer:
             table=table,
         )
         input_gradient, body_gradients = tape.gradient(
-            hidden, (inputs, body_variables), output_gradients=loss.hidden
+            hidden,
+            (inputs, body_variables),
+            output_gradients=loss.hidden,
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
 
         # One push brings back the gradients of the three roles, merged before a single update of a row.
         merged = table.merge(window, _window_gradients(window, input_gradient, loss), dense=loss.shard)
         body_gradients, mean_loss = collectives.all_reduce_sum(
             [
-                {name: tf.cast(g, tf.float32) for name, g in body_gradients.items() if g is not None},
+                # A layer that looks rows up has sparse gradients.
+                {name: tf.cast(tf.convert_to_tensor(g), tf.float32) for name, g in body_gradients.items()},
                 tf.reduce_sum(loss.loss) / num_tokens,
             ]
         )
-        body_gradients = {
-            name: body_gradients.get(name, tf.zeros(v.shape)) for name, v in body_variables.items()
-        }
         gradient_norm = tf.sqrt(
             merged.squared_norm
             + tf.add_n([tf.reduce_sum(tf.square(g)) for g in body_gradients.values()] or [0.0])
@@ -169,9 +170,7 @@ class Trainer:
             scale = tf.minimum(1.0, experiment.clip_norm / tf.maximum(gradient_norm, 1e-30))
         table.apply(merged, step=step, scale=scale, keep=is_finite)
         self.model.apply_body_gradients(body_gradients, step=step, scale=scale, keep=is_finite)
-        new_state = tf.nest.map_structure(
-            lambda new, old: tf.where(is_finite, new, old), new_state, old_state
-        )
+        new_state = tf.nest.map_structure(lambda new, old: tf.where(is_finite, new, old), new_state, state)
         metrics = {
             "loss": mean_loss,
             "gradient_norm": gradient_norm,
@@ -186,12 +185,13 @@ class Trainer:
         """Everything that the next step depends on, but for `self.step`, which goes with the metadata."""
         items = self.model.checkpoint_items()
         for i in range(len(self._local_states()[0])):
-            shape = (self.experiment.global_batch_size, *self._local_states()[0][i].shape[1:])
+            local = self._local_states()[0][i]
+            shape = (self.experiment.global_batch_size, *local.shape[1:])
             items.append(
                 CheckpointItem(
                     name=f"carried_state/{i}",
                     shape=shape,
-                    dtype=np.float32,
+                    dtype=local.dtype.as_numpy_dtype,
                     read=lambda start, stop, i=i: self._read_state(i)[start:stop],
                     write=lambda start, values, i=i: self._write_state(i, start, values),
                 )
@@ -224,13 +224,10 @@ def _window_gradients(window, input_gradient, loss):
     bias = None
     if window.bias is not None and loss.true_bias is not None:
         bias = tf.pad(tf.reshape(loss.true_bias, [shape[0], shape[1] - 1]), [[0, 0], [1, 0]])
-    shared = window.shared_embedding
     return RowGradients(
         embedding=embedding,
         bias=bias,
-        shared_embedding=tf.zeros_like(shared)
-        if loss.shared_rows is None
-        else tf.cast(loss.shared_rows, tf.float32),
+        shared_embedding=loss.shared_rows,
         shared_bias=loss.shared_bias,
     )
 
@@ -257,7 +254,9 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
     checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints)
     metadata = checkpoints.restore(trainer.checkpoint_items())
     run = _Run(trainer, checkpoints=checkpoints)
-    if metadata is not None:
+    if metadata is None:
+        _check_nothing_lost(workdir, save_every=experiment.save_every)
+    else:
         run.resume(metadata)
         _logger.info("resuming at step %d", trainer.step)
     # From here on it is another run than the one that finished; a mistake in the settings was noticed before.
@@ -278,6 +277,16 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
     return run.summary()
 
 
+def _check_nothing_lost(workdir, *, save_every):
+    """Raises ValueError where a run has got past its first save, and there is no checkpoint."""
+    steps = [line["step"] for line in read_metrics(workdir.train_dir)]
+    if steps and max(steps) >= save_every:
+        raise ValueError(
+            f"The run in {workdir.path} has logged step {max(steps)}, so it must have saved. Received: no checkpoint in "
+            f"{workdir.checkpoints_dir}. Put the checkpoints back, or start a new work directory."
+        )
+
+
 class _Run:
     """The loop around `Trainer.train_step`: when to log, evaluate, save and stop."""
 
@@ -293,6 +302,12 @@ class _Run:
 
     def resume(self, metadata):
         self.trainer.step = metadata["step"]
+        if self.trainer.step > self.experiment.train_steps:
+            raise ValueError(
+                "train_steps must be at least the steps that the run has done. Received: "
+                f"train_steps={self.experiment.train_steps}, {self.trainer.step} steps done. Set TRAIN_STEPS to at "
+                f"least {self.trainer.step}, or start a new work directory."
+            )
         fingerprint = self.trainer.data.fingerprint
         if metadata["data_fingerprint"] != fingerprint:
             raise ValueError(
@@ -346,6 +361,7 @@ class _Run:
             metadata={
                 "step": self.trainer.step,
                 "data_fingerprint": self.trainer.data.fingerprint,
+                "vocabulary_sha256": self.trainer.data.vocabulary_sha256,
                 "num_devices": self.trainer.strategy.num_replicas_in_sync,
                 "best_validation_loss_nats": _finite_or_none(self.best_validation_loss),
                 "last_validation_loss_nats": _finite_or_none(self.last_validation_loss),
@@ -371,8 +387,9 @@ class _Run:
             )
             if self.experiment.on_bad_step == "stop":
                 raise NonFiniteError(
-                    f"The loss or the gradient is not finite at {seen}. The update was not applied. Lower "
-                    "LEARNING_RATE, set Experiment.clip_norm, or set Experiment.on_bad_step = 'skip'."
+                    f"The loss or the gradient is not finite at {seen}. The update was not applied. Go on with "
+                    "Experiment.on_bad_step = 'skip'. Or start a new work directory (from a copy of this one's "
+                    "checkpoints, if you like): Lower LEARNING_RATE there, or set Experiment.clip_norm."
                 )
             self.skipped_steps += 1
             _logger.warning("skipped the update of %s", seen)

@@ -99,7 +99,10 @@ class Workdir:
           ValueError: if finished.json is damaged.
         """
         try:
-            return json.loads(self.finished_path.read_text(encoding="utf-8"))
+            document = json.loads(self.finished_path.read_text(encoding="utf-8"))
+            if not isinstance(document, dict) or type(document.get("step")) is not int:
+                raise ValueError("it has no step")
+            return document
         except FileNotFoundError:
             return None
         except ValueError as error:

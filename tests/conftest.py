@@ -1,4 +1,3 @@
-import functools
 import sys
 
 import pytest
@@ -19,14 +18,6 @@ def pytest_collection_finish(session):
 @pytest.fixture(scope="session")
 def mirrored():
     """mirrored(n): a MirroredStrategy over n CPU devices, the same object at each call."""
-    import tensorflow as tf
+    from lmscale.distribution.strategies import mirrored_strategy
 
-    @functools.cache
-    def make(num_replicas):
-        # Collectives find each other by a key in the whole process. TensorFlow's tests keep strategies of several
-        # sizes in a process apart by this attribute, too.
-        key_base = {"_collective_key_base": 100 * num_replicas}
-        kind = type("MirroredStrategy", (tf.distribute.MirroredStrategy,), key_base)
-        return kind([f"CPU:{i}" for i in range(num_replicas)])
-
-    return make
+    return lambda num_replicas: mirrored_strategy(tuple(f"CPU:{i}" for i in range(num_replicas)))

@@ -110,10 +110,15 @@ def test_settings_of_the_experiment_exist():
 
 def test_exit_codes():
     codes = dict(re.findall(r"^\| (\d+) \| (.*) \|$", README, re.MULTILINE))
-    assert set(codes) == {"0", "1", "2", "3", "75"}
+    assert set(codes) == {"0", "1", "2", "3", "75", "130"}
     source = "".join((ROOT / "lmscale" / f"{name}.py").read_text() for name in ("train", "command_line"))
     constants = dict(re.findall(r"^(EXIT_\w+) = (\d+)$", source, re.MULTILINE))
-    assert constants == {"EXIT_USAGE": "2", "EXIT_NON_FINITE": "3", "EXIT_STOPPED": "75"}
+    assert constants == {
+        "EXIT_USAGE": "2",
+        "EXIT_NON_FINITE": "3",
+        "EXIT_STOPPED": "75",
+        "EXIT_INTERRUPTED": "130",
+    }
 
 
 # -------------------------------------------------------------------------------------------------- Examples

@@ -279,7 +279,7 @@ def _check_replaceable(output: Path):
     if not is_replaceable(output):
         raise ValueError(
             f"output must be new, empty or made by this command. Received: {str(output)!r}, which holds "
-            "other files. They are left alone, also with overwrite: choose another place."
+            "other files, or no manifest. They are left alone, also with --overwrite: choose another place."
         )
 
 
@@ -290,9 +290,9 @@ def _already_prepared(output: Path, *, options: dict, inputs: dict) -> PreparedD
     except ValueError as error:
         raise ValueError(
             f"{output} exists and is not whole: {error} "
-            "Pass overwrite to replace it, or choose another output."
+            "Pass --overwrite to replace it, or choose another output."
         ) from error
-    there = {"inputs": data.manifest.get("inputs"), **data.manifest.get("options", {})}
+    there = {"inputs": data.manifest.get("inputs"), **(data.manifest.get("options") or {})}
     wanted = {"inputs": inputs, **options}
     differing = sorted(key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key))
     if differing:
@@ -304,7 +304,7 @@ def _already_prepared(output: Path, *, options: dict, inputs: dict) -> PreparedD
         ]
         raise ValueError(
             f"{output} exists and holds other data: {'; '.join(shown)}. "
-            "Pass overwrite to replace it, or choose another output."
+            "Pass --overwrite to replace it, or choose another output."
         )
     return data
 

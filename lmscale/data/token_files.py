@@ -60,6 +60,7 @@ class PreparedData:
         self.vocab_size: int = manifest["vocabulary"]["size"]
         self.eos_id: int = manifest["vocabulary"]["eos_id"]
         self.unk_id: int = manifest["vocabulary"]["unk_id"]
+        self._splits: dict[str, np.ndarray] = {}
 
     @classmethod
     def open(cls, directory: str | os.PathLike, *, verify: bool = True) -> "PreparedData":
@@ -120,16 +121,25 @@ class PreparedData:
         lines = [f"{name} {files[name]['sha256']}\n" for name in (VOCAB_FILE, *map(_token_file, SPLITS))]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    @property
+    def vocabulary_sha256(self) -> str:
+        """Hex SHA-256 of the vocabulary: equal where ids mean the same tokens."""
+        return self.manifest["vocabulary"]["sha256"]
+
     def split(self, name: str) -> np.ndarray:
         """The ids of a split, [tokens], as a read-only memory map.
+
+        The file is mapped once: who replaces the directory later does not change what a run reads.
 
         Raises:
           ValueError: if there is no such split.
         """
         if name not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}. Received: {name!r}.")
-        path = self.directory / _token_file(name)
-        return np.memmap(path, dtype=token_dtype(self.vocab_size), mode="r")
+        if name not in self._splits:
+            path = self.directory / _token_file(name)
+            self._splits[name] = np.memmap(path, dtype=token_dtype(self.vocab_size), mode="r")
+        return self._splits[name]
 
     def _check_ids(self):
         for name in SPLITS:
@@ -200,7 +210,8 @@ class PreparedDirectoryWriter:
         """
         manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}
         content = json.dumps(manifest, ensure_ascii=False, indent=2) + "\n"
-        (self.folder / MANIFEST_FILE).write_bytes(content.encode("utf-8"))
+        # File names need not be UTF-8.
+        (self.folder / MANIFEST_FILE).write_bytes(content.encode("utf-8", "backslashreplace"))
         self.folder.chmod(0o777 & ~_current_umask())  # mkdtemp makes folders that only their owner can read.
         if self._replace and self._final.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{self._final.name}.replaced-", dir=self._final.parent))
@@ -251,7 +262,14 @@ class TokenFileWriter:
 
 
 def is_replaceable(directory: Path) -> bool:
-    """Whether a folder holds nothing but files named as this module names them: safe to replace."""
+    """Whether a folder is empty, or was made by this module and holds nothing else: safe to replace."""
+    if not any(directory.iterdir()):
+        return True
+    try:
+        if json.loads((directory / MANIFEST_FILE).read_bytes())["format"] != FORMAT:
+            return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
     ours = {MANIFEST_FILE, VOCAB_FILE, *map(_token_file, SPLITS)}
     return all(
         entry.is_file() and (entry.name in ours or entry.name.startswith(TOKENIZER_FILE_PREFIX))
@@ -265,7 +283,8 @@ def _token_file(split: str) -> str:
 
 def _described_files(manifest: dict) -> dict[str, dict]:
     """Manifest entries (bytes, sha256) by file name."""
-    entries = [manifest["vocabulary"], *manifest["splits"].values(), *manifest["tokenizer_files"]]
+    splits = [manifest["splits"][split] for split in SPLITS]
+    entries = [manifest["vocabulary"], *splits, *manifest["tokenizer_files"]]
     return {entry["file"]: entry for entry in entries}
 
 
@@ -298,7 +317,8 @@ def _read_manifest(directory: Path) -> dict:
             raise ValueError(
                 f"{path}: {place!r} must hold {wanted}. Received: {entry!r}. Prepare the data again."
             )
-    if not all(map(_is_file_entry, manifest.setdefault("tokenizer_files", []))):
+    tokenizer_files = manifest.setdefault("tokenizer_files", [])
+    if not isinstance(tokenizer_files, list) or not all(map(_is_file_entry, tokenizer_files)):
         raise ValueError(f"{path}: 'tokenizer_files' must list file, bytes, sha256. Prepare the data again.")
     vocabulary = manifest["vocabulary"]
     if not all(0 <= vocabulary[key] < vocabulary["size"] for key in ("unk_id", "eos_id")):

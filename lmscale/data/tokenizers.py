@@ -186,12 +186,18 @@ class WordpieceTokenizer(Tokenizer):
         import tensorflow as tf
         import tensorflow_text
 
-        return tensorflow_text.FastWordpieceTokenizer(
-            self._vocabulary,
-            unknown_token=_WORDPIECE_UNK,
-            token_out_type=tf.string,
-            no_pretokenization=True,
-        )
+        try:
+            return tensorflow_text.FastWordpieceTokenizer(
+                self._vocabulary,
+                unknown_token=_WORDPIECE_UNK,
+                token_out_type=tf.string,
+                no_pretokenization=True,
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"The word pieces of this text cannot be used: {error}. Received, perhaps: NUL characters. Remove "
+                "them from the text."
+            ) from error
 
 
 @register("sentencepiece")

@@ -1,5 +1,6 @@
 """Choose the `tf.distribute` strategy of a run."""
 
+import functools
 import logging
 
 import tensorflow as tf
@@ -25,7 +26,7 @@ def make_strategy(*, cpu_devices=None):
     if cpu_devices is None:
         gpus = tf.config.list_logical_devices("GPU")
         devices = [gpu.name for gpu in gpus] or ["CPU:0"]
-        return tf.distribute.MirroredStrategy(devices)
+        return mirrored_strategy(tuple(devices))
     if cpu_devices < 1:
         raise ValueError(
             f"cpu_devices must be at least 1. Received: cpu_devices={cpu_devices}. Give --cpu_devices=1 or more."
@@ -42,7 +43,19 @@ def make_strategy(*, cpu_devices=None):
                 f"cpu_devices={cpu_devices} must be set before TensorFlow starts its devices. Received: a process "
                 f"that has started {started} CPU device(s). Call make_strategy first."
             ) from error
-    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(cpu_devices)])
+    return mirrored_strategy(tuple(f"CPU:{i}" for i in range(cpu_devices)))
+
+
+@functools.cache
+def mirrored_strategy(devices):
+    """A `MirroredStrategy` over a tuple of device names: the same object each time.
+
+    So one process may hold several models, also on different numbers of devices.
+    """
+    # Collectives find each other by a key in the whole process, and fail where groups of different sizes share one.
+    key_base = {"_collective_key_base": 100 * len(devices)}
+    kind = type("MirroredStrategy", (tf.distribute.MirroredStrategy,), key_base)
+    return kind(list(devices))
 
 
 def first_local_replica(strategy, *, num_local):

@@ -67,7 +67,13 @@ class Encoder:
 
     def __init__(self, body, *, embed_dim):
         self.body = body
-        example, _ = body(tf.zeros([1, 2, embed_dim]), body.initial_state(1), dropout=None)
+        state = body.initial_state(1)
+        if not isinstance(state, list) or any(s.shape.rank == 0 or s.shape[0] != 1 for s in state):
+            raise ValueError(
+                "The initial_state of a body must be a list of [batch_size, ...] tensors. Received, for a batch of 1: "
+                f"{state}."
+            )
+        example, _ = body(tf.zeros([1, 2, embed_dim]), state, dropout=None)
         if example.shape[:2] != [1, 2] or len(example.shape) != 3:
             raise ValueError(
                 "A body must map [batch, time, embed_dim] to [batch, time, hidden]. Received: a body that maps "

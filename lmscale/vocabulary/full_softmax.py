@@ -16,6 +16,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from lmscale.distribution import collectives
+from lmscale.vocabulary.products import float32_product
 
 _BLOCK_MIB = 64
 _BLOCK_ROWS_MULTIPLE = 128
@@ -304,7 +305,7 @@ def _block_logits(hidden, rows, bias, valid):
     Adding to the product before anything reduces it also keeps XLA on CPU (TensorFlow 2.21) from fusing a
     bfloat16 product with a reduction, which aborts the process.
     """
-    logits = tf.matmul(hidden, rows, transpose_b=True, output_type=tf.float32)
+    logits = float32_product(hidden, rows, transpose_b=True)
     bias = tf.zeros(valid.shape, tf.float32) if bias is None else tf.cast(bias, tf.float32)
     return logits + tf.where(valid, bias, -float("inf"))
 
@@ -350,8 +351,8 @@ def _gradients_of_block(
     d_logits = loss_weights[:, tf.newaxis] * (probabilities - tf.cast(is_label, tf.float32))
     d_bias = () if bias is None else (tf.reduce_sum(d_logits, axis=0),)
     d_logits = tf.cast(d_logits, hidden.dtype)
-    d_hidden += tf.matmul(d_logits, rows, output_type=tf.float32)
-    d_rows_transposed = tf.matmul(hidden_transposed, d_logits, output_type=tf.float32)
+    d_hidden += float32_product(d_logits, rows)
+    d_rows_transposed = float32_product(hidden_transposed, d_logits)
     return d_hidden, (d_rows_transposed, *d_bias)
 
 

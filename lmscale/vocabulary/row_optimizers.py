@@ -8,6 +8,7 @@ cost of a step linear in vocab_size: they are not used here, Keras learning-rate
 
 import abc
 import dataclasses
+import math
 from typing import TypeAlias
 
 import keras
@@ -182,30 +183,39 @@ class Adam(RowOptimizer):
     def slots(self):
         slots = {
             "second_moment": Slot(per_element=True),
-            "last_step": Slot(per_element=False, dtype=tf.int32),
+            # float32, which holds whole numbers up to 2**24: GPUs keep int32 variables on the host.
+            "last_step": Slot(per_element=False),
         }
         if self.beta_1:
             slots["first_moment"] = Slot(per_element=True)
-            slots["num_updates"] = Slot(per_element=False, dtype=tf.int32)
+            slots["num_updates"] = Slot(per_element=False)
         return slots
 
     def update_rows(self, *, weights, gradients, slots, step):
-        step = tf.cast(step, tf.int32) + 1
-        beta_2 = tf.constant(self.beta_2, tf.float32)
-        elapsed = _per_row(tf.cast(step - slots["last_step"], tf.float32), gradients)
-        second = tf.pow(beta_2, elapsed) * slots["second_moment"] + (1 - self.beta_2) * tf.square(gradients)
-        new_slots = {"second_moment": second, "last_step": tf.fill(tf.shape(slots["last_step"]), step)}
+        number = tf.cast(step, tf.float32) + 1
+        decay = tf.exp(_log(self.beta_2) * _per_row(number - slots["last_step"], gradients))
+        second = decay * slots["second_moment"] + (1 - self.beta_2) * tf.square(gradients)
+        new_slots = {"second_moment": second, "last_step": tf.fill(tf.shape(slots["last_step"]), number)}
         direction = gradients
         if self.beta_1:
             num_updates = slots["num_updates"] + 1
             first = self.beta_1 * slots["first_moment"] + (1 - self.beta_1) * gradients
             new_slots.update(first_moment=first, num_updates=num_updates)
-            correction = 1 - tf.pow(tf.constant(self.beta_1, tf.float32), tf.cast(num_updates, tf.float32))
-            direction = first / _per_row(correction, gradients)
+            direction = first / _per_row(_one_minus_power(self.beta_1, num_updates), gradients)
         # sqrt(v / c) + epsilon = (sqrt(v) + epsilon * sqrt(c)) / sqrt(c)
-        root = tf.sqrt(1 - tf.pow(beta_2, tf.cast(step, tf.float32)))
-        scale = self.learning_rate_at(step - 1) * root
+        root = tf.sqrt(_one_minus_power(self.beta_2, number))
+        scale = self.learning_rate_at(step) * root
         return weights - scale * direction / (tf.sqrt(second) + self.epsilon * root), new_slots
+
+
+def _log(beta):
+    """log(beta) as a Python float, -inf at 0."""
+    return math.log(beta) if beta else -math.inf
+
+
+def _one_minus_power(beta, n):
+    """1 - beta**n for n >= 1, exact also for a beta that float32 cannot tell from 1."""
+    return -tf.math.expm1(_log(beta) * n)
 
 
 def _check_accumulator(*, initial_accumulator, epsilon):

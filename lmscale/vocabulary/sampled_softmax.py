@@ -15,6 +15,8 @@ import dataclasses
 
 import tensorflow as tf
 
+from lmscale.vocabulary.products import float32_product
+
 # Finite, so that a token whose every sampled class is a hit has loss 0 and gradient 0 rather than NaN.
 _REMOVED_LOGIT = -1e30
 
@@ -240,7 +242,7 @@ def _check_shape(name, tensor, expected):
 def _forward(hidden, true_rows, sampled_rows, true_offset, sampled_offset, hits):
     """Returns loss [tokens], softmax over the sampled classes [tokens, num_sampled], their share [tokens]."""
     # bias_add rather than +: on CPUs it is fused into the product.
-    logits = tf.nn.bias_add(_float32_logits(hidden, sampled_rows), sampled_offset)
+    logits = tf.nn.bias_add(float32_product(hidden, sampled_rows, transpose_b=True), sampled_offset)
     if hits is not None:
         logits = tf.where(hits, tf.constant(_REMOVED_LOGIT, tf.float32), logits)
     probabilities = tf.nn.softmax(logits)
@@ -270,16 +272,3 @@ def _backward(hidden, true_rows, sampled_rows, probabilities, sampled_share, los
         -share,
         d_sampled_offset,
     )
-
-
-def _float32_logits(hidden, rows):
-    """hidden rows^T, [tokens, num_sampled] float32, summed in float32 and never rounded to less."""
-    if hidden.dtype == tf.float32:
-        return tf.matmul(hidden, rows, transpose_b=True)
-    return _narrow_product(hidden, rows)
-
-
-@tf.function(jit_compile=True, autograph=False)
-def _narrow_product(hidden, rows):
-    # tf.matmul returns its inputs' dtype, and this op, which can widen, has kernels for bfloat16 in XLA only.
-    return tf.raw_ops.BatchMatMulV3(x=hidden, y=rows, Tout=tf.float32, adj_y=True)

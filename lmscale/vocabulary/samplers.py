@@ -215,11 +215,11 @@ class UnigramSampler(Sampler):
       vocab_size: number of classes.
       counts: [vocab_size] numbers >= 0, how often each class occurs.
       num_sampled: ids per draw, at most vocab_size.
-      power: exponent of the counts; 1 is the unigram distribution, 0 the uniform one.
+      power: exponent of the counts, finite; 1 is the unigram distribution, 0 the uniform one.
       replacement: see above.
 
     Raises:
-      ValueError: if counts is not as described, or num_sampled is not in 1 .. vocab_size.
+      ValueError: if counts or power is not as described, or num_sampled is not in 1 .. vocab_size.
 
     Source: Mikolov et al. 2013, arXiv:1310.4546, section 2.2 (the power 3/4); Chen and Asau 1974, "On
       generating random variates from an empirical distribution" (cells before search); Madow 1949, as in
@@ -236,7 +236,10 @@ class UnigramSampler(Sampler):
         replacement: bool = True,
     ):
         self.vocab_size, self.num_sampled = _check_sizes(vocab_size, num_sampled)
-        weights = np.maximum(_check_counts(counts, self.vocab_size), 1.0) ** power
+        if not np.isfinite(power):
+            raise ValueError(f"power must be finite. Received: power={power}. The usual ones are 0.75 and 1.")
+        log_weights = power * np.log(np.maximum(_check_counts(counts, self.vocab_size), 1.0))
+        weights = np.exp(log_weights - np.max(log_weights))
         certain_ids = np.zeros([0], np.int64) if replacement else _certain_ids(weights, self.num_sampled)
         num_stratified = self.num_sampled - len(certain_ids)
         self._certain_ids = certain_ids
@@ -286,7 +289,7 @@ class UnigramSampler(Sampler):
 
 
 class InBatchSampler(Sampler):
-    """The sampled classes are the labels of the global batch, so that no further rows are exchanged.
+    """The sampled classes are the labels of the global batch, so that no further rows are touched.
 
     The labels are taken for independent draws from the unigram distribution: the expected count is
     num_draws * max(count(id), 1) / sum of the same. Every token's own label is among the candidates, so the

@@ -42,8 +42,8 @@ class PulledRows:
 class RowGradients:
     """Gradients with respect to the fields of a `PulledRows`, of the same shapes. None stands for zero."""
 
-    embedding: tf.Tensor
-    shared_embedding: tf.Tensor
+    embedding: tf.Tensor | None = None
+    shared_embedding: tf.Tensor | None = None
     bias: tf.Tensor | None = None
     shared_bias: tf.Tensor | None = None
 
@@ -65,7 +65,8 @@ class ShardedTable:
     """A [vocab_size, embed_dim] matrix and an optional [vocab_size] bias, 1/N of the rows on each of N replicas.
 
     Tied use: the same row is a word's input embedding and its softmax weight. The optimizer's slots are sharded with
-    the rows. Neither is ever replicated, gathered whole, or made dense. Create it inside `strategy.scope()`; call
+    the rows. Neither is ever replicated, gathered whole, or made dense. Create it inside `strategy.scope()`, of a
+    strategy whose replicas all have variables of their own (Mirrored, MultiWorkerMirrored, OneDevice, or none); call
     `pull`, `merge`, `apply` and `push` inside `strategy.run`.
 
     Attributes:
@@ -131,6 +132,12 @@ class ShardedTable:
 
     def local_parameter(self, name):
         """This replica's shard of a parameter, [allocated_rows, ...]; None if the table has no such parameter."""
+        if collectives.num_replicas() != self.placement.num_shards:
+            raise ValueError(
+                "A table must be used under the strategy in whose scope it was created. Received: a table of "
+                f"{self.placement.num_shards} shard(s) on {collectives.num_replicas()} replica(s). Create it inside "
+                "strategy.scope() and use it inside strategy.run."
+            )
         return collectives.local_value(self.parameters[name]) if name in self.parameters else None
 
     @property
@@ -156,11 +163,19 @@ class ShardedTable:
         Returns:
           `PulledRows`, float32.
 
+        Raises:
+          ValueError: if the shape of ids is not static, or the table was made for another number of replicas.
+
         Communication: all-gather of `ids`; one all-reduce of [N * ids + num_shared, embed_dim + 1] rows, to which
         each shard contributes the rows it owns and zeros elsewhere (the sum is exact). None with one replica.
         """
         shared_ids = tf.zeros([0], tf.int32) if shared_ids is None else tf.cast(shared_ids, tf.int32)
         ids = tf.cast(ids, tf.int32)
+        if not (ids.shape.is_fully_defined() and shared_ids.shape.is_fully_defined()):
+            raise ValueError(
+                "ids and shared_ids must have static shapes. Received: "
+                f"{ids.shape} and {shared_ids.shape}. Fix the batch size, or use tf.ensure_shape."
+            )
         flat_ids = tf.reshape(ids, [-1])
         count = flat_ids.shape[0]
         wanted = tf.concat([collectives.all_gather(flat_ids), shared_ids], axis=0)
@@ -200,7 +215,7 @@ class ShardedTable:
         ids = tf.concat([collectives.all_gather(tf.reshape(pulled.ids, [-1])), pulled.shared_ids], axis=0)
         own = _gather_over_replicas(
             [
-                tf.reshape(gradients.embedding, [count, self.embed_dim]),
+                tf.reshape(_or_zeros(gradients.embedding, pulled.embedding), [count, self.embed_dim]),
                 *(
                     []
                     if pulled.bias is None
@@ -210,7 +225,7 @@ class ShardedTable:
         )
         shared = _sum_over_replicas(
             [
-                gradients.shared_embedding,
+                _or_zeros(gradients.shared_embedding, pulled.shared_embedding),
                 *([] if pulled.bias is None else [_or_zeros(gradients.shared_bias, pulled.shared_bias)]),
             ]
         )
@@ -300,7 +315,12 @@ class ShardedTable:
         return list(enumerate(components, start=first))
 
     def read_rows(self, name, start, stop):
-        """Rows [start, stop) of the logical [vocab_size, ...] tensor `name` in id order, as a numpy array."""
+        """Rows [start, stop) of the logical [vocab_size, ...] tensor `name` in id order, as a numpy array.
+
+        Raises:
+          ValueError: if there are no such rows, or this process does not hold all shards.
+        """
+        self._check_range(name, start, stop)
         n = self.placement.num_shards
         first, last = start // n, -(-stop // n)
         components = self._components(name)
@@ -316,7 +336,18 @@ class ShardedTable:
         return rows[start - first * n : stop - first * n]
 
     def write_rows(self, name, start, values):
-        """Writes rows [start, start + len(values)) of the logical tensor `name`: those that this process holds."""
+        """Writes rows [start, start + len(values)) of the logical tensor `name`: those that this process holds.
+
+        Raises:
+          ValueError: if there are no such rows, or values are not of their shape. Nothing is written then.
+        """
+        self._check_range(name, start, start + len(values))
+        row_shape = tuple(self.variables()[name].shape[1:])
+        if tuple(np.shape(values)[1:]) != row_shape:
+            raise ValueError(
+                f"values must have the shape [rows, ...] of {name!r}, {('rows', *row_shape)}. Received: "
+                f"{tuple(np.shape(values))}."
+            )
         n = self.placement.num_shards
         for shard_id, component in self._components(name):
             offset = (shard_id - start) % n  # of the first id in the block that this shard owns
@@ -324,6 +355,14 @@ class ShardedTable:
             if len(mine):
                 first = (start + offset) // n
                 component.scatter_update(tf.IndexedSlices(mine, tf.range(first, first + len(mine))))
+
+    def _check_range(self, name, start, stop):
+        if name not in self.variables():
+            raise ValueError(f"name must be one of {sorted(self.variables())}. Received: {name!r}.")
+        if not 0 <= start <= stop <= self.vocab_size:
+            raise ValueError(
+                f"Rows must lie in 0 .. vocab_size. Received: [{start}, {stop}), vocab_size={self.vocab_size}."
+            )
 
     def bytes_per_shard(self):
         """{name: bytes} of parameters and slots that each device holds; scratch and padding rows included."""
@@ -372,7 +411,7 @@ def _uniform(bound):
 
 
 def _or_zeros(gradient, like):
-    return tf.zeros_like(like) if gradient is None else gradient
+    return tf.zeros_like(like) if gradient is None else tf.cast(gradient, tf.float32)
 
 
 def _as_column(mask, like):

@@ -91,7 +91,7 @@ def test_divergence_stops_with_its_exit_code_and_is_never_the_best(data_dir, tmp
     """A learning rate past all bounds, on the shipped configuration, in a process of its own."""
     workdir = tmp_path / "run"
     arguments = tiny_runs.train_arguments(
-        workdir=workdir, data_dir=data_dir, LEARNING_RATE=1e25, SAVE_EVERY=1, EVAL_EVERY=1
+        workdir=workdir, data_dir=data_dir, LEARNING_RATE=1e38, SAVE_EVERY=1, EVAL_EVERY=1
     )
     code, _, stderr = tiny_runs.run_forked("lmscale.train", arguments, log=tmp_path / "stop")
     assert code == EXIT_NON_FINITE, stderr
@@ -112,7 +112,7 @@ def test_skipping_all_steps_still_ends(data_dir, tmp_path):
         workdir=workdir,
         data_dir=data_dir,
         cpu_devices=1,
-        LEARNING_RATE=1e25,
+        LEARNING_RATE=1e38,
         TRAIN_STEPS=8,
         EVAL_EVERY=4,
         SAVE_EVERY=4,

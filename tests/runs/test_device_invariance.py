@@ -108,8 +108,8 @@ def test_a_device_holds_its_share_of_the_table(mirrored, devices):
         table = ShardedTable(
             vocab_size=vocab_size, embed_dim=embed_dim, optimizer=Adam(learning_rate=0.1), bias=True
         )
-    # Weight, two moments for embedding and bias; the step of the last update for both.
-    bytes_in_all = vocab_size * (3 * (embed_dim + 1) + 2) * 4
+    # Weight and two moments for embedding and bias; last step and number of updates of each row for both.
+    bytes_in_all = vocab_size * (3 * (embed_dim + 1) + 4) * 4
     components = [strategy.experimental_local_results(variable) for variable in table.variables().values()]
     for device in range(devices):
         allocated = [component[device] for component in components]

@@ -1,0 +1,29 @@
+"""Matrix products of narrow values with float32 sums."""
+
+import tensorflow as tf
+
+
+def float32_product(x, y, *, transpose_b=False):
+    """x y, or x y^T with transpose_b, summed in float32 and never rounded to less.
+
+    Args:
+      x, y: matrices of one dtype, float32 or bfloat16.
+
+    Returns:
+      float32 matrix.
+
+    Communication: none.
+    """
+    if x.dtype == tf.float32:
+        return tf.matmul(x, y, transpose_b=transpose_b)
+    if (
+        tf.config.functions_run_eagerly()
+    ):  # For debugging: nothing is compiled then. The same values, only slower.
+        return tf.matmul(tf.cast(x, tf.float32), tf.cast(y, tf.float32), transpose_b=transpose_b)
+    return _narrow_product(x, y, transpose_b=transpose_b)
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _narrow_product(x, y, *, transpose_b):
+    # tf.matmul returns its inputs' dtype, and this op, which can widen, has kernels for bfloat16 in XLA only.
+    return tf.raw_ops.BatchMatMulV3(x=x, y=y, Tout=tf.float32, adj_y=transpose_b)
