@@ -282,8 +282,8 @@ def _check_nothing_lost(workdir, *, save_every):
     steps = [line["step"] for line in read_metrics(workdir.train_dir)]
     if steps and max(steps) >= save_every:
         raise ValueError(
-            f"The run in {workdir.path} has logged step {max(steps)}, so it must have saved. Received: no checkpoint in "
-            f"{workdir.checkpoints_dir}. Put the checkpoints back, or start a new work directory."
+            f"The run in {workdir.path} has logged step {max(steps)}, so it must have saved. Received: no checkpoint "
+            f"in {workdir.checkpoints_dir}. Put the checkpoints back, or start a new work directory."
         )
 
 
