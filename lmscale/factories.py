@@ -129,7 +129,7 @@ def parameters(function) -> Iterator[inspect.Parameter]:
 
 def annotations(function) -> dict[str, Any]:
     """{parameter: type}, and `return`, where told; `_NotText` for an untold one that takes numbers."""
-    hints = {p.name: _NotText for p in parameters(function) if isinstance(p.default, int | float)}
+    hints = {p.name: _NotText for p in parameters(function) if type(p.default) in (int, float)}
     if inspect.isclass(function) and issubclass(function, keras.optimizers.schedules.LearningRateSchedule):
         # Keras tells no types. What may be None has None as its default.
         hints = {p.name: _NotText for p in parameters(function) if p.name != "name" and p.default is not None}

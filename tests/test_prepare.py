@@ -57,7 +57,7 @@ def test_prepare_then_again(texts):
     assert other.returncode == 2
     assert other.stderr == (
         "error: out exists and holds other data: vocab_size is None, wanted 3. "
-        "Pass overwrite to replace it, or choose another output.\n"
+        "Pass --overwrite to replace it, or choose another output.\n"
     )
     replaced = prepare(*THREE, "--output=out", "--vocab_size=3", "--overwrite", cwd=texts)
     assert replaced.returncode == 0

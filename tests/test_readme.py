@@ -167,7 +167,7 @@ import numpy as np
 assert strategy.num_replicas_in_sync == 2
 generator = np.random.default_rng(0)
 losses = []
-for step in range(60):
+for step in range(200):
     first = generator.integers(0, 40, [BATCH_SIZE, 1])
     window_ids = tf.constant((first + np.arange(WINDOW + 1) * 3) % 40 * 25, tf.int32)
     losses.append(float(train_step(window_ids, tf.constant(step))))

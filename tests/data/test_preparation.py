@@ -178,13 +178,13 @@ def test_existing_output(tmp_path):
     assert again.fingerprint == first.fingerprint
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
-    with pytest.raises(ValueError, match=r"holds other data: min_count is 1, wanted 2. Pass overwrite"):
+    with pytest.raises(ValueError, match=r"holds other data: min_count is 1, wanted 2. Pass --overwrite"):
         prepare(corpus, output=output, tokenizer=tokenizer, min_count=2)
     other = corpus_of(tmp_path / "in2", TEXTS | {"valid": "the\n"})
     with pytest.raises(ValueError, match=r"holds other data: other input files"):
         prepare(other, output=output, tokenizer=tokenizer)
     (output / "test.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"is not whole: .*test.bin: must have 8 bytes.*Pass overwrite"):
+    with pytest.raises(ValueError, match=r"is not whole: .*test.bin: must have 8 bytes.*Pass --overwrite"):
         prepare(corpus, output=output, tokenizer=tokenizer)
     assert run(corpus, output, overwrite=True, min_count=2).vocab_size == 3
 
