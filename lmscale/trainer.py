@@ -145,18 +145,21 @@ class Trainer:
             table=table,
         )
         input_gradient, body_gradients = tape.gradient(
-            hidden,
-            (inputs, body_variables),
-            output_gradients=loss.hidden,
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            hidden, (inputs, body_variables), output_gradients=loss.hidden
         )
+        if input_gradient is None:
+            input_gradient = tf.zeros_like(inputs)
+        body_gradients = {
+            # A layer that looks rows up has sparse gradients; one that is not used has none.
+            name: tf.zeros(body_variables[name].shape) if g is None else tf.convert_to_tensor(g)
+            for name, g in body_gradients.items()
+        }
 
         # One push brings back the gradients of the three roles, merged before a single update of a row.
         merged = table.merge(window, _window_gradients(window, input_gradient, loss), dense=loss.shard)
         body_gradients, mean_loss = collectives.all_reduce_sum(
             [
-                # A layer that looks rows up has sparse gradients.
-                {name: tf.cast(tf.convert_to_tensor(g), tf.float32) for name, g in body_gradients.items()},
+                {name: tf.cast(g, tf.float32) for name, g in body_gradients.items()},
                 tf.reduce_sum(loss.loss) / num_tokens,
             ]
         )

@@ -132,13 +132,15 @@ class ShardedTable:
 
     def local_parameter(self, name):
         """This replica's shard of a parameter, [allocated_rows, ...]; None if the table has no such parameter."""
+        if name not in self.parameters:
+            return None
         if collectives.num_replicas() != self.placement.num_shards:
             raise ValueError(
                 "A table must be used under the strategy in whose scope it was created. Received: a table of "
                 f"{self.placement.num_shards} shard(s) on {collectives.num_replicas()} replica(s). Create it inside "
                 "strategy.scope() and use it inside strategy.run."
             )
-        return collectives.local_value(self.parameters[name]) if name in self.parameters else None
+        return collectives.local_value(self.parameters[name])
 
     @property
     def num_valid_rows(self):

@@ -237,6 +237,28 @@ def test_no_checkpoint_is_readable(train_failure, unfinished_run):
     assert tiny_runs.snapshot(unfinished_run) == before
 
 
+def test_checkpoints_that_are_gone(train_failure, unfinished_run):
+    shutil.rmtree(unfinished_run / "checkpoints")
+    before = tiny_runs.snapshot(unfinished_run)
+    message = train_failure(workdir=unfinished_run)
+    assert "has logged step 200" in message
+    assert "no checkpoint in" in message
+    assert tiny_runs.snapshot(unfinished_run) == before
+
+
+def test_fewer_steps_than_done(train_failure, unfinished_run):
+    assert "train_steps=50, 100 steps done" in train_failure(workdir=unfinished_run, TRAIN_STEPS=50)
+
+
+def test_a_start_that_failed_claims_no_directory(train_failure, data_dir, tmp_path):
+    """Another setting may follow: there is nothing yet that could go on with the old one."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.gin").write_text("LEARNING_RATE = None\n")
+    message = train_failure(workdir=workdir, data_dir=tmp_path / "nowhere")
+    assert "no such directory" in message
+
+
 def test_finished_run_keeps_its_mark_when_more_steps_cannot_be_done(train_failure, reference_run, tmp_path):
     finished = shutil.copytree(reference_run(2).result(), tmp_path / "finished")
     before = tiny_runs.snapshot(finished)
@@ -266,6 +288,14 @@ def test_evaluate(unfinished_run, tmp_path, flags, words):
     for word in words:
         assert word.format(**places) in message
     assert tiny_runs.snapshot(unfinished_run) == before
+
+
+def test_evaluate_with_another_vocabulary_of_the_same_size(unfinished_run, tmp_path):
+    other = tiny_runs.write_data(tmp_path / "other", seed=1)
+    arguments = [f"--workdir={unfinished_run}", f"--gin_param=DATA_DIR = '{other}'"]
+    message = failure("lmscale.evaluate", arguments, log=tmp_path / "log")
+    assert "vocabulary it was trained with" in message
+    assert str(other) in message
 
 
 # ------------------------------------------------------------------------------------------------------- How quickly

@@ -34,8 +34,8 @@ def test_metrics_and_tensorboard_say_what_the_run_was(reference_run):
     workdir = reference_run(2).result()
     accumulator = EventAccumulator(str(workdir / "train")).Reload()
     text_tags = accumulator.Tags()["tensors"]
-    assert "config/text_summary" in text_tags
-    shown = accumulator.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "config" in text_tags
+    shown = accumulator.Tensors("config")[0].tensor_proto.string_val[0].decode()
     config = (workdir / "config.gin").read_text()
     assert [line.strip() for line in shown.splitlines()] == [line.strip() for line in config.splitlines()]
     assert "hparams" in accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.plugin_name

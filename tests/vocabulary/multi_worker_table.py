@@ -27,7 +27,7 @@ def step(own_ids, shared_ids):
     def replica_step():
         rows = table.pull(own_ids, shared_ids)
         gradients = RowGradients(
-            tf.ones_like(rows.embedding), None, tf.ones_like(rows.shared_embedding), None
+            embedding=tf.ones_like(rows.embedding), shared_embedding=tf.ones_like(rows.shared_embedding)
         )
         table.push(rows, gradients, step=tf.constant(0))
         return rows.embedding, rows.shared_embedding, table.pull(tf.range(11)).embedding

@@ -587,3 +587,43 @@ def test_update_without_an_optimizer_is_refused(mirrored):
 def test_sizes_below_one_are_refused(vocab_size, embed_dim):
     with pytest.raises(ValueError, match=re.escape(f"vocab_size={vocab_size}")):
         ShardedTable(vocab_size=vocab_size, embed_dim=embed_dim)
+
+
+def test_rows_that_are_not_there_or_of_another_width_are_refused(mirrored):
+    table = _make_table(mirrored(3))
+    before = _logical(table)
+    for name, start, values, words in [
+        ("embedding", 1, np.ones([2, EMBED_DIM + 1]), rf"\('rows', {EMBED_DIM}\)"),
+        ("bias", 1, np.ones([2, 1]), "values must have the shape"),
+        ("embedding", VOCAB_SIZE - 1, np.ones([2, EMBED_DIM]), f"vocab_size={VOCAB_SIZE}"),
+        ("embedding", -1, np.ones([1, EMBED_DIM]), "Rows must lie in"),
+        ("momentum", 0, np.ones([1, EMBED_DIM]), "name must be one of"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            table.write_rows(name, start, values.astype(np.float32))
+    with pytest.raises(ValueError, match="Rows must lie in"):
+        table.read_rows("embedding", 0, VOCAB_SIZE + 1)
+    for name, value in before.items():
+        np.testing.assert_array_equal(_logical(table)[name], value)
+
+
+def test_table_made_outside_the_scope_is_refused(mirrored):
+    strategy = mirrored(2)
+    table = ShardedTable(vocab_size=7, embed_dim=3)
+    with pytest.raises(ValueError, match=r"a table of 1 shard\(s\) on 2 replica\(s\)"):
+        strategy.run(lambda: table.pull(tf.constant([1, 2])).embedding)
+
+
+def test_gradients_left_out_are_zero(mirrored):
+    strategy = mirrored(2)
+    table = _make_table(strategy, optimizer=row_optimizers.SGD(learning_rate=1.0))
+    before = _logical(table)
+
+    def push():
+        pulled = table.pull(tf.constant([1, 2]), tf.constant([3]))
+        table.push(pulled, RowGradients(shared_embedding=tf.ones([1, EMBED_DIM], tf.bfloat16)), step=0)
+
+    strategy.run(push)
+    before["embedding"][3] -= 2  # One from each replica.
+    for name, value in before.items():
+        np.testing.assert_allclose(_logical(table)[name], value, rtol=1e-6)
