@@ -68,6 +68,8 @@ def main(argv):
                 )
     loss_axes.set(xlabel="epoch", ylabel="loss, nats a token")
     perplexity_axes.set(xlabel="epoch", ylabel="perplexity", yscale="log")
+    for axis_ticks in (perplexity_axes.yaxis.set_major_formatter, perplexity_axes.yaxis.set_minor_formatter):
+        axis_ticks("{x:,.0f}")
     for axes in (loss_axes, perplexity_axes):
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")
