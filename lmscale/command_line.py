@@ -1,6 +1,7 @@
 """How every entry point starts and fails: flags, help, a user's mistake in one line and exit code 2."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ from absl import app, flags, logging
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 _HELP_ARGUMENTS = ("--help", "-help", "--helpshort", "-helpshort", "-?", "--?", "-h", "--h")
 _SEE_HELP = "Pass --help to see the flags."
 
@@ -18,7 +20,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     A `ValueError` or `OSError` from `main`, an unknown or malformed flag, or a left-over argument is a
     mistake of the user: it is printed to stderr as `error: <message>`, without a traceback, and the
     process exits with code 2, as it does when memory is exhausted. With `--verbosity=1` the traceback is
-    printed too. Ctrl-C gives 130. Any other exception is a bug of ours and keeps its traceback.
+    printed too. Ctrl-C gives 130, SIGTERM 143. Any other exception is a bug of ours and keeps its traceback.
 
     Args:
       main: the entry point; `--help` prints the docstring and the flags of the module that defines it.
@@ -55,6 +57,8 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
         except flags.Error as error:
             sys.exit(_fail(f"{str(error).rstrip('.')}. {_SEE_HELP}"))
 
+    # As an exception, so that what is half written gets removed. The training loop has a handler of its own.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_TERMINATED))
     app.run(guarded, flags_parser=parse)
 
 

@@ -12,6 +12,7 @@ TOOL = '''"""Counts down.
 
 From --start.
 """
+import signal
 from absl import flags
 from lmscale import command_line
 
@@ -23,6 +24,13 @@ def main(argv):
         case 2: open("/no/such/file")
         case 4: raise KeyError("a bug")
         case 5: return 7
+        case 6: signal.raise_signal(signal.SIGINT)
+        case 7:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                print("tidied up")
+        case 8: print("x" * 2**20, flush=True)
     print("counted", argv[1:])
 
 if __name__ == "__main__":
@@ -52,6 +60,8 @@ def tool(tmp_path):
     [
         ([], (0, "counted []\n", "")),
         (["--start=5"], (7, "", "")),
+        (["--start=6"], (130, "", "interrupted\n")),
+        (["--start=7"], (143, "tidied up\n", "")),
         (["--start=1"], (2, "", "error: start must not be 1\n")),
         (["--start=2"], (2, "", "error: /no/such/file: No such file or directory\n")),
         (
@@ -90,3 +100,16 @@ def test_verbosity_shows_the_traceback_of_a_mistake(tool):
     assert code == 2
     assert "Traceback" in stderr
     assert stderr.endswith("error: start must not be 1\n")
+
+
+def test_a_reader_that_leaves_is_no_error(tool, tmp_path):
+    command = f"{sys.executable} {tmp_path / 'tool.py'} --start=8 | head -c 1"
+    result = subprocess.run(
+        command,
+        shell=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (result.stdout, result.stderr) == ("x", "")

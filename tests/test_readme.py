@@ -110,7 +110,7 @@ def test_settings_of_the_experiment_exist():
 
 def test_exit_codes():
     codes = dict(re.findall(r"^\| (\d+) \| (.*) \|$", README, re.MULTILINE))
-    assert set(codes) == {"0", "1", "2", "3", "75", "130"}
+    assert set(codes) == {"0", "1", "2", "3", "75", "130", "143"}
     source = "".join((ROOT / "lmscale" / f"{name}.py").read_text() for name in ("train", "command_line"))
     constants = dict(re.findall(r"^(EXIT_\w+) = (\d+)$", source, re.MULTILINE))
     assert constants == {
@@ -118,6 +118,7 @@ def test_exit_codes():
         "EXIT_NON_FINITE": "3",
         "EXIT_STOPPED": "75",
         "EXIT_INTERRUPTED": "130",
+        "EXIT_TERMINATED": "143",
     }
 
 
