@@ -30,6 +30,8 @@ class Experiment:
       compute_dtype: of matrix products; logits, sums and master values stay float32.
       deterministic_ops: ask TensorFlow for deterministic kernels, which a bit-exact rerun on GPUs needs.
       on_bad_step: what a non-finite loss or gradient does: "stop" the run, or "skip" the update.
+      steps_per_call: updates done in one call of TensorFlow, which saves what a call costs the host. Results do not
+        depend on it; signals are answered between calls.
       log_every, eval_every, save_every: steps between log lines, evaluations, checkpoints.
       eval_batch_size, eval_window: lanes and time steps of evaluation batches; the lanes start without context.
       probe_tokens: length of the fixed piece of training data on which sampled and exact loss are compared; 0 for none.
@@ -49,6 +51,7 @@ class Experiment:
     log_every: int
     eval_every: int
     save_every: int
+    steps_per_call: int = 1
     clip_norm: float | None = None
     softmax_bias: bool = True
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -63,6 +66,7 @@ class Experiment:
         for name in (
             "train_steps",
             "global_batch_size",
+            "steps_per_call",
             "window",
             "embed_dim",
             "log_every",

@@ -1,7 +1,7 @@
 """The training run: pull, compute, push; evaluate, save, log."""
 
-import collections
 import contextlib
+import dataclasses
 import logging
 import math
 import signal
@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from lmscale.checkpoints import CheckpointItem, Checkpoints
-from lmscale.data.batches import ContiguousBatches, ShuffledWindows
+from lmscale.data.batches import ContiguousBatches, Prefetcher, ShuffledWindows
 from lmscale.data.token_files import PreparedData
 from lmscale.distribution import collectives
 from lmscale.evaluation import Evaluator
@@ -80,30 +80,65 @@ class Trainer:
             seed=experiment.seed,
         )
         self.step = 0
+        self._prefetcher = Prefetcher(self.batches, steps_per_call=experiment.steps_per_call)
         self._per_replica_batch_size = experiment.global_batch_size // strategy.num_replicas_in_sync
         self._state = self._initial_state()
 
     # -- the step -------------------------------------------------------------------------------------------------
 
-    def train_step(self):
-        """Does the update number `self.step` (0-based) and returns its metrics, {name: scalar tensor}."""
-        batch = self.batches.at(self.step)
-        metrics, self._state = self._train_step(
+    def train_steps(self, num_steps=1):
+        """Does the updates `self.step` (0-based) to `self.step + num_steps - 1` in one call of TensorFlow.
+
+        Args:
+          num_steps: at most the experiment's steps_per_call.
+
+        Returns:
+          {metric: [num_steps] tensor}; "rows_touched" is [num_steps, shards of this process].
+        """
+        window_ids, starts_epoch = self._prefetcher.batches(self.step, num_steps)
+        metrics, self._state = self._train_steps(
             self._state,
-            tf.constant(batch.window_ids),
+            tf.constant(window_ids),
+            tf.constant(starts_epoch),
             tf.constant(self.step),
-            tf.constant(batch.starts_epoch),
+            tf.constant(num_steps),
         )
-        self.step += 1
-        return metrics
+        self.step += num_steps
+        return {name: values[:num_steps] for name, values in metrics.items()}
 
     @tf.function
     def _initial_state(self):
         return self.strategy.run(lambda: self.model.encoder.body.initial_state(self._per_replica_batch_size))
 
     @tf.function
-    def _train_step(self, state, window_ids, step, starts_epoch):
-        return self.strategy.run(self._replica_step, args=(state, window_ids, step, starts_epoch))
+    def _train_steps(self, state, window_ids, starts_epoch, step, num_steps):
+        """`num_steps` of the steps_per_call steps for which there is room: one trace for any number."""
+        steps_per_call = self.experiment.steps_per_call
+
+        def one_step(i, state, arrays):
+            metrics, state = self.strategy.run(
+                self._replica_step, args=(state, window_ids[i], step + i, starts_epoch[i])
+            )
+            metrics = {
+                name: self.strategy.experimental_local_results(values) for name, values in metrics.items()
+            }
+            rows_touched = tf.stack(metrics.pop("rows_touched"))
+            metrics = {name: values[0] for name, values in metrics.items()} | {"rows_touched": rows_touched}
+            return i + 1, state, {name: arrays[name].write(i, metrics[name]) for name in arrays}
+
+        arrays = {
+            name: tf.TensorArray(dtype, size=steps_per_call)
+            for name, dtype in {
+                "loss": tf.float32,
+                "gradient_norm": tf.float32,
+                "is_finite": tf.bool,
+                "rows_touched": tf.int32,
+            }.items()
+        }
+        _, state, arrays = tf.while_loop(
+            lambda i, *_: i < num_steps, one_step, [tf.constant(0), state, arrays], parallel_iterations=1
+        )
+        return {name: array.stack() for name, array in arrays.items()}, state
 
     def _replica_step(self, state, window_ids, step, starts_epoch):
         """One replica's part of an update: pull, compute, push.
@@ -290,8 +325,17 @@ def _check_nothing_lost(workdir, *, save_every):
         )
 
 
+@dataclasses.dataclass
+class _Pending:
+    """The metrics of a call whose steps have not been logged."""
+
+    first_step: int
+    metrics: dict
+    checked: bool = False
+
+
 class _Run:
-    """The loop around `Trainer.train_step`: when to log, evaluate, save and stop."""
+    """The loop around `Trainer.train_steps`: when to log, evaluate, save and stop."""
 
     def __init__(self, trainer, *, checkpoints):
         self.trainer = trainer
@@ -335,7 +379,7 @@ class _Run:
         experiment, trainer = self.experiment, self.trainer
         while trainer.step < experiment.train_steps:
             start = time.perf_counter()
-            self._pending.append(trainer.train_step())
+            self._pending.append(_Pending(trainer.step, trainer.train_steps(self._steps_of_next_call())))
             self._seconds += time.perf_counter() - start
             step = trainer.step
             show_step(step)
@@ -373,48 +417,51 @@ class _Run:
             validation_loss_nats=validation_loss,
         )
 
+    def _steps_of_next_call(self):
+        """steps_per_call, or fewer up to the next step at which something is due."""
+        experiment, step = self.experiment, self.trainer.step
+        due = (experiment.log_every, experiment.eval_every, experiment.save_every)
+        next_due = min(every - step % every for every in due)
+        return min(experiment.steps_per_call, next_due, experiment.train_steps - step)
+
     def _check_finite(self):
         """Reads the flags of the steps since the last check. Non-finite steps were never applied."""
         start = time.perf_counter()
-        first = self.trainer.step - len(self._pending) + 1
-        results = self.trainer.strategy.experimental_local_results
-        for offset, metrics in enumerate(self._pending):
-            if "checked" in metrics:
+        for call in self._pending:
+            if call.checked:
                 continue
-            metrics["checked"] = True
-            if bool(results(metrics["is_finite"])[0]):
-                continue
-            seen = (
-                f"step {first + offset}: loss {float(results(metrics['loss'])[0])}, "
-                f"gradient norm {float(results(metrics['gradient_norm'])[0])}"
-            )
-            if self.experiment.on_bad_step == "stop":
-                raise NonFiniteError(
-                    f"The loss or the gradient is not finite at {seen}. The update was not applied. Go on with "
-                    "Experiment.on_bad_step = 'skip'. Or start a new work directory (from a copy of this one's "
-                    "checkpoints, if you like): Lower LEARNING_RATE there, or set Experiment.clip_norm."
+            call.checked = True
+            for offset in np.flatnonzero(~call.metrics["is_finite"].numpy()):
+                seen = (
+                    f"step {call.first_step + 1 + offset}: loss {float(call.metrics['loss'][offset])}, "
+                    f"gradient norm {float(call.metrics['gradient_norm'][offset])}"
                 )
-            self.skipped_steps += 1
-            _logger.warning("skipped the update of %s", seen)
+                if self.experiment.on_bad_step == "stop":
+                    raise NonFiniteError(
+                        f"The loss or the gradient is not finite at {seen}. The update was not applied. Go on with "
+                        "Experiment.on_bad_step = 'skip'. Or start a new work directory (from a copy of this one's "
+                        "checkpoints, if you like): Lower LEARNING_RATE there, or set Experiment.clip_norm."
+                    )
+                self.skipped_steps += 1
+                _logger.warning("skipped the update of %s", seen)
         # Reading waits for the steps that a GPU has not done yet: it is their time.
         self._seconds += time.perf_counter() - start
 
     def _log(self, writer):
         self._check_finite()
-        results = self.trainer.strategy.experimental_local_results
         step = self.trainer.step
-        num_steps = len(self._pending)
-        values = collections.defaultdict(list)
-        for metrics in self._pending:
-            if not bool(results(metrics["is_finite"])[0]):
-                continue
-            for name in ("loss", "gradient_norm"):
-                values[name].append(float(results(metrics[name])[0]))
-            for shard_id, rows in enumerate(results(metrics["rows_touched"])):
-                values[f"rows_touched/shard_{shard_id}"].append(float(rows))
+        metrics = {
+            name: np.concatenate([call.metrics[name].numpy() for call in self._pending])
+            for name in self._pending[0].metrics
+        }
+        finite = metrics["is_finite"]
+        num_steps = len(finite)
+        values = {name: metrics[name][finite] for name in ("loss", "gradient_norm")}
+        for shard_id, rows in enumerate(metrics["rows_touched"][finite].T):
+            values[f"rows_touched/shard_{shard_id}"] = rows
         step_secs = self._seconds / num_steps
         tokens = self.experiment.global_batch_size * self.experiment.window
-        mean = {name: float(np.mean(x)) for name, x in values.items()}
+        mean = {name: float(np.mean(x, dtype=np.float64)) for name, x in values.items() if len(x)}
         loss_tag = f"{self.trainer.loss.name}_loss_nats"
         scalars = {
             loss_tag: mean.pop("loss", math.nan),

@@ -64,7 +64,7 @@ class Positions(Body):
 def test_sparse_gradients_of_a_body(mirrored, num_replicas, clip_norm):
     run = trainer(mirrored(num_replicas), body=Positions, clip_norm=clip_norm)
     before = {name: v.numpy() for name, v in run.model.encoder.variables.items()}
-    run.train_step()
+    run.train_steps()
     after = {name: v.numpy() for name, v in run.model.encoder.variables.items()}
     (looked_up,) = [name for name in before if "embeddings" in name]
     assert (after[looked_up] != before[looked_up]).any(axis=1).all()
@@ -76,7 +76,7 @@ def test_statistics_of_a_body_are_refused_on_several_devices(mirrored):
     body = functools.partial(keras_body, layer=keras.layers.BatchNormalization)
     with pytest.raises(ValueError, match=r"moving_mean.*LayerNormalization"):
         trainer(mirrored(2), body=body)
-    trainer(mirrored(1), body=body).train_step()
+    trainer(mirrored(1), body=body).train_steps()
 
 
 def test_state_that_is_no_list_is_refused(mirrored):
@@ -101,10 +101,31 @@ def test_negative_learning_rate_is_refused_before_the_first_step(mirrored):
 def test_a_bad_first_step_of_an_epoch_still_forgets_the_last_epoch(mirrored):
     run = trainer(mirrored(2), body=functools.partial(lstm_body, num_layers=1, hidden_dim=4))
     while run.step < run.batches.steps_per_epoch:
-        run.train_step()
+        run.train_steps()
     assert np.any(run._read_state(0))
     run.model.table.write_rows("embedding", 0, np.full([VOCAB_SIZE, EMBED_DIM], np.nan, np.float32))
     assert run.batches.at(run.step).starts_epoch
-    metrics = run.train_step()
-    assert not bool(run.strategy.experimental_local_results(metrics["is_finite"])[0])
+    metrics = run.train_steps()
+    assert metrics["is_finite"].numpy().tolist() == [False]
     np.testing.assert_array_equal(run._read_state(0), 0.0)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_steps_in_one_call_equal_single_steps_bit_for_bit(mirrored, num_replicas):
+    def train(calls, **settings):
+        run = trainer(
+            mirrored(num_replicas), body=functools.partial(lstm_body, num_layers=1, hidden_dim=4), **settings
+        )
+        metrics = [run.train_steps(num_steps) for num_steps in calls]
+        assert run.step == 11 > run.batches.steps_per_epoch
+        metrics = {name: np.concatenate([m[name].numpy() for m in metrics]) for name in metrics[0]}
+        return metrics, {item.name: item.read(0, item.shape[0] if item.shape else 1) for item in run.checkpoint_items()}
+
+    # Over the end of an epoch, and with calls that are not full.
+    whole, whole_state = train([5, 1, 5], steps_per_call=5)
+    single, single_state = train([1] * 11)
+    assert whole["rows_touched"].shape == (11, num_replicas)
+    for name in single:
+        np.testing.assert_array_equal(whole[name], single[name])
+    for name in single_state:
+        np.testing.assert_array_equal(whole_state[name], single_state[name])

@@ -5,6 +5,7 @@ uninterrupted run would have read.
 """
 
 import dataclasses
+from concurrent import futures
 
 import numpy as np
 
@@ -105,6 +106,36 @@ class ShuffledWindows:
         windows = _permuted(places, self._num_windows, seed=self._seed, epoch=epoch)
         window_ids = _windows(self._tokens, (offset + windows * self._window)[:, None], self._window)
         return Batch(window_ids, starts_epoch=True, epoch=epoch)
+
+
+class Prefetcher:
+    """Reads the batches of the next call of a training loop while the devices are busy with this one."""
+
+    def __init__(self, batches, *, steps_per_call: int):
+        """Args:
+        batches: `ContiguousBatches`, `ShuffledWindows`, or another pure function of the step.
+        steps_per_call: batches of a call at most.
+        """
+        self._batches = batches
+        self._steps_per_call = steps_per_call
+        self._thread = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._ahead: dict[int, futures.Future] = {}
+
+    def batches(self, first_step: int, num_steps: int):
+        """The batches of `num_steps` steps, with room for steps_per_call.
+
+        Returns:
+          window_ids [steps_per_call, global_batch_size, window + 1] int32 and starts_epoch [steps_per_call] bool;
+          those from num_steps on repeat the last.
+        """
+        steps = range(first_step, first_step + num_steps)
+        here = [self._ahead[step].result() if step in self._ahead else self._batches.at(step) for step in steps]
+        here += here[-1:] * (self._steps_per_call - num_steps)
+        next_steps = range(first_step + num_steps, first_step + num_steps + self._steps_per_call)
+        self._ahead = {
+            step: self._ahead.get(step) or self._thread.submit(self._batches.at, step) for step in next_steps
+        }
+        return np.stack([batch.window_ids for batch in here]), np.array([batch.starts_epoch for batch in here])
 
 
 class EvaluationBatches:

@@ -69,3 +69,11 @@ def first_local_replica(strategy, *, num_local):
     if resolver is None or num_local == strategy.num_replicas_in_sync:
         return 0
     return resolver.task_id * num_local
+
+
+def runs_on_cpu():
+    """Whether every device of the current strategy (without one: of the process) is a CPU."""
+    if not tf.distribute.has_strategy():
+        return not tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU")
+    devices = tf.distribute.get_strategy().extended.worker_devices
+    return all(tf.DeviceSpec.from_string(device).device_type == "CPU" for device in devices)

@@ -3,8 +3,10 @@
 import keras
 import tensorflow as tf
 
+from lmscale.distribution.strategies import runs_on_cpu
 from lmscale.models.body import Body
 from lmscale.models.dropout import check_rate
+from lmscale.models.recurrence import lstm_sequence
 
 
 class LstmBody(Body):
@@ -35,9 +37,26 @@ class LstmBody(Body):
         for i, layer in enumerate(self.layers):
             if i:
                 x = drop(x, self._dropout)
-            x, h, c = layer(x, initial_state=[tf.cast(s, x.dtype) for s in state[2 * i : 2 * i + 2]])
-            new_state += [tf.cast(h, tf.float32), tf.cast(c, tf.float32)]
+            x, *layer_state = _run_layer(layer, x, state[2 * i : 2 * i + 2])
+            new_state += [tf.cast(s, tf.float32) for s in layer_state]
         return drop(x, self._output_dropout), new_state
+
+
+def _run_layer(layer, inputs, state):
+    """(outputs, h, c) of a Keras LSTM layer: by Keras, which knows cuDNN, except on CPUs."""
+    if not runs_on_cpu():
+        return layer(inputs, initial_state=[tf.cast(s, inputs.dtype) for s in state])
+    if not layer.built:
+        layer.build(inputs.shape)
+    kernel, recurrent_kernel, bias = (v.value for v in layer.trainable_variables)
+    return lstm_sequence(
+        inputs,
+        *state,
+        kernel=kernel,
+        recurrent_kernel=recurrent_kernel,
+        bias=bias,
+        compute_dtype=layer.compute_dtype,
+    )
 
 
 def lstm_body(

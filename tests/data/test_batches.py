@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lmscale.data.batches import ContiguousBatches, EvaluationBatches, ShuffledWindows
+from lmscale.data.batches import ContiguousBatches, EvaluationBatches, Prefetcher, ShuffledWindows
 
 
 def epoch_of(batches, epoch):
@@ -188,3 +188,17 @@ def test_evaluation_errors_name_what_was_received():
         EvaluationBatches(np.array([], np.int32), batch_size=1, window=1, eos_id=0)
     with pytest.raises(ValueError, match=r"0 \.\. 1\. Received: step=2"):
         EvaluationBatches(np.arange(4), batch_size=1, window=2, eos_id=0).at(2)
+
+
+def test_prefetcher_reads_what_the_batches_are_whatever_is_asked_for_next():
+    batches = ContiguousBatches(np.arange(103), global_batch_size=4, window=5, seed=5)
+    prefetcher = Prefetcher(batches, steps_per_call=3)
+    # In order, short calls, a jump back and one ahead, over ends of epochs.
+    for first_step, num_steps in [(0, 3), (3, 3), (6, 1), (7, 2), (2, 3), (1000, 3)]:
+        window_ids, starts_epoch = prefetcher.batches(first_step, num_steps)
+        assert window_ids.shape == (3, 4, 6)
+        assert window_ids.dtype == np.int32
+        for i in range(3):
+            expected = batches.at(first_step + min(i, num_steps - 1))
+            np.testing.assert_array_equal(window_ids[i], expected.window_ids)
+            assert starts_epoch[i] == expected.starts_epoch

@@ -156,12 +156,12 @@ def test_bfloat16_products_keep_a_float32_state():
     finally:
         keras.config.set_dtype_policy("float32")
     hidden, state = body(tf.constant(_inputs()), body.initial_state(BATCH), dropout=None)
-    assert hidden.dtype == tf.bfloat16
     assert all(s.dtype == tf.float32 for s in state)
     weights = [lstm_weights(layer) for layer in body.layers]
     expected, _ = _reference(weights, _inputs().astype(np.float64), [np.zeros([BATCH, 4])] * 4)
     # Eight bits, in every product of 14 dependent steps.
-    np.testing.assert_allclose(tf.cast(hidden, tf.float32), expected, atol=0.05)
+    error = np.abs(tf.cast(hidden, tf.float32) - expected).max()
+    assert 1e-4 < error < 0.05
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+"""The LSTM recurrence for CPUs: everything that need not wait for the previous time step is done in one product.
+
+Four of the six products of a layer (inputs; gradients of inputs, kernel and recurrent kernel) run over all time steps
+at once; the loop over time keeps one small product and one compiled cell a step, forward and backward. On GPUs,
+cuDNN does the same behind `keras.layers.LSTM`.
+"""
+
+import tensorflow as tf
+
+
+def lstm_sequence(inputs, h, c, *, kernel, recurrent_kernel, bias, compute_dtype=tf.float32):
+    """An LSTM layer over a window, with its gradient written out.
+
+    With gates (i, f, g, o) = split(x_t W + h_{t-1} U + b), in the order of Keras:
+
+        c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)        h_t = sigmoid(o) tanh(c_t)
+
+    Differentiable once, in every argument. The loop over time is unrolled into the graph: `time` is static.
+
+    Args:
+      inputs: [batch, time, dim] float, static shape.
+      h, c: [batch, hidden] float32, the state before the window.
+      kernel: [dim, 4 * hidden] float32, W.
+      recurrent_kernel: [hidden, 4 * hidden] float32, U.
+      bias: [4 * hidden] float32, b.
+      compute_dtype: of the products; gates, states and sums over time stay float32.
+
+    Returns:
+      (h of every time step [batch, time, hidden], last h [batch, hidden], last c [batch, hidden]), float32.
+
+    Communication: none.
+    Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; one product for the weight
+      gradient of all time steps: Appleyard et al. 2016 (arXiv:1604.01946), section 3.
+    """
+    batch, time, dim = inputs.shape
+    hidden = recurrent_kernel.shape[0]
+    compute_dtype = tf.as_dtype(compute_dtype)
+
+    @tf.custom_gradient
+    def layer(inputs, h, c, kernel, recurrent_kernel, bias):
+        # Time first, so that a step is a contiguous block.
+        x = tf.reshape(tf.cast(_swap_batch_and_time(inputs), compute_dtype), [time * batch, dim])
+        w, u = tf.cast(kernel, compute_dtype), tf.cast(recurrent_kernel, compute_dtype)
+        from_inputs = tf.split(tf.nn.bias_add(tf.cast(tf.matmul(x, w), tf.float32), bias), time)
+        outputs, narrow_outputs, cells, gates = [], [tf.cast(h, compute_dtype)], [c], []
+        for t in range(time):
+            step = _cell(from_inputs[t], tf.matmul(narrow_outputs[t], u), cells[t])
+            for values, value in zip((outputs, narrow_outputs, cells, gates), step, strict=True):
+                values.append(value)
+
+        def backward(d_outputs, d_h, d_c):
+            d_outputs = tf.unstack(_swap_batch_and_time(d_outputs))
+            d_gates = []
+            u_transposed = _transposed(u)
+            d_h = tf.cast(d_h, compute_dtype)
+            for t in reversed(range(time)):
+                d_gate, d_c = _cell_gradient(d_outputs[t], d_h, d_c, gates[t], cells[t], cells[t + 1])
+                d_gates.append(d_gate)
+                d_h = tf.matmul(d_gate, u_transposed)
+            d_gates = tf.concat(d_gates[::-1], axis=0)
+            previous_outputs = tf.concat(narrow_outputs[:-1], axis=0)
+            d_inputs = tf.reshape(tf.matmul(d_gates, _transposed(w)), [time, batch, dim])
+            return (
+                tf.cast(_swap_batch_and_time(d_inputs), inputs.dtype),
+                tf.cast(d_h, tf.float32),
+                d_c,
+                tf.cast(tf.matmul(x, d_gates, transpose_a=True), tf.float32),
+                tf.cast(tf.matmul(previous_outputs, d_gates, transpose_a=True), tf.float32),
+                tf.reduce_sum(tf.cast(d_gates, tf.float32), axis=0),
+            )
+
+        return (tf.stack(outputs, axis=1), outputs[-1], cells[-1]), backward
+
+    if kernel.shape != [dim, 4 * hidden] or bias.shape != [4 * hidden]:
+        raise ValueError(
+            f"kernel must be [dim, 4 * hidden] = [{dim}, {4 * hidden}] and bias [{4 * hidden}]. Received: "
+            f"{kernel.shape} and {bias.shape}, for inputs {inputs.shape} and a recurrent_kernel "
+            f"{recurrent_kernel.shape}."
+        )
+    return layer(inputs, h, c, *(tf.convert_to_tensor(x) for x in (kernel, recurrent_kernel, bias)))
+
+
+def _swap_batch_and_time(x):
+    return tf.transpose(x, [1, 0, 2])
+
+
+def _transposed(matrix):
+    """The transpose, in a form that TensorFlow does not fold into the products that use it.
+
+    On CPUs a float32 product with a transposed right side takes up to 3 times as long, and here each is taken once a
+    time step.
+    """
+    rows, columns = matrix.shape
+    return tf.reshape(tf.transpose(tf.reshape(matrix, [rows, 4, -1]), [1, 2, 0]), [columns, rows])
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _cell(from_inputs, from_outputs, c):
+    """(h, h in the compute dtype, c, gates [batch, 4 * hidden] after their nonlinearities) of one time step."""
+    i, f, g, o = tf.split(from_inputs + tf.cast(from_outputs, tf.float32), 4, axis=1)
+    i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
+    c = f * c + i * g
+    h = o * tf.tanh(c)
+    return h, tf.cast(h, from_outputs.dtype), c, tf.concat([i, f, g, o], axis=1)
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _cell_gradient(d_output, d_h, d_c, gates, previous_c, c):
+    """(gradient before the nonlinearities [batch, 4 * hidden] in the compute dtype, d_c of the step before)."""
+    i, f, g, o = tf.split(gates, 4, axis=1)
+    squashed_c = tf.tanh(c)
+    dtype = d_h.dtype
+    d_h = d_output + tf.cast(d_h, tf.float32)
+    d_c += d_h * o * (1 - squashed_c * squashed_c)
+    d_gates = [
+        d_c * g * i * (1 - i),
+        d_c * previous_c * f * (1 - f),
+        d_c * i * (1 - g * g),
+        d_h * squashed_c * o * (1 - o),
+    ]
+    return tf.cast(tf.concat(d_gates, axis=1), dtype), d_c * f
