@@ -106,11 +106,11 @@ class Evaluator:
             tokens, batch_size=self._batch_size, window=self._window, eos_id=self._eos_id
         )
 
-    @tf.function
+    @tf.function(autograph=False)
     def _initial_state(self):
         return self._strategy.run(lambda: self._model.encoder.body.initial_state(self._lanes_per_replica))
 
-    @tf.function
+    @tf.function(autograph=False)
     def _step(self, state, input_ids, labels, loss_weights, step, *, with_training_loss):
         def replica_step(state):
             lanes = self._lanes_per_replica

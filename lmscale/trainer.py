@@ -82,7 +82,8 @@ class Trainer:
         self.step = 0
         self._prefetcher = Prefetcher(self.batches, steps_per_call=experiment.steps_per_call)
         self._per_replica_batch_size = experiment.global_batch_size // strategy.num_replicas_in_sync
-        self._state = self._initial_state()
+        with strategy.scope():
+            self._state = self._carried_state()
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -96,8 +97,7 @@ class Trainer:
           {metric: [num_steps] tensor}; "rows_touched" is [num_steps, shards of this process].
         """
         window_ids, starts_epoch = self._prefetcher.batches(self.step, num_steps)
-        metrics, self._state = self._train_steps(
-            self._state,
+        metrics = self._train_steps(
             tf.constant(window_ids),
             tf.constant(starts_epoch),
             tf.constant(self.step),
@@ -106,25 +106,19 @@ class Trainer:
         self.step += num_steps
         return {name: values[:num_steps] for name, values in metrics.items()}
 
-    @tf.function
-    def _initial_state(self):
-        return self.strategy.run(lambda: self.model.encoder.body.initial_state(self._per_replica_batch_size))
-
-    @tf.function
-    def _train_steps(self, state, window_ids, starts_epoch, step, num_steps):
+    @tf.function(autograph=False)
+    def _train_steps(self, window_ids, starts_epoch, step, num_steps):
         """`num_steps` of the steps_per_call steps for which there is room: one trace for any number."""
         steps_per_call = self.experiment.steps_per_call
 
-        def one_step(i, state, arrays):
-            metrics, state = self.strategy.run(
-                self._replica_step, args=(state, window_ids[i], step + i, starts_epoch[i])
-            )
+        def one_step(i, arrays):
+            metrics = self.strategy.run(self._replica_step, args=(window_ids[i], step + i, starts_epoch[i]))
             metrics = {
                 name: self.strategy.experimental_local_results(values) for name, values in metrics.items()
             }
             rows_touched = tf.stack(metrics.pop("rows_touched"))
             metrics = {name: values[0] for name, values in metrics.items()} | {"rows_touched": rows_touched}
-            return i + 1, state, {name: arrays[name].write(i, metrics[name]) for name in arrays}
+            return i + 1, {name: arrays[name].write(i, metrics[name]) for name in arrays}
 
         arrays = {
             name: tf.TensorArray(dtype, size=steps_per_call)
@@ -135,28 +129,28 @@ class Trainer:
                 "rows_touched": tf.int32,
             }.items()
         }
-        _, state, arrays = tf.while_loop(
-            lambda i, *_: i < num_steps, one_step, [tf.constant(0), state, arrays], parallel_iterations=1
+        _, arrays = tf.while_loop(
+            lambda i, _: i < num_steps, one_step, [tf.constant(0), arrays], parallel_iterations=1
         )
-        return {name: array.stack() for name, array in arrays.items()}, state
+        return {name: array.stack() for name, array in arrays.items()}
 
-    def _replica_step(self, state, window_ids, step, starts_epoch):
+    def _replica_step(self, window_ids, step, starts_epoch):
         """One replica's part of an update: pull, compute, push.
 
         Args:
-          state: carried state of the body, this replica's examples.
           window_ids: [global_batch_size, window + 1] int32, the whole batch: a few kilobytes.
           step: int32 scalar, updates done before.
-          starts_epoch: bool scalar: the state does not belong to these windows.
+          starts_epoch: bool scalar: the carried state does not belong to these windows.
 
         Returns:
-          ({metric: scalar}, new state).
+          {metric: scalar}.
         """
         experiment, table = self.experiment, self.model.table
         first = collectives.replica_id() * self._per_replica_batch_size
         ids = window_ids[first : first + self._per_replica_batch_size]
         labels = tf.reshape(ids[:, 1:], [-1])
-        state = tf.nest.map_structure(lambda s: tf.where(starts_epoch, tf.zeros_like(s), s), state)
+        carried = [collectives.local_value(variable) for variable in self._state]
+        state = [tf.where(starts_epoch, tf.zeros_like(s), s) for s in carried]
         candidates = self.loss.candidates(
             seed=tf.stack([experiment.seed, step]), labels=tf.reshape(window_ids[:, 1:], [-1])
         )
@@ -208,48 +202,55 @@ class Trainer:
             scale = tf.minimum(1.0, experiment.clip_norm / tf.maximum(gradient_norm, 1e-30))
         table.apply(merged, step=step, scale=scale, keep=is_finite)
         self.model.apply_body_gradients(body_gradients, step=step, scale=scale, keep=is_finite)
-        new_state = tf.nest.map_structure(lambda new, old: tf.where(is_finite, new, old), new_state, state)
+        for variable, new, old in zip(carried, new_state, state, strict=True):
+            variable.assign(tf.where(is_finite, new, old))
         metrics = {
             "loss": mean_loss,
             "gradient_norm": gradient_norm,
             "is_finite": is_finite,
             "rows_touched": merged.num_rows,
         }
-        return metrics, new_state
+        return metrics
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def checkpoint_items(self):
         """Everything that the next step depends on, but for `self.step`, which goes with the metadata."""
         items = self.model.checkpoint_items()
-        for i in range(len(self._local_states()[0])):
-            local = self._local_states()[0][i]
-            shape = (self.experiment.global_batch_size, *local.shape[1:])
+        for i, variable in enumerate(self._state):
             items.append(
                 CheckpointItem(
                     name=f"carried_state/{i}",
-                    shape=shape,
-                    dtype=local.dtype.as_numpy_dtype,
+                    shape=(self.experiment.global_batch_size, *variable.shape[1:]),
+                    dtype=variable.dtype.as_numpy_dtype,
                     read=lambda start, stop, i=i: self._read_state(i)[start:stop],
                     write=lambda start, values, i=i: self._write_state(i, start, values),
                 )
             )
         return items
 
-    def _local_states(self):
-        per_tensor = [self.strategy.experimental_local_results(s) for s in self._state]
-        return [list(replica) for replica in zip(*per_tensor, strict=True)] or [[]]
+    def _carried_state(self):
+        """Variables for the state of the body: on each replica, that of its own examples."""
+        return [
+            tf.Variable(
+                initial,
+                trainable=False,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.NONE,
+            )
+            for initial in self.model.encoder.body.initial_state(self._per_replica_batch_size)
+        ]
 
     def _read_state(self, i):
-        return np.concatenate([replica[i].numpy() for replica in self._local_states()])
+        components = self.strategy.experimental_local_results(self._state[i])
+        return np.concatenate([component.numpy() for component in components])
 
     def _write_state(self, i, start, values):
         whole = self._read_state(i)
         whole[start : start + len(values)] = values
-        parts = np.split(whole, self.strategy.num_replicas_in_sync)
-        self._state[i] = self.strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(parts[context.replica_id_in_sync_group])
-        )
+        components = self.strategy.experimental_local_results(self._state[i])
+        for component, part in zip(components, np.split(whole, len(components)), strict=True):
+            component.assign(part)
 
 
 def _window_gradients(window, input_gradient, loss):

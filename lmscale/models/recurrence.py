@@ -5,6 +5,8 @@ at once; the loop over time keeps one small product and one compiled cell a step
 cuDNN does the same behind `keras.layers.LSTM`.
 """
 
+import functools
+
 import tensorflow as tf
 
 
@@ -34,10 +36,28 @@ def lstm_sequence(inputs, h, c, *, kernel, recurrent_kernel, bias, compute_dtype
     """
     batch, time, dim = inputs.shape
     hidden = recurrent_kernel.shape[0]
-    compute_dtype = tf.as_dtype(compute_dtype)
+    if kernel.shape != [dim, 4 * hidden] or bias.shape != [4 * hidden]:
+        raise ValueError(
+            f"kernel must be [dim, 4 * hidden] = [{dim}, {4 * hidden}] and bias [{4 * hidden}]. Received: "
+            f"{kernel.shape} and {bias.shape}, for inputs {inputs.shape} and a recurrent_kernel "
+            f"{recurrent_kernel.shape}."
+        )
+    forward, backward = _layer(batch, time, dim, hidden, tf.as_dtype(compute_dtype))
 
     @tf.custom_gradient
     def layer(inputs, h, c, kernel, recurrent_kernel, bias):
+        outputs, last_h, last_c, *residuals = forward(inputs, h, c, kernel, recurrent_kernel, bias)
+        return (outputs, last_h, last_c), lambda *d: backward(*d, kernel, recurrent_kernel, *residuals)
+
+    inputs, h, c = (tf.cast(x, tf.float32) for x in (inputs, h, c))
+    return layer(inputs, h, c, *(tf.convert_to_tensor(x) for x in (kernel, recurrent_kernel, bias)))
+
+
+@functools.cache
+def _layer(batch, time, dim, hidden, compute_dtype):
+    """Forward and backward of a layer of these sizes, each traced once in a process, for all layers and devices."""
+
+    def forward(inputs, h, c, kernel, recurrent_kernel, bias):
         # Time first, so that a step is a contiguous block.
         x = tf.reshape(tf.cast(_swap_batch_and_time(inputs), compute_dtype), [time * batch, dim])
         w, u = tf.cast(kernel, compute_dtype), tf.cast(recurrent_kernel, compute_dtype)
@@ -47,37 +67,51 @@ def lstm_sequence(inputs, h, c, *, kernel, recurrent_kernel, bias, compute_dtype
             step = _cell(from_inputs[t], tf.matmul(narrow_outputs[t], u), cells[t])
             for values, value in zip((outputs, narrow_outputs, cells, gates), step, strict=True):
                 values.append(value)
+        residuals = x, tf.concat(narrow_outputs[:-1], axis=0), tf.concat(cells, axis=0), tf.concat(gates, axis=0)
+        return tf.stack(outputs, axis=1), outputs[-1], cells[-1], *residuals
 
-        def backward(d_outputs, d_h, d_c):
-            d_outputs = tf.unstack(_swap_batch_and_time(d_outputs))
-            d_gates = []
-            u_transposed = _transposed(u)
-            d_h = tf.cast(d_h, compute_dtype)
-            for t in reversed(range(time)):
-                d_gate, d_c = _cell_gradient(d_outputs[t], d_h, d_c, gates[t], cells[t], cells[t + 1])
-                d_gates.append(d_gate)
-                d_h = tf.matmul(d_gate, u_transposed)
-            d_gates = tf.concat(d_gates[::-1], axis=0)
-            previous_outputs = tf.concat(narrow_outputs[:-1], axis=0)
-            d_inputs = tf.reshape(tf.matmul(d_gates, _transposed(w)), [time, batch, dim])
-            return (
-                tf.cast(_swap_batch_and_time(d_inputs), inputs.dtype),
-                tf.cast(d_h, tf.float32),
-                d_c,
-                tf.cast(tf.matmul(x, d_gates, transpose_a=True), tf.float32),
-                tf.cast(tf.matmul(previous_outputs, d_gates, transpose_a=True), tf.float32),
-                tf.reduce_sum(tf.cast(d_gates, tf.float32), axis=0),
-            )
-
-        return (tf.stack(outputs, axis=1), outputs[-1], cells[-1]), backward
-
-    if kernel.shape != [dim, 4 * hidden] or bias.shape != [4 * hidden]:
-        raise ValueError(
-            f"kernel must be [dim, 4 * hidden] = [{dim}, {4 * hidden}] and bias [{4 * hidden}]. Received: "
-            f"{kernel.shape} and {bias.shape}, for inputs {inputs.shape} and a recurrent_kernel "
-            f"{recurrent_kernel.shape}."
+    def backward(d_outputs, d_h, d_c, kernel, recurrent_kernel, x, previous_outputs, cells, gates):
+        d_outputs = tf.unstack(_swap_batch_and_time(d_outputs))
+        cells, gates = tf.split(cells, time + 1), tf.split(gates, time)
+        w_transposed, u_transposed = (
+            _transposed(tf.cast(weights, compute_dtype)) for weights in (kernel, recurrent_kernel)
         )
-    return layer(inputs, h, c, *(tf.convert_to_tensor(x) for x in (kernel, recurrent_kernel, bias)))
+        d_h = tf.cast(d_h, compute_dtype)
+        d_gates = []
+        for t in reversed(range(time)):
+            d_gate, d_c = _cell_gradient(d_outputs[t], d_h, d_c, gates[t], cells[t], cells[t + 1])
+            d_gates.append(d_gate)
+            d_h = tf.matmul(d_gate, u_transposed)
+        d_gates = tf.concat(d_gates[::-1], axis=0)
+        d_inputs = tf.reshape(tf.matmul(d_gates, w_transposed), [time, batch, dim])
+        return (
+            tf.cast(_swap_batch_and_time(d_inputs), tf.float32),
+            tf.cast(d_h, tf.float32),
+            d_c,
+            tf.cast(tf.matmul(x, d_gates, transpose_a=True), tf.float32),
+            tf.cast(tf.matmul(previous_outputs, d_gates, transpose_a=True), tf.float32),
+            tf.reduce_sum(tf.cast(d_gates, tf.float32), axis=0),
+        )
+
+    def spec(*shape, dtype=tf.float32):
+        return tf.TensorSpec(shape, dtype)
+
+    state, weights = spec(batch, hidden), (spec(dim, 4 * hidden), spec(hidden, 4 * hidden))
+    residuals = (
+        spec(time * batch, dim, dtype=compute_dtype),
+        spec(time * batch, hidden, dtype=compute_dtype),
+        spec((time + 1) * batch, hidden),
+        spec(time * batch, 4 * hidden),
+    )
+    with tf.init_scope():  # Outside the graph, and away from the device, of whoever asks first.
+        return (
+            tf.function(forward, autograph=False).get_concrete_function(
+                spec(batch, time, dim), state, state, *weights, spec(4 * hidden)
+            ),
+            tf.function(backward, autograph=False).get_concrete_function(
+                spec(batch, time, hidden), state, state, *weights, *residuals
+            ),
+        )
 
 
 def _swap_batch_and_time(x):
