@@ -1,142 +1,162 @@
-"""Step time against vocabulary: python -m lmscale.bench --vocab_sizes=10000,100000,1000000
+"""Measures lmscale beside its peers and beside the machine: python -m lmscale.bench [--full]
 
-Trains on synthetic Zipf-distributed text, all vocabulary sizes in one process, their steps taken in turn, so that a
-slow moment of the machine falls on all of them alike. Prints a Markdown table; the last line on stdout is JSON.
+Writes results.json, report.md and plots into --output, and prints the report; the last line on stdout is the JSON.
+Each side of a comparison is a process of its own; they take turns on the same machine, with the same shapes and data,
+and ratios are medians over the rounds. PyTorch's sides need: pip install 'lmscale[bench]'.
+
+Quick by default: a few minutes. --full measures every size; time_to_quality and samples train for hours, and go on
+where they were cut off if they are started again with the same --output.
 """
 
-import dataclasses
-import functools
 import json
-import os
-import platform
-import statistics
-import time
+from pathlib import Path
 
-import numpy as np
 from absl import flags
 
 from lmscale.command_line import run_main
 
-_VOCAB_SIZES = flags.DEFINE_list(
-    "vocab_sizes", ["10000", "100000", "1000000"], "Rows of the tables to compare."
+_SECTIONS = ("step_time", "limits", "startup", "memory", "time_to_quality", "samples")
+
+_FULL = flags.DEFINE_bool("full", False, "Every size and every section.")
+_SECTIONS_FLAG = flags.DEFINE_list(
+    "sections", None, f"Of {', '.join(_SECTIONS)}; by default all with --full, else the first three."
 )
-_EMBED_DIM = flags.DEFINE_integer("embed_dim", 128, "Width of the table.", lower_bound=1)
-_HIDDEN_DIM = flags.DEFINE_integer("hidden_dim", 128, "Width of the LSTM layers.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", "runs/bench", "Folder for results, report, plots and logs.")
+_VOCAB_SIZES = flags.DEFINE_list("vocab_sizes", None, "Rows of the tables to compare; by default by --full.")
+_SIDES = flags.DEFINE_list("sides", None, "Sides of step_time; by default all that are installed.")
+_EMBED_DIM = flags.DEFINE_integer("embed_dim", 256, "Width of the table and the LSTM layers.", lower_bound=1)
 _NUM_LAYERS = flags.DEFINE_integer("num_layers", 2, "LSTM layers.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples a step.", lower_bound=1)
-_WINDOW = flags.DEFINE_integer("window", 32, "Time steps of an example.", lower_bound=1)
+_WINDOW = flags.DEFINE_integer("window", 35, "Time steps of an example.", lower_bound=1)
 _NUM_SAMPLED = flags.DEFINE_integer("num_sampled", 2048, "Sampled negatives.", lower_bound=1)
-_OPTIMIZER = flags.DEFINE_enum(
-    "optimizer", "Adam", ["SGD", "Adagrad", "RowWiseAdagrad", "Adam"], "Rule for rows and body."
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds of each measurement.", lower_bound=1)
+_LIMIT_GIB = flags.DEFINE_float("limit_gib", 20.0, "Memory for the largest vocabulary.", lower_bound=1.0)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "runs/data/wikitext-2", "Prepared data for time_to_quality and samples."
 )
-_REPEATS = flags.DEFINE_integer("repeats", 30, "Timed steps of each table.", lower_bound=1)
-_CPU_DEVICES = flags.DEFINE_integer("cpu_devices", None, "As for lmscale.train.")
 
-_WARM_UP_STEPS = 3
-_NUM_TOKENS = 200_000  # of synthetic text
+_QUICK_SIZES, _FULL_SIZES = "10000 33278", "10000 33278 100000 267735 472706 793470 1000000 10000000"
+# Largest vocabulary at which a side is worth its time and memory.
+_LARGEST = {
+    "lmscale": 10**9,
+    "lmscale_bfloat16": 10**9,
+    "lmscale_two_moments": 1_000_000,
+    "lmscale_body": 10_000,
+    "lmscale_body_bfloat16": 10_000,
+    "pytorch_full": 472_706,
+    "pytorch_full_keeping_memory": 472_706,
+    "pytorch_adaptive": 1_000_000,
+    "keras_full": 100_000,
+    "tensorflow_adagrad": 1_000_000,
+    "tensorflow_adam": 1_000_000,
+}
 
 
 def main(argv):
-    """Builds a trainer for each vocabulary size, times their steps in turn, prints ratios to the smallest."""
+    """Runs the sections one after the other; the report is rewritten after each."""
     del argv
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from lmscale.distribution.strategies import make_strategy
+    from lmscale.benchmarks import machine, report
+    from lmscale.benchmarks.peers.peer import ModelShape
 
-    vocab_sizes = [_vocab_size(text) for text in _VOCAB_SIZES.value]
-    strategy = make_strategy(cpu_devices=_CPU_DEVICES.value)
-    trainers = {v: _trainer(v, strategy=strategy) for v in vocab_sizes}
-    seconds = {v: [] for v in vocab_sizes}
-    for repeat in range(_WARM_UP_STEPS + _REPEATS.value):
-        for v, trainer in trainers.items():
-            start = time.perf_counter()
-            float(strategy.experimental_local_results(trainer.train_step()["loss"])[0])
-            if repeat >= _WARM_UP_STEPS:
-                seconds[v].append(time.perf_counter() - start)
-    rows = [
-        {
-            "vocab_size": v,
-            "step_secs_median": statistics.median(seconds[v]),
-            "step_secs_min": min(seconds[v]),
-            "step_secs_max": max(seconds[v]),
-            # Step by step, so that both sides of a ratio saw the same moment.
-            "ratio_to_first": statistics.median(
-                mine / first for mine, first in zip(seconds[v], seconds[vocab_sizes[0]], strict=True)
-            ),
-            "table_mib_per_device": sum(trainers[v].model.table.bytes_per_shard().values()) / 2**20,
-        }
-        for v in vocab_sizes
-    ]
-    print(
-        "| vocabulary | step, ms: median (min to max) | ratio to the first | table and slots, MiB a device |"
+    sections = _SECTIONS_FLAG.value or _SECTIONS[: None if _FULL.value else 3]
+    _check_names("--sections", sections, _SECTIONS)
+    sides = _SIDES.value or list(_LARGEST)
+    _check_names("--sides", sides, _LARGEST)
+    shape = ModelShape(
+        vocab_size=0,
+        embed_dim=_EMBED_DIM.value,
+        hidden_dim=_EMBED_DIM.value,
+        num_layers=_NUM_LAYERS.value,
+        batch_size=_BATCH_SIZE.value,
+        window=_WINDOW.value,
+        num_sampled=_NUM_SAMPLED.value,
     )
-    print("|---:|---:|---:|---:|")
-    for row in rows:
-        low, middle, high = (row[f"step_secs_{name}"] * 1e3 for name in ("min", "median", "max"))
-        print(
-            f"| {row['vocab_size']:,} | {middle:.1f} ({low:.1f} to {high:.1f}) | {row['ratio_to_first']:.2f} "
-            f"| {row['table_mib_per_device']:,.0f} |"
-        )
-    settings = {
-        flag.name: flag.value
-        for flag in (
-            _EMBED_DIM,
-            _HIDDEN_DIM,
-            _NUM_LAYERS,
-            _BATCH_SIZE,
-            _WINDOW,
-            _NUM_SAMPLED,
-            _OPTIMIZER,
-            _REPEATS,
-        )
-    }
-    print(json.dumps({"settings": settings, "processor": _processor(), "steps": rows}))
+    vocab_sizes = sorted({_vocab_size(text) for text in _VOCAB_SIZES.value or _default_sizes().split()})
+    output = Path(_OUTPUT.value)
+    output.mkdir(parents=True, exist_ok=True)
+    results = {"environment": machine.describe(), "sections": {}}
+    for name in _SECTIONS:
+        if name in sections:
+            results["sections"][name] = _measure(name, shape, vocab_sizes, sides, output)
+            report.write(results, output)
+    print((output / "report.md").read_text())
+    print(json.dumps(results))
     return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _ZipfText:
-    """Synthetic text in place of a prepared directory: ids by Zipf's law, the same number whatever the vocabulary."""
+def _measure(section, shape, vocab_sizes, sides, output):
+    """The results of one section; those of a section that cannot run say why."""
+    from lmscale.benchmarks import memory, startup, step_time, time_to_quality
+    from lmscale.benchmarks.sides import SideFailedError
+    from lmscale.benchmarks.task import TaskFailedError, run_task
 
-    vocab_size: int
-    eos_id = 0
-    counts = None
+    root = Path(__file__).parent.parent
+    config = root / "configs" / "wikitext2_fast.gin"
+    try:
+        if section == "step_time":
+            return step_time.measure(
+                shape,
+                vocab_sizes=vocab_sizes,
+                sides={name: _LARGEST[name] for name in sides},
+                repeats=_REPEATS.value,
+                log_dir=output / "logs",
+                say=_say,
+            )
+        if section == "limits":
+            vocab_size = 793_470 if _FULL.value else vocab_sizes[-1]
+            _say(f"limits, vocabulary {vocab_size:,}")
+            return run_task(
+                "lmscale.benchmarks.limits:measure",
+                {
+                    "shape": vars(shape) | {"vocab_size": vocab_size},
+                    "evaluation_tokens": 4096 if _FULL.value else shape.tokens,
+                    "repeats": _REPEATS.value,
+                },
+                log=output / "logs" / "limits.log",
+            )
+        if section == "startup":
+            _say("start-up")
+            return startup.measure(repeats=3 if _FULL.value else 1, root=root)
+        if section == "memory":
+            return memory.measure(
+                shape,
+                vocab_size=793_470 if _FULL.value else vocab_sizes[-1],
+                limit_gib=_LIMIT_GIB.value if _FULL.value else None,
+                log_dir=output / "logs",
+                say=_say,
+            )
+        if section == "time_to_quality":
+            return time_to_quality.measure(
+                data_dir=_DATA_DIR.value, config=config, output=output / section, epochs=6, say=_say
+            )
+        return time_to_quality.measure_samples(
+            data_dir=_DATA_DIR.value,
+            config=config,
+            output=output / section,
+            nums_sampled=[256, 512, 1024, 2048, 4096, 8192],
+            train_steps=1864,
+            say=_say,
+        )
+    except (TaskFailedError, SideFailedError) as error:
+        _say(f"{section}: {error}")
+        return {"failed": str(error)}
 
-    def split(self, name):
-        del name
-        uniform = np.random.default_rng(0).random(_NUM_TOKENS)
-        ids = np.exp(uniform * np.log(self.vocab_size + 1)).astype(np.int64) - 1
-        return np.minimum(ids, self.vocab_size - 1)
+
+def _say(line):
+    """Where the benchmark is, on stderr: stdout is for the report."""
+    import sys
+
+    print(f"[bench] {line}", file=sys.stderr, flush=True)
 
 
-def _trainer(vocab_size, *, strategy):
-    """A trainer on synthetic text of `vocab_size` types."""
-    from lmscale.experiment import Experiment
-    from lmscale.losses.sampled import SampledSoftmax
-    from lmscale.models.lstm import lstm_body
-    from lmscale.trainer import Trainer
-    from lmscale.vocabulary import row_optimizers
-    from lmscale.vocabulary.samplers import LogUniformSampler
+def _default_sizes():
+    return _FULL_SIZES if _FULL.value else _QUICK_SIZES
 
-    optimizer = getattr(row_optimizers, _OPTIMIZER.value)
-    experiment = Experiment(
-        data_dir="",
-        train_steps=_WARM_UP_STEPS + _REPEATS.value,
-        global_batch_size=_BATCH_SIZE.value,
-        window=_WINDOW.value,
-        embed_dim=_EMBED_DIM.value,
-        body=functools.partial(lstm_body, num_layers=_NUM_LAYERS.value, hidden_dim=_HIDDEN_DIM.value),
-        loss=functools.partial(
-            SampledSoftmax, sampler=functools.partial(LogUniformSampler, num_sampled=_NUM_SAMPLED.value)
-        ),
-        row_optimizer=optimizer(learning_rate=0.001),
-        body_optimizer=optimizer(learning_rate=0.001),
-        clip_norm=1.0,
-        seed=0,
-        log_every=1,
-        eval_every=1,
-        save_every=1,
-    )
-    return Trainer(experiment, data=_ZipfText(vocab_size), strategy=strategy)
+
+def _check_names(flag, names, known):
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{flag} must be of {', '.join(known)}. Received: {', '.join(unknown)}.")
 
 
 def _vocab_size(text):
@@ -150,15 +170,6 @@ def _vocab_size(text):
             f"{text!r}, num_sampled={_NUM_SAMPLED.value}."
         )
     return size
-
-
-def _processor():
-    """Model name of the processor, as Linux tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
 
 
 def run():

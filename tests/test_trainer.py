@@ -119,7 +119,9 @@ def test_steps_in_one_call_equal_single_steps_bit_for_bit(mirrored, num_replicas
         metrics = [run.train_steps(num_steps) for num_steps in calls]
         assert run.step == 11 > run.batches.steps_per_epoch
         metrics = {name: np.concatenate([m[name].numpy() for m in metrics]) for name in metrics[0]}
-        return metrics, {item.name: item.read(0, item.shape[0] if item.shape else 1) for item in run.checkpoint_items()}
+        return metrics, {
+            item.name: item.read(0, item.shape[0] if item.shape else 1) for item in run.checkpoint_items()
+        }
 
     # Over the end of an epoch, and with calls that are not full.
     whole, whole_state = train([5, 1, 5], steps_per_call=5)

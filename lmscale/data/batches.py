@@ -129,13 +129,17 @@ class Prefetcher:
           those from num_steps on repeat the last.
         """
         steps = range(first_step, first_step + num_steps)
-        here = [self._ahead[step].result() if step in self._ahead else self._batches.at(step) for step in steps]
+        here = [
+            self._ahead[step].result() if step in self._ahead else self._batches.at(step) for step in steps
+        ]
         here += here[-1:] * (self._steps_per_call - num_steps)
         next_steps = range(first_step + num_steps, first_step + num_steps + self._steps_per_call)
         self._ahead = {
             step: self._ahead.get(step) or self._thread.submit(self._batches.at, step) for step in next_steps
         }
-        return np.stack([batch.window_ids for batch in here]), np.array([batch.starts_epoch for batch in here])
+        return np.stack([batch.window_ids for batch in here]), np.array(
+            [batch.starts_epoch for batch in here]
+        )
 
 
 class EvaluationBatches:

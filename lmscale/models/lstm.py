@@ -1,5 +1,7 @@
 """LSTM stack, the body of the word-level literature."""
 
+from typing import Literal
+
 import keras
 import tensorflow as tf
 
@@ -14,9 +16,15 @@ class LstmBody(Body):
 
     stateful = True
 
-    def __init__(self, *, hidden_dims, dropout, embedding_dropout, output_dropout, dropout_over_time):
+    def __init__(
+        self, *, hidden_dims, dropout, embedding_dropout, output_dropout, dropout_over_time, compute_dtype
+    ):
+        policy = {"experiment": None, "float32": "float32", "bfloat16": "mixed_bfloat16"}[compute_dtype]
         super().__init__(
-            [keras.layers.LSTM(dim, return_sequences=True, return_state=True) for dim in hidden_dims]
+            [
+                keras.layers.LSTM(dim, return_sequences=True, return_state=True, dtype=policy)
+                for dim in hidden_dims
+            ]
         )
         self._hidden_dims = hidden_dims
         self._dropout = dropout
@@ -68,6 +76,7 @@ def lstm_body(
     embedding_dropout: float | None = None,
     output_dropout: float | None = None,
     dropout_over_time: bool = False,
+    compute_dtype: Literal["experiment", "float32", "bfloat16"] = "experiment",
 ) -> LstmBody:
     """LSTM stack with dropout on the embeddings, between the layers and on the output.
 
@@ -78,6 +87,8 @@ def lstm_body(
       dropout: rate between layers.
       embedding_dropout, output_dropout: rates on the embeddings and on the last layer's output; None for `dropout`.
       dropout_over_time: keep one mask over the time steps of a window (`DropoutStream.dropout`).
+      compute_dtype: of the layers' products; "experiment" for that of the `Experiment`, which the exact evaluation's
+        softmax has too.
 
     Source: Zaremba et al. 2014 (arXiv:1409.2329): dropout on the non-recurrent connections only; windows that continue
     each other, the state carried and not differentiated through.
@@ -86,6 +97,11 @@ def lstm_body(
         raise ValueError(
             f"num_layers and hidden dims must be at least 1. Received: num_layers={num_layers}, "
             f"hidden_dim={hidden_dim}, last_hidden_dim={last_hidden_dim}. Set NUM_LAYERS and HIDDEN_DIM."
+        )
+    if compute_dtype not in ("experiment", "float32", "bfloat16"):
+        raise ValueError(
+            "compute_dtype must be 'experiment', 'float32' or 'bfloat16'. Received: "
+            f"compute_dtype={compute_dtype!r}."
         )
     embedding_dropout = dropout if embedding_dropout is None else embedding_dropout
     output_dropout = dropout if output_dropout is None else output_dropout
@@ -96,4 +112,5 @@ def lstm_body(
         embedding_dropout=embedding_dropout,
         output_dropout=output_dropout,
         dropout_over_time=dropout_over_time,
+        compute_dtype=compute_dtype,
     )

@@ -67,7 +67,12 @@ def _layer(batch, time, dim, hidden, compute_dtype):
             step = _cell(from_inputs[t], tf.matmul(narrow_outputs[t], u), cells[t])
             for values, value in zip((outputs, narrow_outputs, cells, gates), step, strict=True):
                 values.append(value)
-        residuals = x, tf.concat(narrow_outputs[:-1], axis=0), tf.concat(cells, axis=0), tf.concat(gates, axis=0)
+        residuals = (
+            x,
+            tf.concat(narrow_outputs[:-1], axis=0),
+            tf.concat(cells, axis=0),
+            tf.concat(gates, axis=0),
+        )
         return tf.stack(outputs, axis=1), outputs[-1], cells[-1], *residuals
 
     def backward(d_outputs, d_h, d_c, kernel, recurrent_kernel, x, previous_outputs, cells, gates):

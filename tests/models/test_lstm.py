@@ -164,6 +164,25 @@ def test_bfloat16_products_keep_a_float32_state():
     assert 1e-4 < error < 0.05
 
 
+def test_compute_dtype_of_the_layers_goes_before_the_experiments():
+    inputs = tf.constant(_inputs())
+    run = {}
+    for policy, compute_dtype in [
+        ("float32", "bfloat16"),
+        ("mixed_bfloat16", "experiment"),
+        ("float32", "experiment"),
+    ]:
+        keras.config.set_dtype_policy(policy)
+        try:
+            body = _built(num_layers=1, hidden_dim=4, compute_dtype=compute_dtype)
+        finally:
+            keras.config.set_dtype_policy("float32")
+        run[policy, compute_dtype] = body(inputs, body.initial_state(BATCH), dropout=None)[0].numpy()
+    narrow = run["float32", "bfloat16"]
+    np.testing.assert_array_equal(narrow, run["mixed_bfloat16", "experiment"])
+    assert np.abs(narrow - run["float32", "experiment"]).max() > 1e-5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -171,6 +190,7 @@ def test_bfloat16_products_keep_a_float32_state():
         ({"num_layers": 1, "hidden_dim": 0}, "hidden_dim=0"),
         ({"num_layers": 1, "hidden_dim": 4, "last_hidden_dim": 0}, "last_hidden_dim=0"),
         ({"num_layers": 1, "hidden_dim": 4, "dropout": 1.0}, "dropout=1.0"),
+        ({"num_layers": 1, "hidden_dim": 4, "compute_dtype": "float16"}, "compute_dtype='float16'"),
         ({"num_layers": 1, "hidden_dim": 4, "embedding_dropout": -0.5}, "embedding_dropout=-0.5"),
         ({"num_layers": 1, "hidden_dim": 4, "output_dropout": 1.5}, "output_dropout=1.5"),
     ],

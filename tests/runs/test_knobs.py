@@ -193,8 +193,8 @@ OTHER_VALUES = {
     "epsilon": 1e-3,
     "initial_accumulator": 0.2,
 }
-# Shown to be live elsewhere: by test_data_dir, and by test_bad_steps.py.
-ELSEWHERE = {"data_dir", "on_bad_step"}
+# Shown to be live elsewhere: by test_data_dir, test_bad_steps.py and tests/test_trainer.py.
+ELSEWHERE = {"data_dir", "on_bad_step", "steps_per_call"}
 
 
 def knobs():

@@ -316,10 +316,10 @@ def test_peak_memory_of_evaluation():
     """793,470 rows of 256, 4,096 tokens: the logits would be 12,400 MiB, the table is 775 MiB."""
     measured = measure_peak_memory("evaluation", "793470", "4096")
     assert measured["worst_error_nats"] < 1e-4
-    assert measured["peak_above_table_mib"] <= 600
+    assert measured["peak_above_table_mib"] <= 256
 
 
 def test_peak_memory_of_training():
-    """One gradient of the size of the table, 195 MiB, and a few blocks."""
+    """The gradient of the size of the table, 195 MiB, twice as the loop begins, and a few blocks; no logits, 781."""
     measured = measure_peak_memory("training", "200001", "1024")
-    assert measured["peak_above_table_mib"] <= measured["table_mib"] + 400
+    assert measured["peak_above_table_mib"] <= 2 * measured["table_mib"] + 256

@@ -1,0 +1,205 @@
+"""The vocabulary's part of a step, and the exact evaluation, beside what the machine's arithmetic and memory allow.
+
+A part's limit is flops / matrix_rate + bytes / copy_bandwidth, both rates measured in the same process: the rate of a
+square product of 2,048 in the part's dtype, and the bandwidth of a copy out of cache. The bytes are those that no
+implementation avoids: rows in and out of the table, not the logits.
+"""
+
+import time
+
+import numpy as np
+import tensorflow as tf
+
+from lmscale.benchmarks.machine import copy_bandwidth, fastest
+from lmscale.benchmarks.own_step import make_trainer
+from lmscale.benchmarks.peers.peer import ModelShape
+from lmscale.distribution.strategies import make_strategy
+from lmscale.vocabulary.full_softmax import full_softmax_loss
+from lmscale.vocabulary.table import RowGradients
+
+_SQUARE = 2048
+_DTYPES = ("float32", "bfloat16")
+
+
+def matrix_rate(dtype, *, repeats=8):
+    """Floating-point operations a second of a square matrix product of 2,048."""
+    matrix = tf.cast(tf.random.normal([_SQUARE, _SQUARE]), dtype)
+    product = tf.function(lambda x: tf.reduce_max(tf.matmul(x, x)), autograph=False)
+    return 2 * _SQUARE**3 / fastest(lambda: product(matrix).numpy(), repeats=repeats)
+
+
+def measure(*, shape, evaluation_tokens, repeats):
+    """Times the parts of a step and of an evaluation in turn.
+
+    Args:
+      shape: fields of a `ModelShape`.
+      evaluation_tokens: tokens of an exact evaluation step.
+      repeats: rounds.
+
+    Returns:
+      {"matrix_flops_per_sec": {dtype: rate}, "copy_bytes_per_sec", "parts": [{"name", "dtype", "secs", "flops",
+      "bytes", "limit_secs", "achieved"}], "vocabulary_over_body": {dtype: ratio}}.
+    """
+    shape = ModelShape(**shape)
+    strategy = make_strategy()
+    model = make_trainer(shape, strategy=strategy).model
+    parts = []
+    for dtype in _DTYPES:
+        parts += _step_parts(shape, model, dtype)
+        parts.append(_evaluation(shape, model, dtype, evaluation_tokens))
+    seconds = [[] for _ in parts]
+    rates = dict.fromkeys(_DTYPES, 0.0)
+    bandwidth = 0.0
+    calls = [_call(strategy, part.pop("function")) for part in parts]
+    for i in range(repeats + 1):
+        # The rates in every round as well, and their best: the limit is what the machine can do.
+        rates = {dtype: max(rates[dtype], matrix_rate(dtype, repeats=2)) for dtype in _DTYPES}
+        bandwidth = max(bandwidth, copy_bandwidth(repeats=2))
+        for part, call, list_of_seconds in zip(parts, calls, seconds, strict=True):
+            for j in range(1 if part["name"] == "exact evaluation" else 5):
+                start = time.perf_counter()
+                call(i * 5 + j)
+                if i:
+                    list_of_seconds.append(time.perf_counter() - start)
+    for part, list_of_seconds in zip(parts, seconds, strict=True):
+        part["secs"] = float(np.median(list_of_seconds))
+        part["limit_secs"] = part["flops"] / rates[part["dtype"]] + part["bytes"] / bandwidth
+        part["achieved"] = part["limit_secs"] / part["secs"]
+    return {
+        "shape": vars(shape),
+        "evaluation_tokens": evaluation_tokens,
+        "matrix_flops_per_sec": rates,
+        "copy_bytes_per_sec": bandwidth,
+        "parts": parts,
+    }
+
+
+def _call(strategy, function):
+    """Calls it under the strategy and waits for everything that it computes."""
+    step = tf.function(lambda number: strategy.run(function, args=(number,)), autograph=False)
+
+    def call(number):
+        for result in tf.nest.flatten(step(tf.constant(number))):
+            strategy.experimental_local_results(result)[0].numpy()
+
+    return call
+
+
+def _step_parts(shape, model, dtype):
+    """The sampled loss alone; the exchange with the table alone; both as in a step."""
+    trainer_loss = _sampled_loss(shape, dtype)
+    table, generator = model.table, tf.random.Generator.from_seed(0)
+    ids = tf.constant(
+        np.random.default_rng(0).integers(0, shape.vocab_size, [shape.batch_size, shape.window + 1])
+    )
+    labels = tf.reshape(ids[:, 1:], [-1])
+    hidden = generator.normal([shape.tokens, shape.embed_dim])
+    label_rows = 0.05 * generator.normal([shape.tokens, shape.embed_dim])
+    sampled_rows = 0.05 * generator.normal([shape.num_sampled, shape.embed_dim])
+    weights = tf.fill([shape.tokens], 1 / shape.tokens)
+
+    def candidates(number):
+        return trainer_loss.candidates(seed=tf.stack([0, number]), labels=labels)
+
+    def value_and_gradients(pulled, drawn):
+        return trainer_loss.value_and_gradients(
+            hidden, labels=labels, loss_weights=weights, pulled=pulled, candidates=drawn, table=table
+        )
+
+    def loss_alone(number):
+        drawn = candidates(number)
+        pulled = _Rows(embedding=label_rows, shared_embedding=sampled_rows)
+        return {name: x for name, x in vars(value_and_gradients(pulled, drawn)).items() if x is not None}
+
+    def exchange_alone(number):
+        pulled = table.pull(ids, candidates(number).sampled_ids)
+        gradients = RowGradients(
+            embedding=pulled.embedding,
+            bias=pulled.bias,
+            shared_embedding=pulled.shared_embedding,
+            shared_bias=pulled.shared_bias,
+        )
+        merged = table.merge(pulled, gradients)
+        table.apply(merged, step=number, scale=1e-6)
+        return merged.squared_norm
+
+    def all_of_it(number):
+        drawn = candidates(number)
+        pulled = table.pull(ids, drawn.sampled_ids)
+        loss = value_and_gradients(pulled.labels_of_windows(), drawn)
+        as_labels = tf.reshape(loss.true_rows, [shape.batch_size, shape.window, shape.embed_dim])
+        gradients = RowGradients(
+            embedding=tf.pad(as_labels, [[0, 0], [1, 0], [0, 0]]),
+            shared_embedding=loss.shared_rows,
+            shared_bias=loss.shared_bias,
+        )
+        merged = table.merge(pulled, gradients)
+        table.apply(merged, step=number, scale=1e-6)
+        return merged.squared_norm, loss.hidden
+
+    flops = 3 * 2 * shape.tokens * shape.num_sampled * shape.embed_dim
+    rows = shape.batch_size * (shape.window + 1) + shape.num_sampled
+    # Pulled: read and written. Pushed: gradients read; weight and second moment read and written.
+    exchanged = rows * shape.embed_dim * 4 * (2 + 1 + 4)
+    loss_bytes = 4 * shape.embed_dim * 2 * (2 * shape.tokens + shape.num_sampled)
+    listed = [{"name": "sampled loss", "function": loss_alone, "flops": flops, "bytes": loss_bytes}]
+    if dtype == "float32":
+        listed.append(
+            {"name": "pull, push, update", "function": exchange_alone, "flops": 0, "bytes": exchanged}
+        )
+    listed.append(
+        {
+            "name": "pull, loss, push, update",
+            "function": all_of_it,
+            "flops": flops,
+            "bytes": exchanged + loss_bytes,
+        }
+    )
+    return [part | {"dtype": dtype} for part in listed]
+
+
+def _evaluation(shape, model, dtype, tokens):
+    """An exact evaluation of so many tokens."""
+    table = model.table
+    hidden = tf.random.Generator.from_seed(1).normal([tokens, shape.embed_dim])
+    labels = tf.constant(np.random.default_rng(1).integers(0, shape.vocab_size, [tokens], np.int32))
+
+    def evaluate(number):
+        return tf.reduce_sum(
+            full_softmax_loss(
+                hidden + 0.0 * tf.cast(number, tf.float32),
+                labels=labels,
+                rows=table.local_parameter("embedding"),
+                bias=table.local_parameter("bias"),
+                num_valid_rows=table.num_valid_rows,
+                compute_dtype=dtype,
+            )
+        )
+
+    return {
+        "name": "exact evaluation",
+        "dtype": dtype,
+        "function": evaluate,
+        "flops": 2 * tokens * shape.vocab_size * shape.embed_dim,
+        "bytes": 4 * shape.vocab_size * shape.embed_dim,
+    }
+
+
+class _Rows:
+    """The fields of `PulledRows` that a loss reads, without biases."""
+
+    def __init__(self, **fields):
+        self.bias = self.shared_bias = None
+        vars(self).update(fields)
+
+
+def _sampled_loss(shape, dtype):
+    from lmscale.losses.sampled import SampledSoftmax
+    from lmscale.vocabulary.samplers import LogUniformSampler
+
+    def sampler(*, vocab_size, counts):
+        return LogUniformSampler(
+            vocab_size=vocab_size, counts=counts, num_sampled=shape.num_sampled, replacement=False
+        )
+
+    return SampledSoftmax(vocab_size=shape.vocab_size, counts=None, sampler=sampler, compute_dtype=dtype)

@@ -1,0 +1,120 @@
+"""Memory: what each of N devices holds, what a step takes above it, and the largest vocabulary that trains."""
+
+import dataclasses
+
+import numpy as np
+
+from lmscale.benchmarks.machine import reset_peak, resident_mib
+from lmscale.benchmarks.peers.peer import ModelShape
+from lmscale.distribution.strategies import make_strategy
+from lmscale.vocabulary import row_optimizers
+from lmscale.vocabulary.table import table_layout
+
+
+def measure_devices(*, shape, num_devices):
+    """Builds a trainer on `num_devices` devices of the CPU and does steps.
+
+    Returns:
+      {"num_devices"; "device_mib": table and slots on each, as allocated; "whole_mib": what the rows themselves need;
+      "over_1_nth": the largest device over 1/N of it; "step_mib": peak of three steps above what was resident before
+      them; "first_step_mib": of the first, which traces and compiles}.
+    """
+    from lmscale.benchmarks.own_step import make_trainer
+
+    strategy = make_strategy(cpu_devices=num_devices)
+    trainer = make_trainer(ModelShape(**shape), strategy=strategy)
+    table = trainer.model.table
+    device_mib = np.zeros([num_devices])
+    whole_mib = 0.0
+    for variable in table.variables().values():
+        for device, component in enumerate(strategy.experimental_local_results(variable)):
+            size = int(np.prod(component.shape)) * component.dtype.size
+            device_mib[device] += size / 2**20
+        whole_mib += table.vocab_size * int(np.prod(variable.shape[1:])) * variable.dtype.size / 2**20
+    first_step_mib = _peak_mib(trainer, steps=1)
+    return {
+        "num_devices": num_devices,
+        "device_mib": device_mib.tolist(),
+        "whole_mib": whole_mib,
+        "over_1_nth": float(device_mib.max() * num_devices / whole_mib),
+        "first_step_mib": first_step_mib,
+        "step_mib": _peak_mib(trainer, steps=3),
+    }
+
+
+def measure_largest(*, shape, rule, options, limit_gib):
+    """Finds the largest vocabulary that fits under the limit beside everything else, and trains on it.
+
+    Returns:
+      {"rule", "vocab_size", "peak_gib": of the process over everything, "limit_gib", "loss_nats": of the last step}.
+    """
+    from lmscale.benchmarks.own_step import make_trainer
+
+    strategy = make_strategy()
+    optimizer = getattr(row_optimizers, rule)(learning_rate=0.001, **options)
+    shape = ModelShape(**shape)
+    # What everything but the table takes, measured on a small one.
+    small = dataclasses.replace(shape, vocab_size=10 * shape.num_sampled)
+    trainer = make_trainer(small, strategy=strategy, row_optimizer=optimizer)
+    for _ in range(3):
+        trainer.train_steps()
+    overhead = (resident_mib()[1] + 100) * 2**20
+    del trainer
+    row_bytes = sum(
+        entry.dtype.size * int(np.prod(entry.row_shape))
+        for entry in table_layout(vocab_size=1, embed_dim=shape.embed_dim, optimizer=optimizer, bias=True)
+    )
+    vocab_size = int((limit_gib * 2**30 - overhead) / row_bytes) // 1000 * 1000
+    trainer = make_trainer(
+        dataclasses.replace(shape, vocab_size=vocab_size), strategy=strategy, row_optimizer=optimizer
+    )
+    losses = [float(trainer.train_steps()["loss"][0]) for _ in range(3)]
+    return {
+        "rule": rule,
+        "options": options,
+        "vocab_size": vocab_size,
+        "row_bytes": row_bytes,
+        "peak_gib": resident_mib()[1] / 1024,
+        "limit_gib": limit_gib,
+        "loss_nats": losses[-1],
+    }
+
+
+def measure_evaluation(*, shape, tokens):
+    """Peak of an exact evaluation of `tokens` tokens above the table, in MiB."""
+    import tensorflow as tf
+
+    from lmscale.vocabulary.full_softmax import full_softmax_loss
+    from lmscale.vocabulary.table import ShardedTable
+
+    shape = ModelShape(**shape)
+    strategy = make_strategy()
+    with strategy.scope():
+        table = ShardedTable(vocab_size=shape.vocab_size, embed_dim=shape.embed_dim)
+    hidden = tf.random.stateless_normal([tokens, shape.embed_dim], [2, 0])
+    labels = tf.random.stateless_uniform([tokens], [3, 0], maxval=shape.vocab_size, dtype=tf.int32)
+
+    @tf.function(autograph=False)
+    def evaluate():
+        return strategy.run(
+            lambda: full_softmax_loss(
+                hidden,
+                labels=labels,
+                rows=table.local_parameter("embedding"),
+                bias=table.local_parameter("bias"),
+                num_valid_rows=table.num_valid_rows,
+            )
+        )
+
+    before = resident_mib()[0]
+    reset_peak()
+    strategy.experimental_local_results(evaluate())[0].numpy()
+    return {"tokens": tokens, "peak_above_mib": resident_mib()[1] - before}
+
+
+def _peak_mib(trainer, *, steps):
+    before = resident_mib()[0]
+    reset_peak()
+    for _ in range(steps):
+        float(trainer.train_steps()["loss"][0])
+    return resident_mib()[1] - before

@@ -1,0 +1,84 @@
+"""Trains the PyTorch peer on prepared data, evaluating exactly after every epoch."""
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from lmscale.benchmarks.peers.peer import ModelShape
+from lmscale.data.batches import ContiguousBatches, EvaluationBatches
+from lmscale.data.token_files import PreparedData
+
+
+def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
+    """Trains from the last whole epoch that `output` has, to `epochs`.
+
+    Args:
+      data_dir: folder that `lmscale.prepare` wrote.
+      output: folder for the state and for epochs.jsonl.
+      epochs: to train in all.
+      dim: width of embedding and LSTM; two layers.
+      batch_size, window, dropout: of the training.
+
+    Returns:
+      A list, by epoch, of {"epoch", "steps", "train_secs": by the clock, without evaluation; "train_processor_secs";
+      "step_secs_median", "valid_loss_nats"}.
+    """
+    from lmscale.benchmarks.peers.pytorch_full_softmax import PytorchFullSoftmax
+
+    data = PreparedData.open(data_dir)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    log, state = output / "epochs.jsonl", output / "state"
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if len(done) >= epochs:
+        return done[:epochs]
+    peer = PytorchFullSoftmax(
+        ModelShape(
+            vocab_size=data.vocab_size,
+            embed_dim=dim,
+            hidden_dim=dim,
+            num_layers=2,
+            batch_size=batch_size,
+            window=window,
+            num_sampled=0,
+            dropout=dropout,
+        )
+    )
+    batches = ContiguousBatches(data.split("train"), global_batch_size=batch_size, window=window, seed=0)
+    valid = EvaluationBatches(data.split("valid"), batch_size=24, window=70, eos_id=data.eos_id)
+    if done:
+        peer.restore(state)
+    for epoch in range(len(done), epochs):
+        peer.start_epoch()
+        seconds, processor_secs = [], 0.0
+        for step in range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch):
+            start, processor_start = time.perf_counter(), time.process_time()
+            peer.train_step(batches.at(step).window_ids)
+            seconds.append(time.perf_counter() - start)
+            processor_secs += time.process_time() - processor_start
+            if len(seconds) % 100 == 0:
+                print(
+                    f"epoch {epoch + 1}  step {len(seconds)}  {statistics.median(seconds[-100:]):.3f} s a step",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        loss = peer.evaluate(valid.at(i) for i in range(valid.num_steps))
+        peer.end_epoch(loss)
+        peer.save(state.with_suffix(".new"))
+        done.append(
+            {
+                "epoch": epoch + 1,
+                "steps": len(seconds),
+                "train_secs": sum(seconds),
+                "train_processor_secs": processor_secs,
+                "step_secs_median": statistics.median(seconds),
+                "valid_loss_nats": loss,
+            }
+        )
+        os.replace(state.with_suffix(".new"), state)
+        with log.open("a") as file:
+            file.write(json.dumps(done[-1]) + "\n")
+    return done

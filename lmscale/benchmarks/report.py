@@ -1,0 +1,259 @@
+"""The results as files: results.json, report.md, and plots where a curve is the answer."""
+
+import json
+import math
+
+from lmscale.benchmarks.sides import SIDES
+from lmscale.benchmarks.step_time import OURS
+
+
+def write(results, output):
+    """Writes everything; plots only where matplotlib is installed."""
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    plots = _plot(results["sections"], output)
+    lines = ["# lmscale, measured", "", *_environment(results["environment"])]
+    for name, section in results["sections"].items():
+        if "failed" in section:
+            lines += ["", f"## {name}", "", f"Failed: {section['failed']}"]
+        else:
+            lines += ["", *_SECTIONS[name](section)]
+        if name in plots:
+            lines += ["", f"![{name}]({plots[name]})"]
+    (output / "report.md").write_text("\n".join(lines) + "\n")
+
+
+def _environment(environment):
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("tensorflow", "keras", "torch"))
+    return [
+        f"{environment['date']}, `{environment['command']}`.",
+        f"{environment['cores']} cores of {environment['processor']} ({', '.join(environment['instructions'])}), "
+        f"{environment['memory_gib']} GiB; {versions}, Python {environment['python']}.",
+    ]
+
+
+def _table(header, rows):
+    """A Markdown table: the first column to the left, numbers to the right."""
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "|".join([":--"] + ["--:"] * (len(header) - 1)) + "|",
+        *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows),
+    ]
+
+
+def _number(value, digits=2):
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _step_time(section):
+    shape = section["shape"]
+    lines = [
+        "## Training step against the vocabulary",
+        "",
+        f"{shape['batch_size']} x {shape['window']} tokens, embed_dim {shape['embed_dim']}, {shape['num_layers']} LSTM "
+        f"layers of {shape['hidden_dim']}, {shape['num_sampled']} samples. Medians; a ratio is the median over rounds "
+        "in which the sides took turns: how many times as long as lmscale's step.",
+        "",
+    ]
+    rows = []
+    for size in section["sizes"]:
+        for name, result in size["sides"].items():
+            times = [_number(result["times_ours"].get(ours)) for ours in OURS]
+            rows.append(
+                [
+                    SIDES[name].title,
+                    f"{size['vocab_size']:,}",
+                    _number(result["median"] * 1e3, 1),
+                    f"{result['min'] * 1e3:,.1f} to {result['max'] * 1e3:,.1f}",
+                    _number(result["tokens_per_sec"], 0),
+                    *times,
+                    _number(result.get("over_smallest")),
+                ]
+            )
+    header = ["side", "vocabulary", "step, ms", "min to max", "tokens/s"]
+    header += [f"times {SIDES[ours].title}" for ours in OURS] + ["times itself at the smallest"]
+    lines += _table(header, rows)
+    lines += [f"- Not run: {n['side']} at {n['vocab_size']:,}: {n['reason']}." for n in section["not_run"]]
+    return lines
+
+
+def _limits(section):
+    rates = section["matrix_flops_per_sec"]
+    return [
+        "## Beside the machine's limit",
+        "",
+        f"Vocabulary {section['shape']['vocab_size']:,}, evaluations of {section['evaluation_tokens']:,} tokens. "
+        "Matrix products "
+        + ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items())
+        + f"; copies {section['copy_bytes_per_sec'] / 1e9:,.1f} GB/s. Limit: operations over the one, bytes over the "
+        "other, added.",
+        "",
+        *_table(
+            ["part", "dtype", "GFLOP", "MB", "limit, ms", "measured, ms", "achieved"],
+            [
+                [
+                    part["name"],
+                    part["dtype"],
+                    _number(part["flops"] / 1e9, 1),
+                    _number(part["bytes"] / 1e6, 0),
+                    _number(part["limit_secs"] * 1e3, 1),
+                    _number(part["secs"] * 1e3, 1),
+                    f"{part['achieved']:.0%}",
+                ]
+                for part in section["parts"]
+            ],
+        ),
+    ]
+
+
+def _startup(section):
+    seconds = ", ".join(_number(x, 1) for x in section["secs"])
+    return ["## Start-up", "", f"Quickstart, 4 devices, from the command to the first step: {seconds} s."]
+
+
+def _memory(section):
+    lines = [
+        "## Memory",
+        "",
+        f"Vocabulary {section['vocab_size']:,}; table and slots need {section['devices'][0]['whole_mib']:,.0f} MiB.",
+        "",
+        *_table(
+            ["devices", "largest device, MiB", "over 1/N", "a step above, MiB", "the first step above, MiB"],
+            [
+                [
+                    entry["num_devices"],
+                    _number(max(entry["device_mib"]), 1),
+                    f"{entry['over_1_nth']:.4f}",
+                    _number(entry["step_mib"], 0),
+                    _number(entry["first_step_mib"], 0),
+                ]
+                for entry in section["devices"]
+            ],
+        ),
+        "",
+        f"An exact evaluation of {section['evaluation']['tokens']:,} tokens takes "
+        f"{section['evaluation']['peak_above_mib']:,.0f} MiB above the table.",
+    ]
+    for entry in section["largest"]:
+        name = entry["rule"] + "".join(f", {k}={v:g}" for k, v in entry["options"].items())
+        if "failed" in entry:
+            lines.append(f"- Largest vocabulary, {name}: failed: {entry['failed']}")
+        else:
+            lines.append(
+                f"- Largest vocabulary at embed_dim 128 in {entry['limit_gib']:g} GiB, {name}: "
+                f"{entry['vocab_size']:,} rows of {entry['row_bytes']} bytes, peak {entry['peak_gib']:.2f} GiB."
+            )
+    return lines
+
+
+def _time_to_quality(section):
+    return [
+        "## Time to quality",
+        "",
+        "Seconds of training, evaluation not counted, until the exact validation perplexity of each epoch of PyTorch's "
+        "full softmax.",
+        "",
+        *_table(
+            [
+                "epoch of PyTorch",
+                "perplexity",
+                "PyTorch, s",
+                "lmscale, s",
+                "epochs of lmscale",
+                "fraction of the time",
+            ],
+            [
+                [
+                    entry["peer_epoch"],
+                    _number(entry["perplexity"], 1),
+                    _number(entry["peer_secs"], 0),
+                    _number(entry["our_secs"], 0),
+                    _number(entry["our_epoch"], 1),
+                    _number(entry["fraction"], 3),
+                ]
+                for entry in section["reached"]
+            ],
+        ),
+    ]
+
+
+def _samples(section):
+    return [
+        "## Quality against the number of samples",
+        "",
+        *_table(
+            ["samples", "exact validation perplexity", "over the full softmax", "training, s"],
+            [
+                [
+                    f"{entry['num_sampled']:,}",
+                    _number(entry["perplexity"], 1),
+                    f"{entry['over_full']:.3f}",
+                    _number(entry["train_secs"], 0),
+                ]
+                for entry in section["results"]
+            ],
+        ),
+    ]
+
+
+_SECTIONS = {
+    "step_time": _step_time,
+    "limits": _limits,
+    "startup": _startup,
+    "memory": _memory,
+    "time_to_quality": _time_to_quality,
+    "samples": _samples,
+}
+
+
+def _plot(sections, output):
+    """Draws what is there; {section: file name}."""
+    try:
+        import matplotlib
+    except ImportError:
+        return {}
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawings = {"step_time": _draw_steps, "time_to_quality": _draw_quality, "samples": _draw_samples}
+    files = {}
+    for name, draw in drawings.items():
+        if name in sections and "failed" not in sections[name]:
+            figure, axes = pyplot.subplots(figsize=(7.5, 4.6), layout="constrained")
+            draw(sections[name], axes)
+            axes.grid(alpha=0.3, which="both")
+            axes.legend(fontsize="small")
+            files[name] = f"{name}.png"
+            figure.savefig(output / files[name], dpi=110)
+            pyplot.close(figure)
+    return files
+
+
+def _draw_steps(section, axes):
+    for name in SIDES:
+        points = [
+            (size["vocab_size"], size["sides"][name]["median"] * 1e3)
+            for size in section["sizes"]
+            if name in size["sides"]
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=SIDES[name].title)
+    axes.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel="training step, ms")
+
+
+def _draw_quality(section, axes):
+    seconds, points = 0.0, []
+    for line in section["peer"]:
+        seconds += line["steps"] * line["step_secs_median"]
+        points.append((seconds, math.exp(line["valid_loss_nats"])))
+    axes.plot(*zip(*points, strict=True), marker="o", label="PyTorch, full softmax")
+    ours = [(entry["secs"], entry["perplexity"]) for entry in section["ours"]]
+    axes.plot(*zip(*ours, strict=True), marker=".", label="lmscale")
+    axes.set(xlabel="training, s", ylabel="exact validation perplexity", yscale="log", xscale="log")
+
+
+def _draw_samples(section, axes):
+    points = [(entry["num_sampled"], entry["perplexity"]) for entry in section["results"]]
+    axes.plot(*zip(*points[:-1], strict=True), marker="o", label="sampled")
+    axes.axhline(points[-1][1], color="gray", label="full softmax")
+    axes.axhline(points[-1][1] * 1.02, color="gray", linestyle=":", label="full softmax + 2%")
+    axes.set(xlabel="samples", ylabel="exact validation perplexity", xscale="log")

@@ -1,0 +1,210 @@
+"""The sides of a comparison, each in a process of its own, and how they take turns."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from lmscale.benchmarks.peers.peer import ModelShape
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One thing to compare.
+
+    Attributes:
+      title: what the report calls it.
+      factory: "module:class" of its `Peer`.
+      needs: what it needs to be installed, beside lmscale.
+      floats_a_row: float32 values that it holds for each row and each of its columns: weight, gradient, slots.
+      full_logits: arrays of [tokens, vocab_size] that its step holds at once.
+      options: arguments of the class.
+      environment: environment variables of its process.
+    """
+
+    title: str
+    factory: str
+    floats_a_row: int
+    needs: str = "tensorflow"
+    full_logits: int = 0
+    options: dict = dataclasses.field(default_factory=dict)
+    environment: dict = dataclasses.field(default_factory=dict)
+
+    def memory_bytes(self, shape):
+        """Roughly what its process takes, at its peak."""
+        rows = shape.vocab_size * shape.embed_dim * self.floats_a_row
+        logits = shape.vocab_size * shape.tokens * self.full_logits
+        return 4 * (rows + logits) + (1 << 30)
+
+    def is_installed(self):
+        """Whether its library can be imported."""
+        return importlib.util.find_spec(self.needs) is not None
+
+    def build(self, shape):
+        """Makes its `Peer`, in this process."""
+        module, name = self.factory.split(":")
+        return getattr(importlib.import_module(module), name)(shape, **self.options)
+
+
+_TURN_SECS, _TURN_STEPS = 0.5, 10
+_SLOW_SECS, _SLOW_REPEATS = 4.0, 3
+_OWN, _PEERS = "lmscale.benchmarks.own_step", "lmscale.benchmarks.peers"
+# glibc gives blocks this large back to the system and faults them in again at every step; with these it does not,
+# which makes PyTorch's full softmax faster. PyTorch's tuning guide has other allocators for it.
+KEEPING_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967295",
+    "MALLOC_TRIM_THRESHOLD_": "8589934591",
+    "MALLOC_TOP_PAD_": "1073741824",
+}
+_BFLOAT16 = {"compute_dtype": "bfloat16"}
+
+SIDES = {
+    "lmscale": Side("lmscale", f"{_OWN}:Lmscale", floats_a_row=2),
+    "lmscale_bfloat16": Side(
+        "lmscale, bfloat16 products", f"{_OWN}:Lmscale", floats_a_row=2, options=_BFLOAT16
+    ),
+    "lmscale_two_moments": Side(
+        "lmscale, Adam with both moments", f"{_OWN}:Lmscale", floats_a_row=3, options={"two_moments": True}
+    ),
+    "lmscale_body": Side("lmscale, the body alone", f"{_OWN}:LmscaleBody", floats_a_row=0),
+    "lmscale_body_bfloat16": Side(
+        "lmscale, the body alone, bfloat16 products", f"{_OWN}:LmscaleBody", floats_a_row=0, options=_BFLOAT16
+    ),
+    "pytorch_full": Side(
+        "PyTorch, full softmax, SGD",
+        f"{_PEERS}.pytorch_full_softmax:PytorchFullSoftmax",
+        needs="torch",
+        floats_a_row=2,
+        full_logits=4,
+    ),
+    "pytorch_full_keeping_memory": Side(
+        "PyTorch, full softmax, SGD, an allocator that keeps its memory",
+        f"{_PEERS}.pytorch_full_softmax:PytorchFullSoftmax",
+        needs="torch",
+        floats_a_row=2,
+        full_logits=4,
+        environment=KEEPING_MEMORY,
+    ),
+    "pytorch_adaptive": Side(
+        "PyTorch, AdaptiveLogSoftmaxWithLoss, SGD",
+        f"{_PEERS}.pytorch_adaptive_softmax:PytorchAdaptiveSoftmax",
+        needs="torch",
+        floats_a_row=3,
+    ),
+    "keras_full": Side(
+        "Keras, full softmax, Adam",
+        f"{_PEERS}.keras_full_softmax:KerasFullSoftmax",
+        floats_a_row=6,
+        full_logits=5,
+    ),
+    "tensorflow_adagrad": Side(
+        "tf.nn.sampled_softmax_loss, Keras Adagrad",
+        f"{_PEERS}.tensorflow_sampled_softmax:TensorflowSampledSoftmax",
+        floats_a_row=5,
+        options={"optimizer": "Adagrad"},
+    ),
+    "tensorflow_adam": Side(
+        "tf.nn.sampled_softmax_loss, Keras Adam",
+        f"{_PEERS}.tensorflow_sampled_softmax:TensorflowSampledSoftmax",
+        floats_a_row=6,
+        options={"optimizer": "Adam"},
+    ),
+}
+
+
+class SideFailedError(Exception):
+    """A side's process died; the message has its last words."""
+
+
+class SideProcess:
+    """A side in a process of its own, idle until it is asked for steps."""
+
+    def __init__(self, name: str, shape: ModelShape, *, log_dir: Path):
+        """Starts it and waits until it has built its model and done its first step."""
+        self.name = name
+        self._log = log_dir / f"{name}_{shape.vocab_size}.log"
+        log_dir.mkdir(parents=True, exist_ok=True)
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "lmscale.benchmarks.worker", name, json.dumps(vars(shape))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"} | SIDES[name].environment,
+            )
+        self.first_step_secs = self._answer()["secs"]
+
+    def turn(self):
+        """Steps for half a second, at most ten, and returns the median of their seconds.
+
+        The first does not count, unless it is the only one: it finds the caches as the side before has left them.
+        """
+        seconds = []
+        while not seconds or (sum(seconds) < _TURN_SECS and len(seconds) < _TURN_STEPS):
+            self._process.stdin.write("step\n")
+            self._process.stdin.flush()
+            seconds.append(self._answer()["secs"])
+        return statistics.median(seconds[1:] or seconds)
+
+    def _answer(self):
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            words = self._log.read_text(errors="replace").strip().splitlines()
+            raise SideFailedError(
+                f"{self.name} ended with exit code {self._process.returncode}: {words[-1] if words else 'no words'}"
+            )
+        return json.loads(line)
+
+    def close(self):
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+
+
+def take_turns(processes, *, repeats, on_turn=None):
+    """Lets every process step in rounds: a slow moment of the machine falls on all of them alike.
+
+    Args:
+      processes: list of `SideProcess`.
+      repeats: rounds; sides whose steps take over 4 s only take part in the first three.
+      on_turn: called with (round, process) before each turn.
+
+    Returns:
+      {name: [step seconds of a round, ...]}, without a first round of warming up.
+    """
+    seconds = {p.name: [] for p in processes}
+    slow = set()
+    for i in range(repeats + 1):
+        for p in processes:
+            if p.name in slow and len(seconds[p.name]) >= _SLOW_REPEATS:
+                continue
+            if on_turn:
+                on_turn(i, p)
+            step_secs = p.turn()
+            if i and step_secs > _SLOW_SECS:
+                slow.add(p.name)
+            if i:
+                seconds[p.name].append(step_secs)
+    return seconds
+
+
+def summary(seconds):
+    """Median, least and largest of the rounds' seconds, and how many there are."""
+    return {
+        "median": statistics.median(seconds),
+        "min": min(seconds),
+        "max": max(seconds),
+        "rounds": len(seconds),
+    }
+
+
+def paired_ratio(seconds, reference):
+    """Median over the rounds of seconds / reference: both sides of each ratio saw the same moment."""
+    return statistics.median(s / r for s, r in zip(seconds, reference, strict=False))

@@ -1,0 +1,54 @@
+"""A measurement in a process of its own, so that none finds what another has left in memory.
+
+`run_task("lmscale.benchmarks.limits:measure", {...})` runs `measure(**{...})` in a new process; both the arguments and
+the result travel as JSON.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+
+class TaskFailedError(Exception):
+    """The process ended badly; the message has its last words."""
+
+
+def run_task(function, arguments, *, log, environment=None):
+    """Runs `function`, "module:name", with keyword `arguments`; its notices go to the file `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        result = subprocess.run(
+            [sys.executable, "-m", "lmscale.benchmarks.task", function, json.dumps(arguments)],
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            check=False,
+            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"} | (environment or {}),
+        )
+    if result.returncode:
+        words = log.read_text(errors="replace").strip().splitlines()
+        raise TaskFailedError(
+            f"{function} ended with exit code {result.returncode}: {words[-1] if words else 'no words'}"
+        )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def answers_pipe():
+    """The process's stdout for answers alone; what libraries print there goes to stderr from now on."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
+def _main():
+    answers = answers_pipe()
+    module, name = sys.argv[1].split(":")
+    result = getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
+    answers.write(json.dumps(result) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    _main()

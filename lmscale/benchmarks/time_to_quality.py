@@ -1,0 +1,135 @@
+"""How long it takes to a validation perplexity, beside PyTorch's full softmax; and what the sample costs in quality.
+
+Both sides train the same model, two tied LSTM layers, on the same prepared data; evaluations are exact on both and not
+counted. Runs go on where an earlier call with the same folders was cut off.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from lmscale.benchmarks.sides import KEEPING_MEMORY
+from lmscale.benchmarks.task import TaskFailedError, run_task
+from lmscale.data.token_files import PreparedData
+
+# The recipe of PyTorch's word_language_model example at its default sizes, with the allocator that makes it fastest.
+PEER_RECIPE = {"dim": 200, "batch_size": 20, "window": 35, "dropout": 0.2}
+
+
+def measure(*, data_dir, config, output, epochs, say):
+    """Trains the peer and then lmscale.
+
+    Args:
+      data_dir: prepared data of both.
+      config: gin file of lmscale's side.
+      output: folder for the runs.
+      epochs: of the peer.
+      say: called with a line of text for each stage.
+
+    Returns:
+      {"peer": [an entry an epoch], "ours": [{"epoch", "secs", "perplexity"} an evaluation], "reached": [{"peer_epoch",
+      "perplexity", "peer_secs", "our_secs", "our_epoch", "fraction"}]}. Seconds are steps times their median.
+    """
+    say(f"time to quality: PyTorch, full softmax, {epochs} epochs")
+    peer = run_task(
+        "lmscale.benchmarks.peer_training:train",
+        PEER_RECIPE | {"data_dir": str(data_dir), "output": str(output / "pytorch"), "epochs": epochs},
+        log=output / "pytorch.log",
+        environment=KEEPING_MEMORY,
+    )
+    say("time to quality: lmscale")
+    workdir = output / "lmscale"
+    _train(config, workdir=workdir, bindings={"DATA_DIR": f'"{data_dir}"'}, log=output / "lmscale.log")
+    ours = _evaluations(workdir)
+    return {"peer": peer, "ours": ours, "reached": _reached(peer, ours)}
+
+
+def measure_samples(*, data_dir, config, output, nums_sampled, train_steps, say):
+    """Trains with each number of samples and with the full softmax, for as many steps; exact perplexity after each.
+
+    The full softmax is the sampled one with every row in the sample: drawn without replacement, each is there once,
+    and its correction is log 1.
+
+    Returns:
+      {"train_steps", "results": [{"num_sampled": vocab_size for the full softmax, "perplexity", "train_secs",
+      "over_full": perplexity over that of the full softmax}]}.
+    """
+    vocab_size = PreparedData.open(data_dir).vocab_size
+    results = []
+    for num_sampled in (*nums_sampled, vocab_size):
+        say(f"quality against samples: {num_sampled:,}, {train_steps} steps")
+        bindings = {
+            "DATA_DIR": f'"{data_dir}"',
+            "TRAIN_STEPS": train_steps,
+            "EVAL_EVERY": train_steps,
+            "SAVE_EVERY": train_steps,
+            "NUM_SAMPLED": num_sampled,
+        }
+        name = f"sampled_{num_sampled}"
+        workdir = output / name
+        _train(config, workdir=workdir, bindings=bindings, log=output / f"{name}.log")
+        last = _evaluations(workdir)[-1]
+        results.append(
+            {"num_sampled": num_sampled, "perplexity": last["perplexity"], "train_secs": last["secs"]}
+        )
+    for result in results:
+        result["over_full"] = result["perplexity"] / results[-1]["perplexity"]
+    return {"train_steps": train_steps, "results": results}
+
+
+def _train(config, *, workdir, bindings, log):
+    """Runs lmscale.train, or goes on with it."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        result = subprocess.run(
+            [sys.executable, "-m", "lmscale.train", f"--gin_file={config}", f"--workdir={workdir}"]
+            + [f"--gin_param={name}={value}" for name, value in bindings.items()],
+            stdout=file,
+            stderr=file,
+            check=False,
+            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"},
+        )
+    if result.returncode:
+        words = log.read_text(errors="replace").strip().splitlines()
+        raise TaskFailedError(f"lmscale.train ended with exit code {result.returncode}: {words[-1]}")
+
+
+def _evaluations(workdir):
+    """Seconds of training and perplexity at each evaluation of a run."""
+    train, evaluations = (
+        [json.loads(line) for line in (Path(workdir) / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("train", "eval")
+    )
+    step_secs = sorted(line["step_secs"] for line in train)[len(train) // 2]
+    epochs_per_step = train[-1]["epoch"] / train[-1]["step"]
+    return [
+        {
+            "epoch": line["step"] * epochs_per_step,
+            "secs": line["step"] * step_secs,
+            "perplexity": math.exp(line["valid/exact_loss_nats"]),
+        }
+        for line in evaluations
+    ]
+
+
+def _reached(peer, ours):
+    """For each epoch of the peer, when lmscale first evaluated as low."""
+    reached, peer_secs = [], 0.0
+    for line in peer:
+        peer_secs += line["steps"] * line["step_secs_median"]
+        perplexity = math.exp(line["valid_loss_nats"])
+        first = next((o for o in ours if o["perplexity"] <= perplexity), None)
+        reached.append(
+            {
+                "peer_epoch": line["epoch"],
+                "perplexity": perplexity,
+                "peer_secs": peer_secs,
+                "our_secs": first and first["secs"],
+                "our_epoch": first and first["epoch"],
+                "fraction": first and first["secs"] / peer_secs,
+            }
+        )
+    return reached

@@ -1,0 +1,42 @@
+"""One side of a comparison, for `SideProcess`: python -m lmscale.benchmarks.worker SIDE SHAPE
+
+Does a step at once and one for each line on stdin, and answers each with its seconds and its loss, as a JSON line.
+"""
+
+import json
+import sys
+import time
+
+from lmscale.benchmarks.peers.peer import ModelShape
+from lmscale.benchmarks.sides import SIDES
+from lmscale.benchmarks.synthetic import ZipfText
+from lmscale.benchmarks.task import answers_pipe
+from lmscale.data.batches import ContiguousBatches
+
+
+def main(side, shape):
+    """Steps until stdin ends."""
+    answers = answers_pipe()
+    shape = ModelShape(**json.loads(shape))
+    peer = SIDES[side].build(shape)
+    batches = ContiguousBatches(
+        ZipfText(shape.vocab_size).split("train"),
+        global_batch_size=shape.batch_size,
+        window=shape.window,
+        seed=0,
+    )
+    step = 0
+    while True:
+        window_ids = batches.at(step).window_ids
+        start = time.perf_counter()
+        loss = peer.train_step(window_ids)
+        seconds = time.perf_counter() - start
+        step += 1
+        answers.write(json.dumps({"secs": seconds, "loss_nats": loss}) + "\n")
+        answers.flush()
+        if not sys.stdin.readline():
+            return
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,226 @@
+"""The benchmark runs, at sizes that take seconds, and its report has its shape. Times are not tested."""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from lmscale.benchmarks import report, sides, step_time, time_to_quality
+from lmscale.benchmarks.peers.peer import ModelShape
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+TINY = ["--embed_dim=16", "--num_layers=1", "--batch_size=8", "--window=5", "--num_sampled=64", "--repeats=2"]
+
+
+def bench(*arguments, output):
+    completed = subprocess.run(
+        [sys.executable, "-m", "lmscale.bench", f"--output={output}", *arguments],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    return completed
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    output = tmp_path_factory.mktemp("bench")
+    arguments = ["--vocab_sizes=2001,500", "--sections=limits,step_time", *TINY]
+    arguments.append("--sides=lmscale,lmscale_body,pytorch_full,keras_full,tensorflow_adagrad")
+    completed = bench(*arguments, output=output)
+    assert completed.returncode == 0, completed.stderr
+    return output, completed.stdout
+
+
+def test_results_are_on_stdout_and_in_files(results):
+    output, stdout = results
+    last = json.loads(stdout.splitlines()[-1])
+    assert last == json.loads((output / "results.json").read_text())
+    assert (output / "report.md").read_text() in stdout
+    assert {"date", "processor", "command", "tensorflow", "cores"} <= last["environment"].keys()
+    assert list(last["sections"]) == ["step_time", "limits"]
+    assert (output / "step_time.png").exists() == HAS_MATPLOTLIB
+
+
+def test_every_side_is_timed_at_every_size_and_compared(results):
+    output, _ = results
+    section = json.loads((output / "results.json").read_text())["sections"]["step_time"]
+    assert [size["vocab_size"] for size in section["sizes"]] == [500, 2001]
+    expected = {"lmscale", "lmscale_body", "keras_full", "tensorflow_adagrad"}
+    expected |= {"pytorch_full"} if HAS_TORCH else set()
+    assert {n["side"] for n in section["not_run"]} == (set() if HAS_TORCH else {"pytorch_full"})
+    for size in section["sizes"]:
+        assert set(size["sides"]) == expected
+        for name, result in size["sides"].items():
+            assert 0 < result["min"] <= result["median"] <= result["max"]
+            assert result["rounds"] == 2
+            assert result["tokens_per_sec"] == pytest.approx(40 / result["median"])
+            assert set(result["times_ours"]) == {"lmscale"}
+            assert (result["times_ours"]["lmscale"] == 1) == (name == "lmscale")
+        assert "over_smallest" in size["sides"]["lmscale"]
+    assert section["sizes"][0]["sides"]["lmscale"]["over_smallest"] == 1
+
+
+def test_parts_are_compared_with_the_machine(results):
+    output, _ = results
+    section = json.loads((output / "results.json").read_text())["sections"]["limits"]
+    rates = section["matrix_flops_per_sec"]
+    assert set(rates) == {"float32", "bfloat16"}
+    for part in section["parts"]:
+        limit = part["flops"] / rates[part["dtype"]] + part["bytes"] / section["copy_bytes_per_sec"]
+        assert part["limit_secs"] == pytest.approx(limit)
+        assert part["achieved"] == pytest.approx(limit / part["secs"])
+    by_name = {(part["name"], part["dtype"]): part for part in section["parts"]}
+    # tokens * samples * embed_dim, twice for multiply and add, three products.
+    assert by_name["sampled loss", "bfloat16"]["flops"] == 40 * 64 * 16 * 2 * 3
+    assert by_name["exact evaluation", "float32"]["flops"] == 40 * 2001 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--vocab_sizes=10", "--num_sampled. Received: '10', num_sampled=64"),
+        ("--vocab_sizes=many", "Received: 'many'"),
+        ("--sections=speed", "--sections must be of step_time, "),
+        ("--sides=jax", "--sides must be of lmscale, "),
+    ],
+)
+def test_bad_input(tmp_path, argument, message):
+    completed = bench(*TINY, argument, output=tmp_path / "out")
+    assert completed.returncode == 2
+    assert message in completed.stderr
+    assert not (tmp_path / "out").exists()
+
+
+class FakeProcess:
+    def __init__(self, name, seconds):
+        self.name, self._seconds = name, iter(seconds)
+
+    def turn(self):
+        return next(self._seconds)
+
+
+def test_sides_take_turns_and_slow_ones_fewer():
+    order = []
+    processes = [
+        FakeProcess("fast", [9.0, 1.0, 2.0, 3.0, 1.0, 1.0]),
+        FakeProcess("slow", [5.0, 6.0, 7.0, 8.0]),
+    ]
+    seconds = sides.take_turns(processes, repeats=5, on_turn=lambda i, p: order.append((i, p.name)))
+    assert seconds == {"fast": [1.0, 2.0, 3.0, 1.0, 1.0], "slow": [6.0, 7.0, 8.0]}
+    assert order[:4] == [(0, "fast"), (0, "slow"), (1, "fast"), (1, "slow")]
+    assert sides.paired_ratio(seconds["slow"], seconds["fast"]) == 3.5
+    assert sides.summary([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "rounds": 3}
+
+
+def test_groups_fit_into_memory_and_each_has_our_sides(monkeypatch):
+    shape = ModelShape(
+        vocab_size=1_000_000,
+        embed_dim=256,
+        hidden_dim=256,
+        num_layers=2,
+        batch_size=32,
+        window=35,
+        num_sampled=2048,
+    )
+    names = ["lmscale", "lmscale_bfloat16", "pytorch_adaptive", "tensorflow_adagrad", "tensorflow_adam"]
+    room = 20 * 2**30
+    monkeypatch.setattr(step_time, "available_bytes", lambda: room)
+    groups = step_time._groups(names, shape)
+    assert len(groups) > 1
+    for group in groups:
+        assert group[:2] == ["lmscale", "lmscale_bfloat16"]
+        assert sum(sides.SIDES[name].memory_bytes(shape) for name in group) <= room
+    assert sorted({name for group in groups for name in group}) == sorted(names)
+    monkeypatch.setattr(step_time, "available_bytes", lambda: 10 * 2**30)
+    assert step_time._groups(["lmscale", "lmscale_bfloat16"], shape) == [["lmscale"], ["lmscale_bfloat16"]]
+
+
+def test_a_side_that_dies_says_why(tmp_path):
+    shape = ModelShape(
+        vocab_size=10, embed_dim=4, hidden_dim=4, num_layers=1, batch_size=2, window=3, num_sampled=11
+    )
+    with pytest.raises(sides.SideFailedError, match=r"num_sampled must be .* at most vocab_size"):
+        sides.SideProcess("lmscale", shape, log_dir=tmp_path)
+
+
+def test_when_quality_is_reached():
+    peer = [
+        {"epoch": i + 1, "steps": 100, "step_secs_median": 0.5, "valid_loss_nats": math.log(perplexity)}
+        for i, perplexity in enumerate([200.0, 150.0, 120.0])
+    ]
+    ours = [
+        {"epoch": i + 1, "secs": 10.0 * (i + 1), "perplexity": perplexity}
+        for i, perplexity in enumerate([210.0, 160.0, 149.0])
+    ]
+    first, second, third = time_to_quality._reached(peer, ours)
+    assert (first["peer_secs"], first["our_secs"], first["our_epoch"]) == (50.0, 20.0, 2)
+    assert (second["peer_secs"], second["our_secs"], second["fraction"]) == (100.0, 30.0, 0.3)
+    assert third["our_secs"] is None
+    assert third["fraction"] is None
+
+
+def test_report_of_the_sections_that_take_long(tmp_path):
+    devices = [
+        {
+            "num_devices": n,
+            "device_mib": [80.0 / n] * n,
+            "whole_mib": 80.0,
+            "over_1_nth": 1.0,
+            "step_mib": 5.0,
+        }
+        | {"first_step_mib": 9.0}
+        for n in (1, 2)
+    ]
+    reached = {"peer_epoch": 1, "perplexity": 200.0, "peer_secs": 50.0, "our_secs": None, "our_epoch": None}
+    results = {
+        "environment": dict.fromkeys(("date", "command", "cores", "processor", "memory_gib", "python"), "x")
+        | {"instructions": ["avx2"], "tensorflow": "1", "keras": "2", "torch": None},
+        "sections": {
+            "startup": {"secs": [9.5, 10.0]},
+            "memory": {
+                "vocab_size": 1000,
+                "devices": devices,
+                "evaluation": {"tokens": 40, "peak_above_mib": 12.0},
+                "largest": [
+                    {"rule": "Adam", "options": {"beta_1": 0.0}, "failed": "no room"},
+                    {"rule": "SGD", "options": {}, "vocab_size": 77_000, "row_bytes": 516, "peak_gib": 1.5}
+                    | {"limit_gib": 2.0},
+                ],
+            },
+            "time_to_quality": {
+                "peer": [{"steps": 100, "step_secs_median": 0.5, "valid_loss_nats": 5.0}],
+                "ours": [{"epoch": 1, "secs": 10.0, "perplexity": 210.0}],
+                "reached": [reached | {"fraction": None}],
+            },
+            "samples": {
+                "train_steps": 10,
+                "results": [
+                    {"num_sampled": 8, "perplexity": 110.0, "train_secs": 1.0, "over_full": 1.1},
+                    {"num_sampled": 99, "perplexity": 100.0, "train_secs": 9.0, "over_full": 1.0},
+                ],
+            },
+        },
+    }
+    report.write(results, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    for part in (
+        "first step: 9.5, 10.0 s",
+        "| 2 | 40.0 | 1.0000 | 5 | 9 |",
+        "Adam, beta_1=0: failed: no room",
+        "77,000 rows of 516 bytes, peak 1.50 GiB",
+        "| 1 | 200.0 | 50 |  |  |  |",
+        "| 8 | 110.0 | 1.100 | 1 |",
+    ):
+        assert part in text
+    if HAS_MATPLOTLIB:
+        assert {path.name for path in tmp_path.glob("*.png")} == {"time_to_quality.png", "samples.png"}
