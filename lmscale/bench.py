@@ -9,6 +9,7 @@ where they were cut off if they are started again with the same --output.
 """
 
 import json
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -36,20 +37,6 @@ _DATA_DIR = flags.DEFINE_string(
 )
 
 _QUICK_SIZES, _FULL_SIZES = "10000 33278", "10000 33278 100000 267735 472706 793470 1000000 10000000"
-# Largest vocabulary at which a side is worth its time and memory.
-_LARGEST = {
-    "lmscale": 10**9,
-    "lmscale_bfloat16": 10**9,
-    "lmscale_two_moments": 1_000_000,
-    "lmscale_body": 10_000,
-    "lmscale_body_bfloat16": 10_000,
-    "pytorch_full": 472_706,
-    "pytorch_full_keeping_memory": 472_706,
-    "pytorch_adaptive": 1_000_000,
-    "keras_full": 100_000,
-    "tensorflow_adagrad": 1_000_000,
-    "tensorflow_adam": 1_000_000,
-}
 
 
 def main(argv):
@@ -57,11 +44,15 @@ def main(argv):
     del argv
     from lmscale.benchmarks import machine, report
     from lmscale.benchmarks.peers.peer import ModelShape
+    from lmscale.benchmarks.sides import SIDES
+    from lmscale.data.token_files import PreparedData
 
     sections = _SECTIONS_FLAG.value or _SECTIONS[: None if _FULL.value else 3]
     _check_names("--sections", sections, _SECTIONS)
-    sides = _SIDES.value or list(_LARGEST)
-    _check_names("--sides", sides, _LARGEST)
+    sides = _SIDES.value or list(SIDES)
+    _check_names("--sides", sides, SIDES)
+    if {"time_to_quality", "samples"} & set(sections):
+        PreparedData.open(_DATA_DIR.value)  # Before hours of the other sections.
     shape = ModelShape(
         vocab_size=0,
         embed_dim=_EMBED_DIM.value,
@@ -97,7 +88,7 @@ def _measure(section, shape, vocab_sizes, sides, output):
             return step_time.measure(
                 shape,
                 vocab_sizes=vocab_sizes,
-                sides={name: _LARGEST[name] for name in sides},
+                sides=sides,
                 repeats=_REPEATS.value,
                 log_dir=output / "logs",
                 say=_say,
@@ -144,8 +135,6 @@ def _measure(section, shape, vocab_sizes, sides, output):
 
 def _say(line):
     """Where the benchmark is, on stderr: stdout is for the report."""
-    import sys
-
     print(f"[bench] {line}", file=sys.stderr, flush=True)
 
 

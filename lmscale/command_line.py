@@ -45,7 +45,10 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             if type(error).__name__ != "ResourceExhaustedError":  # Of TensorFlow, which may not be imported.
                 raise
             logging.debug("The error was raised here:", exc_info=True)
-            return _fail(f"there must be room for what was asked for. Received: {error}. Ask for less.")
+            return _fail(
+                f"there must be room for what was asked for. Received: {error}. Ask for less; or, for tables "
+                "that take more than half of a host's memory, set TF_ONEDNN_USE_SYSTEM_ALLOCATOR=1."
+            )
 
     def parse(argv: list[str]) -> list[str]:
         end_of_flags = argv.index("--") if "--" in argv else len(argv)

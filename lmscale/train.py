@@ -90,6 +90,7 @@ _MAY_CHANGE = {
     *("experiment.Experiment.data_dir", "experiment.Experiment.train_steps"),
     *(f"experiment.Experiment.{name}_every" for name in ("log", "eval", "save")),
     *("experiment.Experiment.keep_checkpoints", "experiment.Experiment.on_bad_step"),
+    "experiment.Experiment.steps_per_call",
 }
 
 

@@ -46,7 +46,12 @@ def measure(shape, *, vocab_size, limit_gib, log_dir, say):
         arguments = {"shape": vars(narrow), "rule": rule, "options": options, "limit_gib": limit_gib}
         try:
             largest.append(
-                run_task(f"{_TASKS}:measure_largest", arguments, log=log_dir / f"largest_{rule}.log")
+                run_task(
+                    f"{_TASKS}:measure_largest",
+                    arguments,
+                    log=log_dir / f"largest_{rule}.log",
+                    environment={"TF_ONEDNN_USE_SYSTEM_ALLOCATOR": "1"},
+                )
             )
         except TaskFailedError as error:
             largest.append({"rule": rule, "options": options, "failed": str(error)})

@@ -16,13 +16,16 @@ def measure_devices(*, shape, num_devices):
 
     Returns:
       {"num_devices"; "device_mib": table and slots on each, as allocated; "whole_mib": what the rows themselves need;
+      "built_mib": what the process grew by as everything was built;
       "over_1_nth": the largest device over 1/N of it; "step_mib": peak of three steps above what was resident before
       them; "first_step_mib": of the first, which traces and compiles}.
     """
     from lmscale.benchmarks.own_step import make_trainer
 
     strategy = make_strategy(cpu_devices=num_devices)
+    before = resident_mib()[0]
     trainer = make_trainer(ModelShape(**shape), strategy=strategy)
+    built_mib = resident_mib()[0] - before
     table = trainer.model.table
     device_mib = np.zeros([num_devices])
     whole_mib = 0.0
@@ -36,6 +39,7 @@ def measure_devices(*, shape, num_devices):
         "num_devices": num_devices,
         "device_mib": device_mib.tolist(),
         "whole_mib": whole_mib,
+        "built_mib": built_mib,
         "over_1_nth": float(device_mib.max() * num_devices / whole_mib),
         "first_step_mib": first_step_mib,
         "step_mib": _peak_mib(trainer, steps=3),
@@ -43,10 +47,13 @@ def measure_devices(*, shape, num_devices):
 
 
 def measure_largest(*, shape, rule, options, limit_gib):
-    """Finds the largest vocabulary that fits under the limit beside everything else, and trains on it.
+    """The largest vocabulary that fits under the limit beside everything else, tried out by training on it.
 
     Returns:
-      {"rule", "vocab_size", "peak_gib": of the process over everything, "limit_gib", "loss_nats": of the last step}.
+      {"rule", "options", "vocab_size", "row_bytes", "peak_gib": of the whole process, "limit_gib"}.
+
+    Raises:
+      ValueError: if training took more than the limit.
     """
     from lmscale.benchmarks.own_step import make_trainer
 
@@ -68,15 +75,20 @@ def measure_largest(*, shape, rule, options, limit_gib):
     trainer = make_trainer(
         dataclasses.replace(shape, vocab_size=vocab_size), strategy=strategy, row_optimizer=optimizer
     )
-    losses = [float(trainer.train_steps()["loss"][0]) for _ in range(3)]
+    for _ in range(3):
+        float(trainer.train_steps()["loss"][0])
+    peak_gib = resident_mib()[1] / 1024
+    if peak_gib > limit_gib:
+        raise ValueError(
+            f"{vocab_size:,} rows must train within {limit_gib} GiB. Received: a peak of {peak_gib:.2f}."
+        )
     return {
         "rule": rule,
         "options": options,
         "vocab_size": vocab_size,
         "row_bytes": row_bytes,
-        "peak_gib": resident_mib()[1] / 1024,
+        "peak_gib": peak_gib,
         "limit_gib": limit_gib,
-        "loss_nats": losses[-1],
     }
 
 

@@ -52,15 +52,19 @@ def make_trainer(shape, *, strategy, compute_dtype="float32", row_optimizer=None
 class Lmscale(Peer):
     """The sampled softmax on a sharded table, all GPUs or one CPU. Reads the batches itself: they are in its time."""
 
-    def __init__(self, shape, *, compute_dtype="float32", two_moments=False):
-        row_optimizer = Adam(learning_rate=0.001) if two_moments else None
+    def __init__(self, shape, *, compute_dtype="float32", two_moments=False, steps_per_call=1):
+        self.steps_per_call = steps_per_call
         self._trainer = make_trainer(
-            shape, strategy=make_strategy(), compute_dtype=compute_dtype, row_optimizer=row_optimizer
+            shape,
+            strategy=make_strategy(),
+            compute_dtype=compute_dtype,
+            row_optimizer=Adam(learning_rate=0.001) if two_moments else None,
+            steps_per_call=steps_per_call,
         )
 
     def train_step(self, window_ids):
         del window_ids
-        return float(self._trainer.train_steps()["loss"][0])
+        return float(self._trainer.train_steps(self.steps_per_call)["loss"][-1])
 
 
 class LmscaleBody(Peer):

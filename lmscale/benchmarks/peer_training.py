@@ -1,5 +1,6 @@
 """Trains the PyTorch peer on prepared data, evaluating exactly after every epoch."""
 
+import importlib.metadata
 import json
 import os
 import statistics
@@ -25,6 +26,9 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
     Returns:
       A list, by epoch, of {"epoch", "steps", "train_secs": by the clock, without evaluation; "train_processor_secs";
       "step_secs_median", "valid_loss_nats"}.
+
+    Raises:
+      ValueError: if `output` is of other data, another recipe or another PyTorch.
     """
     from lmscale.benchmarks.peers.pytorch_full_softmax import PytorchFullSoftmax
 
@@ -32,6 +36,14 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     log, state = output / "epochs.jsonl", output / "state"
+    _check_same_run(
+        output / "recipe.json",
+        {
+            "data_fingerprint": data.fingerprint,
+            **{"dim": dim, "batch_size": batch_size, "window": window, "dropout": dropout},
+            "torch": importlib.metadata.version("torch"),
+        },
+    )
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if len(done) >= epochs:
         return done[:epochs]
@@ -82,3 +94,13 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
         with log.open("a") as file:
             file.write(json.dumps(done[-1]) + "\n")
     return done
+
+
+def _check_same_run(path, recipe):
+    """Writes the recipe, or compares it with the one that is there."""
+    if not path.exists():
+        path.write_text(json.dumps(recipe, indent=1) + "\n")
+    elif json.loads(path.read_text()) != recipe:
+        raise ValueError(
+            f"A training must go on with the recipe it started with, {path}. Received: {recipe}. Give another --output."
+        )

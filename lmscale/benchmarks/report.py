@@ -84,8 +84,8 @@ def _limits(section):
         f"Vocabulary {section['shape']['vocab_size']:,}, evaluations of {section['evaluation_tokens']:,} tokens. "
         "Matrix products "
         + ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items())
-        + f"; copies {section['copy_bytes_per_sec'] / 1e9:,.1f} GB/s. Limit: operations over the one, bytes over the "
-        "other, added.",
+        + f"; copies {section['copy_bytes_per_sec'] / 1e9:,.1f} GB/s. Limit: the larger of operations over the "
+        "one and bytes over the other.",
         "",
         *_table(
             ["part", "dtype", "GFLOP", "MB", "limit, ms", "measured, ms", "achieved"],
@@ -102,6 +102,13 @@ def _limits(section):
                 for part in section["parts"]
             ],
         ),
+        "",
+        "The vocabulary's part of a step over the body's: "
+        + ", ".join(
+            f"{dtype} {ratio:.2f} (body {section['body_secs'][dtype] * 1e3:.1f} ms)"
+            for dtype, ratio in section["vocabulary_over_body"].items()
+        )
+        + ".",
     ]
 
 
@@ -117,12 +124,20 @@ def _memory(section):
         f"Vocabulary {section['vocab_size']:,}; table and slots need {section['devices'][0]['whole_mib']:,.0f} MiB.",
         "",
         *_table(
-            ["devices", "largest device, MiB", "over 1/N", "a step above, MiB", "the first step above, MiB"],
+            [
+                "devices",
+                "largest device, MiB",
+                "over 1/N",
+                "process grew by, MiB",
+                "a step above, MiB",
+                "the first step above, MiB",
+            ],
             [
                 [
                     entry["num_devices"],
                     _number(max(entry["device_mib"]), 1),
                     f"{entry['over_1_nth']:.4f}",
+                    _number(entry["built_mib"], 0),
                     _number(entry["step_mib"], 0),
                     _number(entry["first_step_mib"], 0),
                 ]
@@ -149,8 +164,9 @@ def _time_to_quality(section):
     return [
         "## Time to quality",
         "",
-        "Seconds of training, evaluation not counted, until the exact validation perplexity of each epoch of PyTorch's "
-        "full softmax.",
+        f"PyTorch: {section['peer_recipe']}. lmscale: {section['our_recipe']}. Seconds of training until the exact "
+        "validation perplexity of each epoch of PyTorch: steps times their median, without start-up and evaluations; "
+        f"beside them, lmscale's by the clock, {section['startup_secs']:.0f} s of start-up included.",
         "",
         *_table(
             [
@@ -166,7 +182,9 @@ def _time_to_quality(section):
                     entry["peer_epoch"],
                     _number(entry["perplexity"], 1),
                     _number(entry["peer_secs"], 0),
+                    _number(entry["peer_clock_secs"], 0),
                     _number(entry["our_secs"], 0),
+                    _number(entry["our_clock_secs"], 0),
                     _number(entry["our_epoch"], 1),
                     _number(entry["fraction"], 3),
                 ]

@@ -1,5 +1,6 @@
 """The sides of a comparison, each in a process of its own, and how they take turns."""
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lmscale.benchmarks.machine import available_bytes
 from lmscale.benchmarks.peers.peer import ModelShape
 
 
@@ -20,9 +22,10 @@ class Side:
     Attributes:
       title: what the report calls it.
       factory: "module:class" of its `Peer`.
-      needs: what it needs to be installed, beside lmscale.
       floats_a_row: float32 values that it holds for each row and each of its columns: weight, gradient, slots.
+      needs: what must be installed, beside lmscale.
       full_logits: arrays of [tokens, vocab_size] that its step holds at once.
+      largest_vocab_size: beyond which it is not worth its time and memory; None for no end.
       options: arguments of the class.
       environment: environment variables of its process.
     """
@@ -32,6 +35,7 @@ class Side:
     floats_a_row: int
     needs: str = "tensorflow"
     full_logits: int = 0
+    largest_vocab_size: int | None = None
     options: dict = dataclasses.field(default_factory=dict)
     environment: dict = dataclasses.field(default_factory=dict)
 
@@ -69,17 +73,35 @@ SIDES = {
         "lmscale, bfloat16 products", f"{_OWN}:Lmscale", floats_a_row=2, options=_BFLOAT16
     ),
     "lmscale_two_moments": Side(
-        "lmscale, Adam with both moments", f"{_OWN}:Lmscale", floats_a_row=3, options={"two_moments": True}
+        "lmscale, Adam with both moments",
+        f"{_OWN}:Lmscale",
+        floats_a_row=3,
+        largest_vocab_size=1_000_000,
+        options={"two_moments": True},
     ),
-    "lmscale_body": Side("lmscale, the body alone", f"{_OWN}:LmscaleBody", floats_a_row=0),
+    "lmscale_several_steps": Side(
+        "lmscale, 10 steps a call",
+        f"{_OWN}:Lmscale",
+        floats_a_row=2,
+        largest_vocab_size=33_278,
+        options={"steps_per_call": 10},
+    ),
+    "lmscale_body": Side(
+        "lmscale, the body alone", f"{_OWN}:LmscaleBody", floats_a_row=0, largest_vocab_size=33_278
+    ),
     "lmscale_body_bfloat16": Side(
-        "lmscale, the body alone, bfloat16 products", f"{_OWN}:LmscaleBody", floats_a_row=0, options=_BFLOAT16
+        "lmscale, the body alone, bfloat16 products",
+        f"{_OWN}:LmscaleBody",
+        floats_a_row=0,
+        largest_vocab_size=33_278,
+        options=_BFLOAT16,
     ),
     "pytorch_full": Side(
         "PyTorch, full softmax, SGD",
         f"{_PEERS}.pytorch_full_softmax:PytorchFullSoftmax",
         needs="torch",
         floats_a_row=2,
+        largest_vocab_size=472_706,
         full_logits=4,
     ),
     "pytorch_full_keeping_memory": Side(
@@ -87,6 +109,7 @@ SIDES = {
         f"{_PEERS}.pytorch_full_softmax:PytorchFullSoftmax",
         needs="torch",
         floats_a_row=2,
+        largest_vocab_size=472_706,
         full_logits=4,
         environment=KEEPING_MEMORY,
     ),
@@ -95,23 +118,27 @@ SIDES = {
         f"{_PEERS}.pytorch_adaptive_softmax:PytorchAdaptiveSoftmax",
         needs="torch",
         floats_a_row=3,
+        largest_vocab_size=1_000_000,
     ),
     "keras_full": Side(
         "Keras, full softmax, Adam",
         f"{_PEERS}.keras_full_softmax:KerasFullSoftmax",
         floats_a_row=6,
+        largest_vocab_size=100_000,
         full_logits=5,
     ),
     "tensorflow_adagrad": Side(
         "tf.nn.sampled_softmax_loss, Keras Adagrad",
         f"{_PEERS}.tensorflow_sampled_softmax:TensorflowSampledSoftmax",
         floats_a_row=5,
+        largest_vocab_size=1_000_000,
         options={"optimizer": "Adagrad"},
     ),
     "tensorflow_adam": Side(
         "tf.nn.sampled_softmax_loss, Keras Adam",
         f"{_PEERS}.tensorflow_sampled_softmax:TensorflowSampledSoftmax",
         floats_a_row=6,
+        largest_vocab_size=1_000_000,
         options={"optimizer": "Adam"},
     ),
 }
@@ -136,19 +163,25 @@ class SideProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"} | SIDES[name].environment,
+                env=os.environ | _environment(name, shape),
             )
-        self.first_step_secs = self._answer()["secs"]
+        try:
+            self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def turn(self):
-        """Steps for half a second, at most ten, and returns the median of their seconds.
+        """Calls for half a second, at most ten, and returns the median seconds of a step.
 
         The first does not count, unless it is the only one: it finds the caches as the side before has left them.
         """
         seconds = []
         while not seconds or (sum(seconds) < _TURN_SECS and len(seconds) < _TURN_STEPS):
-            self._process.stdin.write("step\n")
-            self._process.stdin.flush()
+            # A process that is gone has closed its end; it says why on the other pipe.
+            with contextlib.suppress(OSError):
+                self._process.stdin.write("step\n")
+                self._process.stdin.flush()
             seconds.append(self._answer()["secs"])
         return statistics.median(seconds[1:] or seconds)
 
@@ -165,34 +198,49 @@ class SideProcess:
     def close(self):
         """Ends the process."""
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
-def take_turns(processes, *, repeats, on_turn=None):
+def _environment(name, shape):
+    """Environment variables of a side's process."""
+    variables = {
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        # Of GPUs every side has the first, and shares it with the others.
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+    }
+    if SIDES[name].memory_bytes(shape) > available_bytes() / 3:
+        # TensorFlow's own allocator takes memory in powers of two, which leaves no room for a second large table.
+        variables["TF_ONEDNN_USE_SYSTEM_ALLOCATOR"] = "1"
+    return variables | SIDES[name].environment
+
+
+def take_turns(processes, *, repeats):
     """Lets every process step in rounds: a slow moment of the machine falls on all of them alike.
 
     Args:
       processes: list of `SideProcess`.
       repeats: rounds; sides whose steps take over 4 s only take part in the first three.
-      on_turn: called with (round, process) before each turn.
 
     Returns:
-      {name: [step seconds of a round, ...]}, without a first round of warming up.
+      ({name: [step seconds of a round, ...]}, without a first round of warming up; {name: why it died on the way}).
     """
     seconds = {p.name: [] for p in processes}
-    slow = set()
+    slow, died = set(), {}
     for i in range(repeats + 1):
         for p in processes:
-            if p.name in slow and len(seconds[p.name]) >= _SLOW_REPEATS:
+            if p.name in died or (p.name in slow and len(seconds[p.name]) >= _SLOW_REPEATS):
                 continue
-            if on_turn:
-                on_turn(i, p)
-            step_secs = p.turn()
+            try:
+                step_secs = p.turn()
+            except SideFailedError as error:
+                died[p.name] = str(error)
+                continue
             if i and step_secs > _SLOW_SECS:
                 slow.add(p.name)
             if i:
                 seconds[p.name].append(step_secs)
-    return seconds
+    return {name: listed for name, listed in seconds.items() if name not in died}, died
 
 
 def summary(seconds):

@@ -39,12 +39,14 @@ def measure(*, repeats, root):
                 env=environment,
             )
             metrics = workdir / "train" / "metrics.jsonl"
-            while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
-                time.sleep(0.02)
-            seconds.append(time.perf_counter() - start)
-            failed = process.poll() is not None
-            process.kill()
-            _, words = process.communicate()
+            try:
+                while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
+                    time.sleep(0.02)
+                seconds.append(time.perf_counter() - start)
+                failed = process.poll() is not None
+            finally:
+                process.kill()
+                _, words = process.communicate()
             if failed:
                 raise TaskFailedError(f"lmscale.train ended before its first step: {words.decode()[-500:]}")
     return {"secs": seconds}

@@ -7,8 +7,10 @@ counted. Runs go on where an earlier call with the same folders was cut off.
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from lmscale.benchmarks.sides import KEEPING_MEMORY
@@ -30,8 +32,10 @@ def measure(*, data_dir, config, output, epochs, say):
       say: called with a line of text for each stage.
 
     Returns:
-      {"peer": [an entry an epoch], "ours": [{"epoch", "secs", "perplexity"} an evaluation], "reached": [{"peer_epoch",
-      "perplexity", "peer_secs", "our_secs", "our_epoch", "fraction"}]}. Seconds are steps times their median.
+      {"peer": [an entry an epoch], "ours": [{"epoch", "secs", "clock_secs", "perplexity"} an evaluation], "reached":
+      [{"peer_epoch", "perplexity", "peer_secs", "peer_clock_secs", "our_secs", "our_clock_secs", "our_epoch",
+      "fraction"}], "peer_recipe", "our_recipe", "startup_secs"}. Seconds are steps times their median; those by the
+      clock are the sum of all steps, and for lmscale also the time from the command to the first step's start.
     """
     say(f"time to quality: PyTorch, full softmax, {epochs} epochs")
     peer = run_task(
@@ -42,9 +46,30 @@ def measure(*, data_dir, config, output, epochs, say):
     )
     say("time to quality: lmscale")
     workdir = output / "lmscale"
+    start = time.time()
     _train(config, workdir=workdir, bindings={"DATA_DIR": f'"{data_dir}"'}, log=output / "lmscale.log")
+    startup_secs = _startup_secs(workdir, start)
     ours = _evaluations(workdir)
-    return {"peer": peer, "ours": ours, "reached": _reached(peer, ours)}
+    return {
+        "peer": peer,
+        "ours": ours,
+        "reached": _reached(peer, ours, startup_secs=startup_secs),
+        "startup_secs": startup_secs,
+        "peer_recipe": "full softmax, float32, SGD, " + ", ".join(f"{k} {v}" for k, v in PEER_RECIPE.items()),
+        "our_recipe": f"configs/{config.name} (sampled softmax, bfloat16 products, Adam on a cosine)",
+    }
+
+
+def _startup_secs(workdir, start):
+    """Seconds from `start` to the first step: to the first log line, less the steps that it is of.
+
+    Kept in the run's folder, for a later call that finds the run finished.
+    """
+    path = Path(workdir).with_suffix(".startup")
+    if not path.exists():
+        first = json.loads((Path(workdir) / "train" / "metrics.jsonl").read_text().splitlines()[0])
+        path.write_text(str(first["wall_time"] - start - first["step"] * first["step_secs"]))
+    return float(path.read_text())
 
 
 def measure_samples(*, data_dir, config, output, nums_sampled, train_steps, say):
@@ -103,22 +128,28 @@ def _evaluations(workdir):
         [json.loads(line) for line in (Path(workdir) / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("train", "eval")
     )
-    step_secs = sorted(line["step_secs"] for line in train)[len(train) // 2]
+    step_secs = statistics.median(line["step_secs"] for line in train)
+    clock, previous = {}, 0
+    for line in train:
+        clock[line["step"]] = clock.get(previous, 0.0) + (line["step"] - previous) * line["step_secs"]
+        previous = line["step"]
     epochs_per_step = train[-1]["epoch"] / train[-1]["step"]
     return [
         {
             "epoch": line["step"] * epochs_per_step,
             "secs": line["step"] * step_secs,
+            "clock_secs": clock.get(line["step"]),
             "perplexity": math.exp(line["valid/exact_loss_nats"]),
         }
         for line in evaluations
     ]
 
 
-def _reached(peer, ours):
+def _reached(peer, ours, *, startup_secs):
     """For each epoch of the peer, when lmscale first evaluated as low."""
-    reached, peer_secs = [], 0.0
+    reached, peer_secs, peer_clock_secs = [], 0.0, 0.0
     for line in peer:
+        peer_clock_secs += line["train_secs"]
         peer_secs += line["steps"] * line["step_secs_median"]
         perplexity = math.exp(line["valid_loss_nats"])
         first = next((o for o in ours if o["perplexity"] <= perplexity), None)
@@ -127,7 +158,9 @@ def _reached(peer, ours):
                 "peer_epoch": line["epoch"],
                 "perplexity": perplexity,
                 "peer_secs": peer_secs,
+                "peer_clock_secs": peer_clock_secs,
                 "our_secs": first and first["secs"],
+                "our_clock_secs": first and first["clock_secs"] + startup_secs,
                 "our_epoch": first and first["epoch"],
                 "fraction": first and first["secs"] / peer_secs,
             }

@@ -1,6 +1,7 @@
 """One side of a comparison, for `SideProcess`: python -m lmscale.benchmarks.worker SIDE SHAPE
 
-Does a step at once and one for each line on stdin, and answers each with its seconds and its loss, as a JSON line.
+Does a step (or a call of several) at once and one for each line on stdin, and answers each with the seconds of a step
+and its loss, as a JSON line.
 """
 
 import json
@@ -30,7 +31,7 @@ def main(side, shape):
         window_ids = batches.at(step).window_ids
         start = time.perf_counter()
         loss = peer.train_step(window_ids)
-        seconds = time.perf_counter() - start
+        seconds = (time.perf_counter() - start) / peer.steps_per_call
         step += 1
         answers.write(json.dumps({"secs": seconds, "loss_nats": loss}) + "\n")
         answers.flush()

@@ -56,7 +56,8 @@ def _run_layer(layer, inputs, state):
         return layer(inputs, initial_state=[tf.cast(s, inputs.dtype) for s in state])
     if not layer.built:
         layer.build(inputs.shape)
-    kernel, recurrent_kernel, bias = (v.value for v in layer.trainable_variables)
+    weights = (layer.cell.kernel, layer.cell.recurrent_kernel, layer.cell.bias)
+    kernel, recurrent_kernel, bias = (w.value for w in weights)
     return lstm_sequence(
         inputs,
         *state,

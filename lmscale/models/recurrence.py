@@ -17,7 +17,8 @@ def lstm_sequence(inputs, h, c, *, kernel, recurrent_kernel, bias, compute_dtype
 
         c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)        h_t = sigmoid(o) tanh(c_t)
 
-    Differentiable once, in every argument. The loop over time is unrolled into the graph: `time` is static.
+    Differentiable once, in every argument. The loop over time is unrolled into the graph, which a window of hundreds
+    of steps takes a second to trace.
 
     Args:
       inputs: [batch, time, dim] float, static shape.
@@ -25,15 +26,24 @@ def lstm_sequence(inputs, h, c, *, kernel, recurrent_kernel, bias, compute_dtype
       kernel: [dim, 4 * hidden] float32, W.
       recurrent_kernel: [hidden, 4 * hidden] float32, U.
       bias: [4 * hidden] float32, b.
-      compute_dtype: of the products; gates, states and sums over time stay float32.
+      compute_dtype: of the products, whose results are rounded to it, those of the weight gradients after their sum
+        over time. Gates and states stay float32.
 
     Returns:
       (h of every time step [batch, time, hidden], last h [batch, hidden], last c [batch, hidden]), float32.
+
+    Raises:
+      ValueError: if the shape of inputs is not static, or shapes disagree.
 
     Communication: none.
     Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; one product for the weight
       gradient of all time steps: Appleyard et al. 2016 (arXiv:1604.01946), section 3.
     """
+    if not inputs.shape.is_fully_defined():
+        raise ValueError(
+            f"inputs must have a static shape [batch, time, dim]. Received: {inputs.shape}. Fix the batch size, or use "
+            "tf.ensure_shape."
+        )
     batch, time, dim = inputs.shape
     hidden = recurrent_kernel.shape[0]
     if kernel.shape != [dim, 4 * hidden] or bias.shape != [4 * hidden]:
@@ -42,7 +52,9 @@ def lstm_sequence(inputs, h, c, *, kernel, recurrent_kernel, bias, compute_dtype
             f"{kernel.shape} and {bias.shape}, for inputs {inputs.shape} and a recurrent_kernel "
             f"{recurrent_kernel.shape}."
         )
-    forward, backward = _layer(batch, time, dim, hidden, tf.as_dtype(compute_dtype))
+    forward, backward = _layer(
+        batch, time, dim, hidden, tf.as_dtype(compute_dtype), eager=tf.config.functions_run_eagerly()
+    )
 
     @tf.custom_gradient
     def layer(inputs, h, c, kernel, recurrent_kernel, bias):
@@ -54,8 +66,11 @@ def lstm_sequence(inputs, h, c, *, kernel, recurrent_kernel, bias, compute_dtype
 
 
 @functools.cache
-def _layer(batch, time, dim, hidden, compute_dtype):
-    """Forward and backward of a layer of these sizes, each traced once in a process, for all layers and devices."""
+def _layer(batch, time, dim, hidden, compute_dtype, *, eager):
+    """Forward and backward of a layer of these sizes, each traced once in a process, for all layers and devices.
+
+    `eager`, for debugging: Python functions that are not traced.
+    """
 
     def forward(inputs, h, c, kernel, recurrent_kernel, bias):
         # Time first, so that a step is a contiguous block.
@@ -97,6 +112,9 @@ def _layer(batch, time, dim, hidden, compute_dtype):
             tf.cast(tf.matmul(previous_outputs, d_gates, transpose_a=True), tf.float32),
             tf.reduce_sum(tf.cast(d_gates, tf.float32), axis=0),
         )
+
+    if eager:
+        return forward, backward
 
     def spec(*shape, dtype=tf.float32):
         return tf.TensorSpec(shape, dtype)

@@ -1,5 +1,6 @@
 """The benchmark runs, at sizes that take seconds, and its report has its shape. Times are not tested."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -58,6 +59,7 @@ def test_every_side_is_timed_at_every_size_and_compared(results):
     expected = {"lmscale", "lmscale_body", "keras_full", "tensorflow_adagrad"}
     expected |= {"pytorch_full"} if HAS_TORCH else set()
     assert {n["side"] for n in section["not_run"]} == (set() if HAS_TORCH else {"pytorch_full"})
+    assert all("not installed" in n["reason"] for n in section["not_run"])
     for size in section["sizes"]:
         assert set(size["sides"]) == expected
         for name, result in size["sides"].items():
@@ -76,10 +78,13 @@ def test_parts_are_compared_with_the_machine(results):
     rates = section["matrix_flops_per_sec"]
     assert set(rates) == {"float32", "bfloat16"}
     for part in section["parts"]:
-        limit = part["flops"] / rates[part["dtype"]] + part["bytes"] / section["copy_bytes_per_sec"]
+        limit = max(part["flops"] / rates[part["dtype"]], part["bytes"] / section["copy_bytes_per_sec"])
         assert part["limit_secs"] == pytest.approx(limit)
         assert part["achieved"] == pytest.approx(limit / part["secs"])
     by_name = {(part["name"], part["dtype"]): part for part in section["parts"]}
+    for dtype, ratio in section["vocabulary_over_body"].items():
+        whole = by_name["pull, loss, push, update", dtype]["secs"]
+        assert ratio == pytest.approx(whole / section["body_secs"][dtype])
     # tokens * samples * embed_dim, twice for multiply and add, three products.
     assert by_name["sampled loss", "bfloat16"]["flops"] == 40 * 64 * 16 * 2 * 3
     assert by_name["exact evaluation", "float32"]["flops"] == 40 * 2001 * 16 * 2
@@ -92,10 +97,11 @@ def test_parts_are_compared_with_the_machine(results):
         ("--vocab_sizes=many", "Received: 'many'"),
         ("--sections=speed", "--sections must be of step_time, "),
         ("--sides=jax", "--sides must be of lmscale, "),
+        ("--sections=samples", "runs/none"),
     ],
 )
 def test_bad_input(tmp_path, argument, message):
-    completed = bench(*TINY, argument, output=tmp_path / "out")
+    completed = bench(*TINY, argument, "--data_dir=runs/none", output=tmp_path / "out")
     assert completed.returncode == 2
     assert message in completed.stderr
     assert not (tmp_path / "out").exists()
@@ -110,16 +116,35 @@ class FakeProcess:
 
 
 def test_sides_take_turns_and_slow_ones_fewer():
-    order = []
     processes = [
         FakeProcess("fast", [9.0, 1.0, 2.0, 3.0, 1.0, 1.0]),
         FakeProcess("slow", [5.0, 6.0, 7.0, 8.0]),
     ]
-    seconds = sides.take_turns(processes, repeats=5, on_turn=lambda i, p: order.append((i, p.name)))
+    seconds, died = sides.take_turns(processes, repeats=5)
     assert seconds == {"fast": [1.0, 2.0, 3.0, 1.0, 1.0], "slow": [6.0, 7.0, 8.0]}
-    assert order[:4] == [(0, "fast"), (0, "slow"), (1, "fast"), (1, "slow")]
+    assert not died
     assert sides.paired_ratio(seconds["slow"], seconds["fast"]) == 3.5
     assert sides.summary([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "rounds": 3}
+
+
+def test_a_side_that_dies_on_the_way_does_not_take_the_others_with_it(tmp_path, monkeypatch):
+    class Dying(FakeProcess):
+        def turn(self):
+            raise sides.SideFailedError("killed")
+
+    seconds, died = sides.take_turns([Dying("dying", []), FakeProcess("fast", [1.0, 2.0])], repeats=1)
+    assert seconds == {"fast": [2.0]}
+    assert died == {"dying": "killed"}
+    # A real one, killed while it is idle.
+    shape = ModelShape(
+        vocab_size=100, embed_dim=4, hidden_dim=4, num_layers=1, batch_size=2, window=3, num_sampled=11
+    )
+    process = sides.SideProcess("keras_full", shape, log_dir=tmp_path)
+    process._process.kill()
+    process._process.wait()
+    with pytest.raises(sides.SideFailedError, match="keras_full ended with exit code -9"):
+        process.turn()
+    process.close()
 
 
 def test_groups_fit_into_memory_and_each_has_our_sides(monkeypatch):
@@ -133,16 +158,21 @@ def test_groups_fit_into_memory_and_each_has_our_sides(monkeypatch):
         num_sampled=2048,
     )
     names = ["lmscale", "lmscale_bfloat16", "pytorch_adaptive", "tensorflow_adagrad", "tensorflow_adam"]
-    room = 20 * 2**30
-    monkeypatch.setattr(step_time, "available_bytes", lambda: room)
-    groups = step_time._groups(names, shape)
-    assert len(groups) > 1
-    for group in groups:
-        assert group[:2] == ["lmscale", "lmscale_bfloat16"]
-        assert sum(sides.SIDES[name].memory_bytes(shape) for name in group) <= room
-    assert sorted({name for group in groups for name in group}) == sorted(names)
+    small = dataclasses.replace(shape, vocab_size=10_000)
+    for gib in (16, 20, 24):
+        room = gib * 2**30
+        monkeypatch.setattr(step_time, "available_bytes", lambda room=room: room)
+        groups = step_time._groups(names, shape, small)
+        assert len(groups) > 1
+        for group in groups:
+            needed = sum(sides.SIDES[name].memory_bytes(shape) for name in group)
+            if len(group) > 1:
+                assert group[:2] == ["lmscale", "lmscale_bfloat16"]
+                needed += sum(sides.SIDES[name].memory_bytes(small) for name in group[:2])
+            assert needed <= room
+        assert {name for group in groups for name in group} == set(names)
     monkeypatch.setattr(step_time, "available_bytes", lambda: 10 * 2**30)
-    assert step_time._groups(["lmscale", "lmscale_bfloat16"], shape) == [["lmscale"], ["lmscale_bfloat16"]]
+    assert step_time._groups(names[:2], shape, small) == [["lmscale"], ["lmscale_bfloat16"]]
 
 
 def test_a_side_that_dies_says_why(tmp_path):
@@ -156,15 +186,17 @@ def test_a_side_that_dies_says_why(tmp_path):
 def test_when_quality_is_reached():
     peer = [
         {"epoch": i + 1, "steps": 100, "step_secs_median": 0.5, "valid_loss_nats": math.log(perplexity)}
+        | {"train_secs": 60.0}
         for i, perplexity in enumerate([200.0, 150.0, 120.0])
     ]
     ours = [
-        {"epoch": i + 1, "secs": 10.0 * (i + 1), "perplexity": perplexity}
+        {"epoch": i + 1, "secs": 10.0 * (i + 1), "clock_secs": 11.0 * (i + 1), "perplexity": perplexity}
         for i, perplexity in enumerate([210.0, 160.0, 149.0])
     ]
-    first, second, third = time_to_quality._reached(peer, ours)
+    first, second, third = time_to_quality._reached(peer, ours, startup_secs=7.0)
     assert (first["peer_secs"], first["our_secs"], first["our_epoch"]) == (50.0, 20.0, 2)
     assert (second["peer_secs"], second["our_secs"], second["fraction"]) == (100.0, 30.0, 0.3)
+    assert (second["peer_clock_secs"], second["our_clock_secs"]) == (120.0, 40.0)
     assert third["our_secs"] is None
     assert third["fraction"] is None
 
@@ -175,13 +207,15 @@ def test_report_of_the_sections_that_take_long(tmp_path):
             "num_devices": n,
             "device_mib": [80.0 / n] * n,
             "whole_mib": 80.0,
+            "built_mib": 90.0,
             "over_1_nth": 1.0,
             "step_mib": 5.0,
+            "first_step_mib": 9.0,
         }
-        | {"first_step_mib": 9.0}
         for n in (1, 2)
     ]
     reached = {"peer_epoch": 1, "perplexity": 200.0, "peer_secs": 50.0, "our_secs": None, "our_epoch": None}
+    reached |= {"peer_clock_secs": 60.0, "our_clock_secs": None}
     results = {
         "environment": dict.fromkeys(("date", "command", "cores", "processor", "memory_gib", "python"), "x")
         | {"instructions": ["avx2"], "tensorflow": "1", "keras": "2", "torch": None},
@@ -201,6 +235,9 @@ def test_report_of_the_sections_that_take_long(tmp_path):
                 "peer": [{"steps": 100, "step_secs_median": 0.5, "valid_loss_nats": 5.0}],
                 "ours": [{"epoch": 1, "secs": 10.0, "perplexity": 210.0}],
                 "reached": [reached | {"fraction": None}],
+                "startup_secs": 7.0,
+                "peer_recipe": "SGD",
+                "our_recipe": "Adam",
             },
             "samples": {
                 "train_steps": 10,
@@ -215,10 +252,10 @@ def test_report_of_the_sections_that_take_long(tmp_path):
     text = (tmp_path / "report.md").read_text()
     for part in (
         "first step: 9.5, 10.0 s",
-        "| 2 | 40.0 | 1.0000 | 5 | 9 |",
+        "| 2 | 40.0 | 1.0000 | 90 | 5 | 9 |",
         "Adam, beta_1=0: failed: no room",
         "77,000 rows of 516 bytes, peak 1.50 GiB",
-        "| 1 | 200.0 | 50 |  |  |  |",
+        "| 1 | 200.0 | 50 | 60 |  |  |  |  |",
         "| 8 | 110.0 | 1.100 | 1 |",
     ):
         assert part in text

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from references import lstm, lstm_weights
 
+from lmscale.models.body import Encoder
 from lmscale.models.dropout import DropoutStream
 from lmscale.models.lstm import lstm_body
 
@@ -162,6 +163,20 @@ def test_bfloat16_products_keep_a_float32_state():
     # Eight bits, in every product of 14 dependent steps.
     error = np.abs(tf.cast(hidden, tf.float32) - expected).max()
     assert 1e-4 < error < 0.05
+
+
+def test_a_frozen_layer_runs_as_before_and_is_not_trained():
+    body = _built(num_layers=2, hidden_dim=4)
+    inputs, state = tf.constant(_inputs()), body.initial_state(BATCH)
+    before, _ = body(inputs, state, dropout=None)
+    body.layers[0].trainable = False
+    after, _ = body(inputs, state, dropout=None)
+    np.testing.assert_array_equal(after, before)
+    assert all(
+        name.startswith("1/")
+        for name in Encoder(body, embed_dim=EMBED_DIM).trainable_variables
+        if "lstm" in name
+    )
 
 
 def test_compute_dtype_of_the_layers_goes_before_the_experiments():

@@ -19,8 +19,8 @@ from lmscale.workdir import Workdir
 EXIT_NON_FINITE = 3
 
 
-def run(workdir, *, data_dir, strategy, on_bad_step, place, fault, bad_steps=(3,)):
-    """Trains 6 steps on 2 devices, saving and evaluating after each. Returns the summary."""
+def run(workdir, *, data_dir, strategy, on_bad_step, place, fault, bad_steps=(3,), every=1, steps_per_call=1):
+    """Trains 6 steps on 2 devices, logging, saving and evaluating after `every`. Returns the summary."""
     experiment = Experiment(
         data_dir=str(data_dir),
         train_steps=6,
@@ -38,9 +38,10 @@ def run(workdir, *, data_dir, strategy, on_bad_step, place, fault, bad_steps=(3,
         row_optimizer=Adam(learning_rate=0.01),
         body_optimizer=Adam(learning_rate=0.01),
         seed=1,
-        log_every=1,
-        eval_every=1,
-        save_every=1,
+        log_every=every,
+        eval_every=every,
+        save_every=every,
+        steps_per_call=steps_per_call,
         keep_checkpoints=10,
         on_bad_step=on_bad_step,
         eval_batch_size=20,
@@ -85,6 +86,23 @@ def test_stop_names_the_step_and_what_was_seen(data_dir, mirrored, tmp_path):
     with pytest.raises(trainer.NonFiniteError, match="at step 4"):
         run(tmp_path, on_bad_step="stop", **arguments)
     assert run(tmp_path, on_bad_step="skip", **arguments)["step"] == 6
+
+
+def test_several_steps_in_a_call_find_the_same_bad_step(data_dir, mirrored, tmp_path):
+    """Step 4 of 6, in calls of 1; in calls of 4 and 2, the bad one last; and resumed with calls of another size."""
+    arguments = {"data_dir": data_dir, "strategy": mirrored(2), "place": "hidden", "fault": "nan"}
+    run(tmp_path / "single", on_bad_step="skip", **arguments)
+    expected = tiny_runs.tensors(tmp_path / "single", 6)
+    summary = run(tmp_path / "calls", on_bad_step="skip", every=6, steps_per_call=4, **arguments)
+    assert summary["skipped_steps"] == 1
+    tiny_runs.assert_same_bits(tiny_runs.tensors(tmp_path / "calls", 6), expected)
+    assert [line["skipped_steps"] for line in tiny_runs.metrics(tmp_path / "calls")] == [1]
+
+    with pytest.raises(trainer.NonFiniteError, match=r"not finite at step 4: .*norm nan"):
+        run(tmp_path / "resumed", on_bad_step="stop", every=3, steps_per_call=2, **arguments)
+    assert Checkpoints(tmp_path / "resumed" / "checkpoints").steps() == [3]
+    run(tmp_path / "resumed", on_bad_step="skip", every=6, steps_per_call=5, **arguments)
+    tiny_runs.assert_same_bits(tiny_runs.tensors(tmp_path / "resumed", 6), expected)
 
 
 def test_divergence_stops_with_its_exit_code_and_is_never_the_best(data_dir, tmp_path):

@@ -24,7 +24,13 @@ class ModelShape:
 
 
 class Peer(abc.ABC):
-    """One side: a model, its optimizer, and a training step. Lives in a process of its own."""
+    """One side: a model, its optimizer, and a training step. Lives in a process of its own.
+
+    Attributes:
+      steps_per_call: steps that a call of `train_step` does.
+    """
+
+    steps_per_call = 1
 
     @abc.abstractmethod
     def __init__(self, shape: ModelShape):
