@@ -35,7 +35,7 @@ def bench(*arguments, output):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("bench")
-    arguments = ["--vocab_sizes=2001,500", "--sections=limits,step_time", *TINY]
+    arguments = ["--vocab_sizes=2001,500", "--sections=memory,limits,startup,step_time", *TINY]
     arguments.append("--sides=lmscale,lmscale_body,pytorch_full,keras_full,tensorflow_adagrad")
     completed = bench(*arguments, output=output)
     assert completed.returncode == 0, completed.stderr
@@ -48,7 +48,8 @@ def test_results_are_on_stdout_and_in_files(results):
     assert last == json.loads((output / "results.json").read_text())
     assert (output / "report.md").read_text() in stdout
     assert {"date", "processor", "command", "tensorflow", "cores"} <= last["environment"].keys()
-    assert list(last["sections"]) == ["step_time", "limits"]
+    assert list(last["sections"]) == ["step_time", "limits", "startup", "memory"]
+    assert not any("failed" in section for section in last["sections"].values()), last
     assert (output / "step_time.png").exists() == HAS_MATPLOTLIB
 
 
@@ -88,6 +89,22 @@ def test_parts_are_compared_with_the_machine(results):
     # tokens * samples * embed_dim, twice for multiply and add, three products.
     assert by_name["sampled loss", "bfloat16"]["flops"] == 40 * 64 * 16 * 2 * 3
     assert by_name["exact evaluation", "float32"]["flops"] == 40 * 2001 * 16 * 2
+
+
+def test_start_up_and_memory_are_measured(results):
+    output, _ = results
+    sections = json.loads((output / "results.json").read_text())["sections"]
+    assert all(1 < seconds < 300 for seconds in sections["startup"]["secs"])
+    # 2,001 rows of 16 weights and as many second moments, a bias and its own, and the step of either: floats.
+    whole = 2001 * (2 * 16 + 2 + 2) * 4 / 2**20
+    for entry in sections["memory"]["devices"]:
+        n = entry["num_devices"]
+        assert entry["whole_mib"] == pytest.approx(whole)
+        assert len(entry["device_mib"]) == n
+        # One scratch row a device, and at most one of rounding up.
+        assert 1 < entry["over_1_nth"] <= 1 + 2 * n / 2001
+    assert [entry["num_devices"] for entry in sections["memory"]["devices"]] == [1, 2, 4, 8]
+    assert sections["memory"]["evaluation"]["peak_above_mib"] > 0
 
 
 @pytest.mark.parametrize(
