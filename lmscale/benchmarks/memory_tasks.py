@@ -10,6 +10,8 @@ from lmscale.distribution.strategies import make_strategy
 from lmscale.vocabulary import row_optimizers
 from lmscale.vocabulary.table import table_layout
 
+_SPARE_MIB = 256  # What building a large table takes beside it, a block of rows several times.
+
 
 def measure_devices(*, shape, num_devices):
     """Builds a trainer on `num_devices` devices of the CPU and does steps.
@@ -65,7 +67,7 @@ def measure_largest(*, shape, rule, options, limit_gib):
     trainer = make_trainer(small, strategy=strategy, row_optimizer=optimizer)
     for _ in range(3):
         trainer.train_steps()
-    overhead = (resident_mib()[1] + 100) * 2**20
+    overhead = (resident_mib()[1] + _SPARE_MIB) * 2**20
     del trainer
     row_bytes = sum(
         entry.dtype.size * int(np.prod(entry.row_shape))
