@@ -1,5 +1,6 @@
 """The results as files: results.json, report.md, and plots where a curve is the answer."""
 
+import collections
 import json
 import math
 
@@ -72,8 +73,14 @@ def _step_time(section):
     header = ["side", "vocabulary", "step, ms", "min to max", "tokens/s"]
     header += [f"times {SIDES[ours].title}" for ours in OURS] + ["times itself at the smallest"]
     lines += _table(header, rows)
-    lines += [f"- Not run: {n['side']} at {n['vocab_size']:,}: {n['reason']}." for n in section["not_run"]]
-    return lines
+    sizes_of = collections.defaultdict(list)
+    for entry in section["not_run"]:
+        sizes_of[entry["side"], entry["reason"]].append(f"{entry['vocab_size']:,}")
+    lines += [""] if sizes_of else []
+    return lines + [
+        f"- Not run: {SIDES[side].title} at {' / '.join(sizes)}: {reason}."
+        for (side, reason), sizes in sizes_of.items()
+    ]
 
 
 def _limits(section):

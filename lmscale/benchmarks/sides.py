@@ -174,16 +174,17 @@ class SideProcess:
     def turn(self):
         """Calls for half a second, at most ten, and returns the median seconds of a step.
 
-        The first does not count, unless it is the only one: it finds the caches as the side before has left them.
+        There are two at least, and the first does not count: it finds the caches, and perhaps the memory, as the side
+        before has left them.
         """
         seconds = []
-        while not seconds or (sum(seconds) < _TURN_SECS and len(seconds) < _TURN_STEPS):
+        while len(seconds) < 2 or (sum(seconds) < _TURN_SECS and len(seconds) < _TURN_STEPS):
             # A process that is gone has closed its end; it says why on the other pipe.
             with contextlib.suppress(OSError):
                 self._process.stdin.write("step\n")
                 self._process.stdin.flush()
             seconds.append(self._answer()["secs"])
-        return statistics.median(seconds[1:] or seconds)
+        return statistics.median(seconds[1:])
 
     def _answer(self):
         line = self._process.stdout.readline()

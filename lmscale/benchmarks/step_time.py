@@ -8,7 +8,7 @@ from lmscale.benchmarks.sides import SIDES, SideFailedError, SideProcess, paired
 
 OURS = ("lmscale", "lmscale_bfloat16")
 _SMALLEST = "at the smallest size"
-_MEMORY_SHARE = 0.93  # of what is available, for the processes of a group
+_MEMORY_SHARE = 0.97  # of what is available, for the processes of a group
 
 
 def measure(shape, *, vocab_sizes, sides, repeats, log_dir, say):
