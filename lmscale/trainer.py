@@ -104,7 +104,7 @@ class Trainer:
             tf.constant(num_steps),
         )
         self.step += num_steps
-        return {name: values[:num_steps] for name, values in metrics.items()}
+        return metrics
 
     @tf.function(autograph=False)
     def _train_steps(self, window_ids, starts_epoch, step, num_steps):
@@ -132,7 +132,7 @@ class Trainer:
         _, arrays = tf.while_loop(
             lambda i, _: i < num_steps, one_step, [tf.constant(0), arrays], parallel_iterations=1
         )
-        return {name: array.stack() for name, array in arrays.items()}
+        return {name: array.stack()[:num_steps] for name, array in arrays.items()}
 
     def _replica_step(self, window_ids, step, starts_epoch):
         """One replica's part of an update: pull, compute, push.
@@ -232,12 +232,7 @@ class Trainer:
     def _carried_state(self):
         """Variables for the state of the body: on each replica, that of its own examples."""
         return [
-            tf.Variable(
-                initial,
-                trainable=False,
-                synchronization=tf.VariableSynchronization.ON_READ,
-                aggregation=tf.VariableAggregation.NONE,
-            )
+            collectives.local_variable(initial)
             for initial in self.model.encoder.body.initial_state(self._per_replica_batch_size)
         ]
 

@@ -11,11 +11,11 @@ import numpy as np
 import tensorflow as tf
 
 from lmscale.benchmarks.machine import copy_bandwidth, fastest
-from lmscale.benchmarks.own_step import LmscaleBody, make_trainer
+from lmscale.benchmarks.own_step import LmscaleBody, make_trainer, sampled_softmax
 from lmscale.benchmarks.peers.peer import ModelShape
 from lmscale.distribution.strategies import make_strategy
 from lmscale.vocabulary.full_softmax import full_softmax_loss
-from lmscale.vocabulary.table import RowGradients
+from lmscale.vocabulary.table import PulledRows, RowGradients
 
 _SQUARE = 2048
 _WHOLE = "pull, loss, push, update"
@@ -102,7 +102,7 @@ def _call(strategy, function):
 
 def _step_parts(shape, model, dtype):
     """The sampled loss alone; the exchange with the table alone; both as in a step."""
-    trainer_loss = _sampled_loss(shape, dtype)
+    trainer_loss = sampled_softmax(shape, compute_dtype=dtype)(vocab_size=shape.vocab_size, counts=None)
     table, generator = model.table, tf.random.Generator.from_seed(0)
     ids = tf.constant(
         np.random.default_rng(0).integers(0, shape.vocab_size, [shape.batch_size, shape.window + 1])
@@ -123,7 +123,14 @@ def _step_parts(shape, model, dtype):
 
     def loss_alone(number):
         drawn = candidates(number)
-        pulled = _Rows(embedding=label_rows, shared_embedding=sampled_rows)
+        pulled = PulledRows(
+            ids=labels,
+            shared_ids=drawn.sampled_ids,
+            embedding=label_rows,
+            bias=None,
+            shared_embedding=sampled_rows,
+            shared_bias=None,
+        )
         return {name: x for name, x in vars(value_and_gradients(pulled, drawn)).items() if x is not None}
 
     def exchange_alone(number):
@@ -198,23 +205,3 @@ def _evaluation(shape, model, dtype, tokens):
         "flops": 2 * tokens * shape.vocab_size * shape.embed_dim,
         "bytes": 4 * shape.vocab_size * shape.embed_dim,
     }
-
-
-class _Rows:
-    """The fields of `PulledRows` that a loss reads, without biases."""
-
-    def __init__(self, **fields):
-        self.bias = self.shared_bias = None
-        vars(self).update(fields)
-
-
-def _sampled_loss(shape, dtype):
-    from lmscale.losses.sampled import SampledSoftmax
-    from lmscale.vocabulary.samplers import LogUniformSampler
-
-    def sampler(*, vocab_size, counts):
-        return LogUniformSampler(
-            vocab_size=vocab_size, counts=counts, num_sampled=shape.num_sampled, replacement=False
-        )
-
-    return SampledSoftmax(vocab_size=shape.vocab_size, counts=None, sampler=sampler, compute_dtype=dtype)

@@ -1,5 +1,6 @@
 """lmscale's side of the comparisons: the trainer as `lmscale.train` runs it, on synthetic text."""
 
+import dataclasses
 import functools
 
 import tensorflow as tf
@@ -15,6 +16,12 @@ from lmscale.vocabulary.row_optimizers import Adam
 from lmscale.vocabulary.samplers import LogUniformSampler
 
 
+def sampled_softmax(shape, *, compute_dtype):
+    """The loss of these sizes, a function (vocab_size=, counts=) as `Experiment` takes it."""
+    sampler = functools.partial(LogUniformSampler, num_sampled=shape.num_sampled, replacement=False)
+    return functools.partial(SampledSoftmax, sampler=sampler, compute_dtype=compute_dtype)
+
+
 def make_trainer(shape, *, strategy, compute_dtype="float32", row_optimizer=None, steps_per_call=1):
     """A `Trainer` of these sizes with the shipped configurations' choices.
 
@@ -25,7 +32,6 @@ def make_trainer(shape, *, strategy, compute_dtype="float32", row_optimizer=None
       row_optimizer: rule for the rows; None for the shipped Adam without a first moment.
       steps_per_call: as of `Experiment`.
     """
-    sampler = functools.partial(LogUniformSampler, num_sampled=shape.num_sampled, replacement=False)
     experiment = Experiment(
         data_dir="",
         train_steps=1_000_000,
@@ -35,7 +41,7 @@ def make_trainer(shape, *, strategy, compute_dtype="float32", row_optimizer=None
         body=functools.partial(
             lstm_body, num_layers=shape.num_layers, hidden_dim=shape.hidden_dim, dropout=shape.dropout
         ),
-        loss=functools.partial(SampledSoftmax, sampler=sampler, compute_dtype=compute_dtype),
+        loss=sampled_softmax(shape, compute_dtype=compute_dtype),
         row_optimizer=row_optimizer or Adam(learning_rate=0.001, beta_1=0.0),
         body_optimizer=Adam(learning_rate=0.001),
         compute_dtype=compute_dtype,
@@ -50,7 +56,7 @@ def make_trainer(shape, *, strategy, compute_dtype="float32", row_optimizer=None
 
 
 class Lmscale(Peer):
-    """The sampled softmax on a sharded table, all GPUs or one CPU. Reads the batches itself: they are in its time."""
+    """The sampled softmax on a table, on the first GPU or the CPU. Reads the batches itself: they are in its time."""
 
     def __init__(self, shape, *, compute_dtype="float32", two_moments=False, steps_per_call=1):
         self.steps_per_call = steps_per_call
@@ -74,7 +80,9 @@ class LmscaleBody(Peer):
         # The least table there can be, which the step does not touch.
         self._strategy = make_strategy()
         trainer = make_trainer(
-            _with_vocab_size(shape, shape.num_sampled), strategy=self._strategy, compute_dtype=compute_dtype
+            dataclasses.replace(shape, vocab_size=shape.num_sampled),
+            strategy=self._strategy,
+            compute_dtype=compute_dtype,
         )
         model = trainer.model
         random = tf.random.Generator.from_seed(0)
@@ -102,7 +110,3 @@ class LmscaleBody(Peer):
     def train_step(self, window_ids):
         del window_ids
         return float(self._strategy.experimental_local_results(self._step(self._inputs))[0])
-
-
-def _with_vocab_size(shape, vocab_size):
-    return type(shape)(**(vars(shape) | {"vocab_size": vocab_size}))

@@ -66,6 +66,14 @@ KEEPING_MEMORY = {
     "MALLOC_TOP_PAD_": "1073741824",
 }
 _BFLOAT16 = {"compute_dtype": "bfloat16"}
+_PYTORCH_FULL = Side(
+    "PyTorch, full softmax, SGD",
+    f"{_PEERS}.pytorch_full_softmax:PytorchFullSoftmax",
+    needs="torch",
+    floats_a_row=2,
+    largest_vocab_size=472_706,
+    full_logits=4,
+)
 
 SIDES = {
     "lmscale": Side("lmscale", f"{_OWN}:Lmscale", floats_a_row=2),
@@ -96,21 +104,10 @@ SIDES = {
         largest_vocab_size=33_278,
         options=_BFLOAT16,
     ),
-    "pytorch_full": Side(
-        "PyTorch, full softmax, SGD",
-        f"{_PEERS}.pytorch_full_softmax:PytorchFullSoftmax",
-        needs="torch",
-        floats_a_row=2,
-        largest_vocab_size=472_706,
-        full_logits=4,
-    ),
-    "pytorch_full_keeping_memory": Side(
-        "PyTorch, full softmax, SGD, an allocator that keeps its memory",
-        f"{_PEERS}.pytorch_full_softmax:PytorchFullSoftmax",
-        needs="torch",
-        floats_a_row=2,
-        largest_vocab_size=472_706,
-        full_logits=4,
+    "pytorch_full": _PYTORCH_FULL,
+    "pytorch_full_keeping_memory": dataclasses.replace(
+        _PYTORCH_FULL,
+        title=f"{_PYTORCH_FULL.title}, an allocator that keeps its memory",
         environment=KEEPING_MEMORY,
     ),
     "pytorch_adaptive": Side(

@@ -46,9 +46,9 @@ def measure(*, data_dir, config, output, epochs, say):
     )
     say("time to quality: lmscale")
     workdir = output / "lmscale"
-    start = time.time()
+    _note_start(workdir)
     _train(config, workdir=workdir, bindings={"DATA_DIR": f'"{data_dir}"'}, log=output / "lmscale.log")
-    startup_secs = _startup_secs(workdir, start)
+    startup_secs = _startup_secs(workdir)
     ours = _evaluations(workdir)
     return {
         "peer": peer,
@@ -60,16 +60,18 @@ def measure(*, data_dir, config, output, epochs, say):
     }
 
 
-def _startup_secs(workdir, start):
-    """Seconds from `start` to the first step: to the first log line, less the steps that it is of.
+def _note_start(workdir):
+    """Writes the time beside a run that has not logged anything yet: later starts only go on with it."""
+    if not (workdir / "train" / "metrics.jsonl").exists():
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        workdir.with_suffix(".start").write_text(str(time.time()))
 
-    Kept in the run's folder, for a later call that finds the run finished.
-    """
-    path = Path(workdir).with_suffix(".startup")
-    if not path.exists():
-        first = json.loads((Path(workdir) / "train" / "metrics.jsonl").read_text().splitlines()[0])
-        path.write_text(str(first["wall_time"] - start - first["step"] * first["step_secs"]))
-    return float(path.read_text())
+
+def _startup_secs(workdir):
+    """Seconds from the run's start to its first step: to the first log line, less the steps that it is of."""
+    first = json.loads((workdir / "train" / "metrics.jsonl").read_text().splitlines()[0])
+    start = float(workdir.with_suffix(".start").read_text())
+    return first["wall_time"] - start - first["step"] * first["step_secs"]
 
 
 def measure_samples(*, data_dir, config, output, nums_sampled, train_steps, say):

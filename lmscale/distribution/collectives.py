@@ -50,6 +50,18 @@ def all_reduce_sum(x):
     )
 
 
+def local_variable(initial_value, *, dtype=None, name=None):
+    """A variable with a value of its own on each replica, for `local_value`. Make it in the strategy's scope."""
+    return tf.Variable(
+        initial_value,
+        trainable=False,
+        dtype=dtype,
+        name=name,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.NONE,
+    )
+
+
 def local_value(variable):
     """This replica's own component of a variable with one value per replica.
 

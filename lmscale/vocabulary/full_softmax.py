@@ -4,10 +4,8 @@
 
 Every shard streams its own rows, `block_rows` at a time, over the tokens of all replicas with a running
 logsumexp, so that the [tokens, vocab_size] logits never exist: the largest temporary is [tokens, block_rows].
-Gradients recompute the logits of each block instead of keeping them. The arithmetic of a block is compiled with XLA,
-which reads the logits twice (maximum; exponential and sum) and writes no other array of their size. In the loss the
-product itself is left to TensorFlow, whose float32 product is a seventh faster on CPUs; in the gradients XLA keeps it,
-because only then does the loop update the gradient of the shard in place.
+Gradients recompute the logits of each block instead of keeping them. The arithmetic of a block is compiled
+with XLA, which reads the logits twice (maximum; exponential and sum) and writes only the product itself.
 
 `shard_logsumexp` and `shard_gradients` are local to a shard; `full_softmax_loss` and
 `full_softmax_value_and_gradients` combine the shards, inside `strategy.run` and outside any gradient tape.
@@ -20,7 +18,7 @@ import tensorflow as tf
 from lmscale.distribution import collectives
 from lmscale.vocabulary.products import float32_product
 
-_BLOCK_MIB = 32
+_BLOCK_MIB = 64
 _BLOCK_ROWS_MULTIPLE = 128
 
 
@@ -38,7 +36,7 @@ class FullSoftmaxGradients(NamedTuple):
 
 
 def default_block_rows(*, tokens, embed_dim, shard_rows):
-    """Rows per block for which rows and logits take about 32 MiB in float32, evenly split over the shard.
+    """Rows per block for which rows and logits take about 64 MiB in float32, evenly split over the shard.
 
     Args:
       tokens: int, tokens of all replicas together.
@@ -301,10 +299,15 @@ def _read_block(rows, bias, block, block_rows, num_valid_rows):
     return tf.gather(rows, inside), None if bias is None else tf.gather(bias, inside), local_ids, valid
 
 
-def _block_logits(product, bias, valid):
-    """[tokens, block_rows] float32 logits from hidden . rows, -inf where not valid."""
+def _block_logits(hidden, rows, bias, valid):
+    """[tokens, block_rows] float32 logits, -inf where not valid; hidden and rows are of one dtype.
+
+    Adding to the product before anything reduces it also keeps XLA on CPU (TensorFlow 2.21) from fusing a
+    bfloat16 product with a reduction, which aborts the process.
+    """
+    logits = float32_product(hidden, rows, transpose_b=True)
     bias = tf.zeros(valid.shape, tf.float32) if bias is None else tf.cast(bias, tf.float32)
-    return product + tf.where(valid, bias, -float("inf"))
+    return logits + tf.where(valid, bias, -float("inf"))
 
 
 def _without_padding(rows, valid, dtype):
@@ -313,9 +316,9 @@ def _without_padding(rows, valid, dtype):
 
 
 @tf.function(jit_compile=True, autograph=False)
-def _logsumexp_of_block(product, bias, valid, running_max, running_sum):
+def _logsumexp_of_block(hidden, rows, bias, valid, running_max, running_sum):
     """Adds a block to the running (max, sum of exp(logit - max)) of each token."""
-    logits = _block_logits(product, bias, valid)
+    logits = _block_logits(hidden, _without_padding(rows, valid, hidden.dtype), bias, valid)
     new_max = tf.maximum(running_max, tf.reduce_max(logits, axis=1))
     # While no valid row has been seen the maximum is -inf, and -inf - -inf would be NaN.
     reference = tf.where(tf.math.is_inf(new_max) & (new_max < 0), 0.0, new_max)
@@ -342,7 +345,7 @@ def _gradients_of_block(
     transpose of d_logits, which takes it 1.6 (float32) to 3 (bfloat16) times as long on a CPU.
     """
     rows = _without_padding(rows, valid, hidden.dtype)
-    logits = _block_logits(float32_product(hidden, rows, transpose_b=True), bias, valid)
+    logits = _block_logits(hidden, rows, bias, valid)
     is_label = (local_labels[:, tf.newaxis] == local_ids) & valid
     probabilities = tf.exp(logits - logsumexp[:, tf.newaxis])
     d_logits = loss_weights[:, tf.newaxis] * (probabilities - tf.cast(is_label, tf.float32))
@@ -361,10 +364,9 @@ def _shard_logsumexp(hidden, rows, bias, num_valid_rows, *, block_rows, compute_
 
     def body(block, running_max, running_sum):
         block_of_rows, block_of_bias, _, valid = _read_block(rows, bias, block, block_rows, num_valid_rows)
-        product = float32_product(
-            hidden, _without_padding(block_of_rows, valid, compute_dtype), transpose_b=True
+        return block + 1, *_logsumexp_of_block(
+            hidden, block_of_rows, block_of_bias, valid, running_max, running_sum
         )
-        return block + 1, *_logsumexp_of_block(product, block_of_bias, valid, running_max, running_sum)
 
     num_blocks = -(-rows.shape[0] // block_rows)
     _, running_max, running_sum = tf.while_loop(

@@ -112,13 +112,10 @@ class ShardedTable:
 
     def _make_variable(self, entry):
         shape = [self.placement.allocated_rows, *entry.row_shape]
-        return tf.Variable(
+        return collectives.local_variable(
             lambda: tf.fill(shape, tf.cast(entry.initial_value, entry.dtype)),
-            trainable=False,
             dtype=entry.dtype,
             name=entry.name.replace("/", "_"),
-            synchronization=tf.VariableSynchronization.ON_READ,
-            aggregation=tf.VariableAggregation.NONE,
         )
 
     def _initialise(self, initializer, seed):

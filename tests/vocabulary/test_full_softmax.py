@@ -320,6 +320,6 @@ def test_peak_memory_of_evaluation():
 
 
 def test_peak_memory_of_training():
-    """The gradient of the size of the table, 195 MiB, twice as the loop begins, and a few blocks; no logits, 781."""
+    """One gradient of the size of the table, 195 MiB, and a few blocks."""
     measured = measure_peak_memory("training", "200001", "1024")
-    assert measured["peak_above_table_mib"] <= 2 * measured["table_mib"] + 256
+    assert measured["peak_above_table_mib"] <= measured["table_mib"] + 400
