@@ -2,10 +2,13 @@
 
     loss[t] = logsumexp_v(logits[t, v]) - logits[t, label[t]],    logits[t, v] = hidden[t] . row[v] + bias[v]
 
-Every shard streams its own rows, `block_rows` at a time, over the tokens of all replicas with a running
-logsumexp, so that the [tokens, vocab_size] logits never exist: the largest temporary is [tokens, block_rows].
-Gradients recompute the logits of each block instead of keeping them. The arithmetic of a block is compiled
-with XLA, which reads the logits twice (maximum; exponential and sum) and writes only the product itself.
+Every shard streams its own rows, `block_rows` at a time, over the tokens of all replicas, so that the
+[tokens, vocab_size] logits never exist: the largest temporary is [tokens, block_rows]. Gradients recompute the
+logits of each block instead of keeping them.
+
+The logits are read once: what is summed is exp(logit - reference), with the label's own logit for a reference,
+which is known beforehand. No maximum is needed for that unless a loss exceeds some 80 nats; then the sums of
+that shard are taken again with a running maximum.
 
 `shard_logsumexp` and `shard_gradients` are local to a shard; `full_softmax_loss` and
 `full_softmax_value_and_gradients` combine the shards, inside `strategy.run` and outside any gradient tape.
@@ -20,6 +23,9 @@ from lmscale.vocabulary.products import float32_product
 
 _BLOCK_MIB = 64
 _BLOCK_ROWS_MULTIPLE = 128
+
+# Sums of exp(logit - reference) below it may have lost terms to float32's underflow, at 1e-38.
+_SMALLEST_SUM = 1e-20
 
 
 class FullSoftmaxGradients(NamedTuple):
@@ -52,11 +58,15 @@ def default_block_rows(*, tokens, embed_dim, shard_rows):
     return min(shard_rows, -(-shard_rows // (num_blocks * multiple)) * multiple)
 
 
-def shard_logsumexp(hidden, *, rows, bias, num_valid_rows, block_rows=None, compute_dtype=tf.float32):
+def shard_logsumexp(
+    hidden, *, reference, rows, bias, num_valid_rows, block_rows=None, compute_dtype=tf.float32
+):
     """Logarithm of the sum of exponentials of each token's logits over one shard's valid rows.
 
     Args:
       hidden: [tokens, embed_dim] float.
+      reference: [tokens] float32, a guess at the result. Within 40 of it one pass over the logits is enough, else
+        a second one, with their maximum, follows.
       rows: [shard_rows, embed_dim] float tensor or variable (a replica's own component), read block by block.
       bias: [shard_rows] float tensor or variable, or None.
       num_valid_rows: int or scalar int32; rows from there on are padding and never count, whatever they hold.
@@ -74,6 +84,7 @@ def shard_logsumexp(hidden, *, rows, bias, num_valid_rows, block_rows=None, comp
     block_rows = _checked_block_rows(hidden, rows=rows, bias=bias, block_rows=block_rows)
     return _shard_logsumexp(
         tf.convert_to_tensor(hidden),
+        tf.convert_to_tensor(reference, tf.float32),
         rows,
         bias,
         tf.convert_to_tensor(num_valid_rows, tf.int32),
@@ -215,9 +226,8 @@ class _Shard(NamedTuple):
 
 def _loss_of_all_tokens(hidden, labels, shard):
     """Combines the shards: loss, logsumexp and local_labels, each [tokens], of the tokens of all replicas."""
+    _checked_block_rows(hidden, rows=shard.rows, bias=shard.bias, block_rows=shard.block_rows)
     num_shards, shard_id = collectives.num_replicas(), collectives.replica_id()
-    partial = shard_logsumexp(hidden, **shard._asdict())
-    logsumexp = tf.reduce_logsumexp(collectives.all_gather(partial[tf.newaxis], axis=0), axis=0)
     local_labels = tf.where(labels % num_shards == shard_id, labels // num_shards, -1)
     local_labels = tf.cast(local_labels, tf.int32)
     in_vocabulary = (labels >= 0) & (local_labels < shard.num_valid_rows)
@@ -227,8 +237,11 @@ def _loss_of_all_tokens(hidden, labels, shard):
     if shard.bias is not None:
         true_logits += tf.cast(tf.gather(shard.bias, row_ids), tf.float32)
     true_logits = tf.where(local_labels >= 0, true_logits, 0.0)
-    true_logits = tf.where(in_vocabulary, true_logits, float("nan"))
-    return logsumexp - collectives.all_reduce_sum(true_logits), logsumexp, local_labels
+    true_logits = collectives.all_reduce_sum(tf.where(in_vocabulary, true_logits, float("nan")))
+    reference = tf.where(tf.math.is_finite(true_logits), true_logits, 0.0)
+    partial = shard_logsumexp(hidden, reference=reference, **shard._asdict())
+    logsumexp = tf.reduce_logsumexp(collectives.all_gather(partial[tf.newaxis], axis=0), axis=0)
+    return logsumexp - true_logits, logsumexp, local_labels
 
 
 def _rounded(x, dtype):
@@ -299,26 +312,24 @@ def _read_block(rows, bias, block, block_rows, num_valid_rows):
     return tf.gather(rows, inside), None if bias is None else tf.gather(bias, inside), local_ids, valid
 
 
-def _block_logits(hidden, rows, bias, valid):
-    """[tokens, block_rows] float32 logits, -inf where not valid; hidden and rows are of one dtype.
-
-    Adding to the product before anything reduces it also keeps XLA on CPU (TensorFlow 2.21) from fusing a
-    bfloat16 product with a reduction, which aborts the process.
-    """
-    logits = float32_product(hidden, rows, transpose_b=True)
-    bias = tf.zeros(valid.shape, tf.float32) if bias is None else tf.cast(bias, tf.float32)
-    return logits + tf.where(valid, bias, -float("inf"))
-
-
-def _without_padding(rows, valid, dtype):
-    """Rows in dtype, zero where not valid, so that garbage in padding cannot spread as NaN."""
-    return tf.cast(tf.where(valid[:, tf.newaxis], rows, tf.zeros([], rows.dtype)), dtype)
+def _with_bias(logits, bias, valid):
+    """Adds the bias [block_rows], or None, to the products; -inf where not valid, whatever they are there."""
+    if bias is not None:
+        logits += tf.cast(bias, tf.float32)
+    return tf.where(valid, logits, -float("inf"))
 
 
 @tf.function(jit_compile=True, autograph=False)
-def _logsumexp_of_block(hidden, rows, bias, valid, running_max, running_sum):
-    """Adds a block to the running (max, sum of exp(logit - max)) of each token."""
-    logits = _block_logits(hidden, _without_padding(rows, valid, hidden.dtype), bias, valid)
+def _add_to_sum(total, logits, bias, valid, reference):
+    """Adds a block's exp(logit - reference) to each token's total."""
+    logits = _with_bias(logits, bias, valid)
+    return total + tf.reduce_sum(tf.exp(logits - reference[:, tf.newaxis]), axis=1)
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _add_to_logsumexp(running_max, running_sum, logits, bias, valid):
+    """Adds a block to each token's running (max, sum of exp(logit - max))."""
+    logits = _with_bias(logits, bias, valid)
     new_max = tf.maximum(running_max, tf.reduce_max(logits, axis=1))
     # While no valid row has been seen the maximum is -inf, and -inf - -inf would be NaN.
     reference = tf.where(tf.math.is_inf(new_max) & (new_max < 0), 0.0, new_max)
@@ -344,8 +355,9 @@ def _gradients_of_block(
     hidden is transposed before and d_rows after, outside: in here XLA would turn them into a product with the
     transpose of d_logits, which takes it 1.6 (float32) to 3 (bfloat16) times as long on a CPU.
     """
-    rows = _without_padding(rows, valid, hidden.dtype)
-    logits = _block_logits(hidden, rows, bias, valid)
+    # Zero where not valid, so that garbage in padding cannot spread as NaN.
+    rows = tf.cast(tf.where(valid[:, tf.newaxis], rows, tf.zeros([], rows.dtype)), hidden.dtype)
+    logits = _with_bias(float32_product(hidden, rows, transpose_b=True), bias, valid)
     is_label = (local_labels[:, tf.newaxis] == local_ids) & valid
     probabilities = tf.exp(logits - logsumexp[:, tf.newaxis])
     d_logits = loss_weights[:, tf.newaxis] * (probabilities - tf.cast(is_label, tf.float32))
@@ -358,24 +370,37 @@ def _gradients_of_block(
 
 # The loops over a shard are not functions of TensorFlow's own: those are kept for as long as the process lives, and
 # fail when a later table of the same shape meets the trace of a variable that is gone.
-def _shard_logsumexp(hidden, rows, bias, num_valid_rows, *, block_rows, compute_dtype):
+def _shard_logsumexp(hidden, reference, rows, bias, num_valid_rows, *, block_rows, compute_dtype):
     hidden = tf.cast(hidden, compute_dtype)
-    tokens = hidden.shape[0]
+    tokens, num_blocks = hidden.shape[0], -(-rows.shape[0] // block_rows)
 
-    def body(block, running_max, running_sum):
-        block_of_rows, block_of_bias, _, valid = _read_block(rows, bias, block, block_rows, num_valid_rows)
-        return block + 1, *_logsumexp_of_block(
-            hidden, block_of_rows, block_of_bias, valid, running_max, running_sum
+    def over_blocks(add_block, *running):
+        """running after add_block(*running, logits, bias, valid) of every block."""
+
+        def body(block, *running):
+            block_of_rows, block_of_bias, _, valid = _read_block(
+                rows, bias, block, block_rows, num_valid_rows
+            )
+            logits = float32_product(hidden, tf.cast(block_of_rows, compute_dtype), transpose_b=True)
+            return block + 1, *add_block(*running, logits, block_of_bias, valid)
+
+        _, *running = tf.while_loop(
+            lambda block, *_: block < num_blocks,
+            body,
+            [tf.constant(0), *running],
+            parallel_iterations=1,  # One block of logits at a time.
         )
+        return running
 
-    num_blocks = -(-rows.shape[0] // block_rows)
-    _, running_max, running_sum = tf.while_loop(
-        lambda block, *_: block < num_blocks,
-        body,
-        [tf.constant(0), tf.fill([tokens], -float("inf")), tf.zeros([tokens])],
-        parallel_iterations=1,  # One block of logits at a time.
-    )
-    return running_max + tf.math.log(running_sum)
+    def in_two_passes():
+        running_max, running_sum = over_blocks(
+            _add_to_logsumexp, tf.fill([tokens], -float("inf")), tf.zeros([tokens])
+        )
+        return running_max + tf.math.log(running_sum)
+
+    (total,) = over_blocks(lambda *args: (_add_to_sum(*args, reference),), tf.zeros([tokens]))
+    exact = tf.math.is_finite(total) & (total >= _SMALLEST_SUM)
+    return tf.cond(tf.reduce_all(exact), lambda: reference + tf.math.log(total), in_two_passes)
 
 
 def _shard_gradients(

@@ -143,7 +143,7 @@ def test_padding_never_counts():
 def test_a_shard_without_valid_rows():
     rows = tf.fill([2, EMBED_DIM], float("nan"))
     logsumexp = full_softmax.shard_logsumexp(
-        tf.ones([3, EMBED_DIM]), rows=rows, bias=None, num_valid_rows=0, block_rows=1
+        tf.ones([3, EMBED_DIM]), reference=tf.zeros([3]), rows=rows, bias=None, num_valid_rows=0, block_rows=1
     )
     np.testing.assert_array_equal(logsumexp, np.full([3], -np.inf))
 
