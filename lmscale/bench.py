@@ -1,6 +1,7 @@
 """Measures lmscale beside its peers and beside the machine: python -m lmscale.bench [--full]
 
 Writes results.json, report.md and plots into --output, and prints the report; the last line on stdout is the JSON.
+Sections that an earlier call has left in --output stay, each with the date and command of its own.
 Each side of a comparison is a process of its own; they take turns on the same machine, with the same shapes and data,
 and ratios are medians over the rounds. PyTorch's sides need: pip install 'lmscale[bench]'.
 
@@ -65,13 +66,14 @@ def main(argv):
     vocab_sizes = sorted({_vocab_size(text) for text in _VOCAB_SIZES.value or _default_sizes().split()})
     output = Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
-    results = {"environment": machine.describe(), "sections": {}}
+    measured = report.read(output)
     for name in _SECTIONS:
         if name in sections:
-            results["sections"][name] = _measure(name, shape, vocab_sizes, sides, output)
-            report.write(results, output)
+            measured[name] = _measure(name, shape, vocab_sizes, sides, output)
+            measured[name]["environment"] = machine.describe()
+            report.write(measured, output)
     print((output / "report.md").read_text())
-    print(json.dumps(results))
+    print(json.dumps({"sections": measured}))
     return 0
 
 

@@ -8,16 +8,34 @@ from lmscale.benchmarks.sides import SIDES
 from lmscale.benchmarks.step_time import OURS
 
 
-def write(results, output):
-    """Writes everything; plots only where matplotlib is installed."""
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    plots = _plot(results["sections"], output)
-    lines = ["# lmscale, measured", "", *_environment(results["environment"])]
-    for name, section in results["sections"].items():
+def read(output):
+    """The sections that earlier calls have measured, {name: section}; {} where there are none."""
+    try:
+        sections = json.loads((output / "results.json").read_text())["sections"]
+    except FileNotFoundError:
+        return {}
+    return {name: sections[name] for name in _SECTIONS if name in sections}
+
+
+def write(sections, output):
+    """Writes everything; plots only where matplotlib is installed.
+
+    Args:
+      sections: {name: what was measured, with the "environment" it was measured in, or why it "failed"}.
+      output: folder.
+    """
+    (output / "results.json").write_text(json.dumps({"sections": sections}, indent=1) + "\n")
+    plots = _plot(sections, output)
+    lines = ["# lmscale, measured"]
+    for name in _SECTIONS:
+        if name not in sections:
+            continue
+        section = sections[name]
         if "failed" in section:
             lines += ["", f"## {name}", "", f"Failed: {section['failed']}"]
         else:
             lines += ["", *_SECTIONS[name](section)]
+        lines += ["", _environment(section["environment"])]
         if name in plots:
             lines += ["", f"![{name}]({plots[name]})"]
     (output / "report.md").write_text("\n".join(lines) + "\n")
@@ -25,11 +43,11 @@ def write(results, output):
 
 def _environment(environment):
     versions = ", ".join(f"{name} {environment[name]}" for name in ("tensorflow", "keras", "torch"))
-    return [
-        f"{environment['date']}, `{environment['command']}`.",
-        f"{environment['cores']} cores of {environment['processor']} ({', '.join(environment['instructions'])}), "
-        f"{environment['memory_gib']} GiB; {versions}, Python {environment['python']}.",
-    ]
+    return (
+        f"Measured on {environment['date']} by `{environment['command']}` on {environment['cores']} cores of "
+        f"{environment['processor']} ({', '.join(environment['instructions'])}), "
+        f"{environment['memory_gib']} GiB; {versions}, Python {environment['python']}."
+    )
 
 
 def _table(header, rows):
@@ -173,14 +191,16 @@ def _time_to_quality(section):
         "",
         f"PyTorch: {section['peer_recipe']}. lmscale: {section['our_recipe']}. Seconds of training until the exact "
         "validation perplexity of each epoch of PyTorch: steps times their median, without start-up and evaluations; "
-        f"beside them, lmscale's by the clock, {section['startup_secs']:.0f} s of start-up included.",
+        f"beside them, by the clock, of lmscale with {section['startup_secs']:.0f} s of start-up.",
         "",
         *_table(
             [
                 "epoch of PyTorch",
                 "perplexity",
                 "PyTorch, s",
+                "by the clock",
                 "lmscale, s",
+                "by the clock",
                 "epochs of lmscale",
                 "fraction of the time",
             ],
