@@ -1,9 +1,10 @@
 """Measures lmscale beside its peers and beside the machine: python -m lmscale.bench [--full]
 
 Writes results.json, report.md and plots into --output, and prints the report; the last line on stdout is the JSON.
-Sections that an earlier call has left in --output stay, each with the date and command of its own.
+Sections that an earlier call has left in --output stay, each with the date and command of its own; one that fails does
+not replace them, and makes the exit code 1.
 Each side of a comparison is a process of its own; they take turns on the same machine, with the same shapes and data,
-and ratios are medians over the rounds. PyTorch's sides need: pip install 'lmscale[bench]'.
+and ratios are medians over the rounds. PyTorch's sides need the extra "bench".
 
 Quick by default: a few minutes. --full measures every size; time_to_quality and samples train for hours, and go on
 where they were cut off if they are started again with the same --output.
@@ -24,15 +25,22 @@ _SECTIONS_FLAG = flags.DEFINE_list(
     "sections", None, f"Of {', '.join(_SECTIONS)}; by default all with --full, else the first three."
 )
 _OUTPUT = flags.DEFINE_string("output", "runs/bench", "Folder for results, report, plots and logs.")
-_VOCAB_SIZES = flags.DEFINE_list("vocab_sizes", None, "Rows of the tables to compare; by default by --full.")
+_VOCAB_SIZES = flags.DEFINE_list(
+    "vocab_sizes",
+    None,
+    "Rows of the tables of step_time, by default by --full; limits and memory have the last, or 793,470 with --full.",
+)
 _SIDES = flags.DEFINE_list("sides", None, "Sides of step_time; by default all that are installed.")
+# The sizes are those of step_time, limits and memory.
 _EMBED_DIM = flags.DEFINE_integer("embed_dim", 256, "Width of the table and the LSTM layers.", lower_bound=1)
 _NUM_LAYERS = flags.DEFINE_integer("num_layers", 2, "LSTM layers.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples a step.", lower_bound=1)
 _WINDOW = flags.DEFINE_integer("window", 35, "Time steps of an example.", lower_bound=1)
 _NUM_SAMPLED = flags.DEFINE_integer("num_sampled", 2048, "Sampled negatives.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds of each measurement.", lower_bound=1)
-_LIMIT_GIB = flags.DEFINE_float("limit_gib", 20.0, "Memory for the largest vocabulary.", lower_bound=1.0)
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds of step_time and limits.", lower_bound=1)
+_LIMIT_GIB = flags.DEFINE_float(
+    "limit_gib", 20.0, "Memory for the largest vocabulary, which --full measures.", lower_bound=1.0
+)
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", "runs/data/wikitext-2", "Prepared data for time_to_quality and samples."
 )
@@ -52,8 +60,14 @@ def main(argv):
     _check_names("--sections", sections, _SECTIONS)
     sides = _SIDES.value or list(SIDES)
     _check_names("--sides", sides, SIDES)
+    # Before hours of the other sections.
     if {"time_to_quality", "samples"} & set(sections):
-        PreparedData.open(_DATA_DIR.value)  # Before hours of the other sections.
+        PreparedData.open(_DATA_DIR.value)
+    if "time_to_quality" in sections and not SIDES["pytorch_full"].is_installed():
+        raise ValueError(
+            "time_to_quality needs PyTorch. Received: no module torch. Install the extra 'bench', or leave the section "
+            "out of --sections."
+        )
     shape = ModelShape(
         vocab_size=0,
         embed_dim=_EMBED_DIM.value,
@@ -66,15 +80,17 @@ def main(argv):
     vocab_sizes = sorted({_vocab_size(text) for text in _VOCAB_SIZES.value or _default_sizes().split()})
     output = Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
-    measured = report.read(output)
+    measured, failed = report.read(output), []
     for name in _SECTIONS:
         if name in sections:
-            measured[name] = _measure(name, shape, vocab_sizes, sides, output)
-            measured[name]["environment"] = machine.describe()
+            section = _measure(name, shape, vocab_sizes, sides, output) | {"environment": machine.describe()}
+            failed += [name] if "failed" in section else []
+            if name not in failed or "failed" in measured.get(name, section):
+                measured[name] = section
             report.write(measured, output)
     print((output / "report.md").read_text())
     print(json.dumps({"sections": measured}))
-    return 0
+    return 1 if failed else 0
 
 
 def _measure(section, shape, vocab_sizes, sides, output):
@@ -127,7 +143,7 @@ def _measure(section, shape, vocab_sizes, sides, output):
             config=config,
             output=output / section,
             nums_sampled=[256, 512, 1024, 2048, 4096, 8192],
-            train_steps=1864,
+            epochs=1,
             say=_say,
         )
     except (TaskFailedError, SideFailedError) as error:

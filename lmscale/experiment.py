@@ -26,6 +26,8 @@ class Experiment:
       body_optimizer: rule for the body's variables.
       clip_norm: bound on the global norm of the gradient, over body and rows together; None for none.
       softmax_bias: whether the softmax has a bias for each row.
+      initial_bias: what that bias starts from: "zeros", or the row's "log_frequency" in the training data, so that
+        the first thing that training has to find out, how frequent each row is, is known to begin with.
       seed: of initial values, sampling, dropout and data order.
       compute_dtype: of matrix products; logits, sums and master values stay float32.
       deterministic_ops: ask TensorFlow for deterministic kernels, which a bit-exact rerun on GPUs needs.
@@ -54,6 +56,7 @@ class Experiment:
     steps_per_call: int = 1
     clip_norm: float | None = None
     softmax_bias: bool = True
+    initial_bias: Literal["zeros", "log_frequency"] = "zeros"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     deterministic_ops: bool = False
     on_bad_step: Literal["stop", "skip"] = "stop"
@@ -87,11 +90,21 @@ class Experiment:
             raise ValueError(f"probe_tokens must be at least 0. Received: probe_tokens={self.probe_tokens}.")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive or None. Received: clip_norm={self.clip_norm}.")
-        for name, choices in (("compute_dtype", ("float32", "bfloat16")), ("on_bad_step", ("stop", "skip"))):
+        for name, choices in (
+            ("compute_dtype", ("float32", "bfloat16")),
+            ("on_bad_step", ("stop", "skip")),
+            ("initial_bias", ("zeros", "log_frequency")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} must be one of {choices}. Received: {name}={getattr(self, name)!r}."
                 )
+
+        if self.initial_bias != "zeros" and not self.softmax_bias:
+            raise ValueError(
+                "initial_bias needs a bias. Received: "
+                f"initial_bias={self.initial_bias!r}, softmax_bias=False. Set initial_bias to 'zeros'."
+            )
 
     def check_learning_rates(self):
         """Raises ValueError unless both learning rates start as finite numbers, 0 or more. Runs operations."""

@@ -1,6 +1,7 @@
 """The trained state of a run: vocabulary table, body, their optimizer slots; and how it is saved."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from lmscale.checkpoints import CheckpointItem
@@ -18,10 +19,12 @@ class LanguageModel:
       body_slots: {variable: {slot: variable [1, ...]}}, replicated.
     """
 
-    def __init__(self, experiment, *, vocab_size, trainable=True):
+    def __init__(self, experiment, *, vocab_size, counts=None, trainable=True):
         """Args:
         experiment: `Experiment`.
         vocab_size: rows of the table.
+        counts: [vocab_size] int, how often each row occurs in the training data; None for a model whose values will
+          be restored.
         trainable: whether to make the optimizer slots.
         """
         keras.utils.set_random_seed(experiment.seed)
@@ -36,6 +39,8 @@ class LanguageModel:
             bias=experiment.softmax_bias,
             seed=experiment.seed,
         )
+        if experiment.initial_bias == "log_frequency" and counts is not None:
+            self.table.write_rows("bias", 0, _log_frequency(counts))
         self.encoder = Encoder(experiment.body(), embed_dim=experiment.embed_dim)
         self._check_same_on_every_device()
         self.body_slots = {
@@ -104,6 +109,12 @@ class LanguageModel:
         for name, slots in self.body_slots.items():
             replicated.update({f"body_slots/{name}/{slot}": variable for slot, variable in slots.items()})
         return items + [_replicated_item(name, variable) for name, variable in replicated.items()]
+
+
+def _log_frequency(counts):
+    """log((count + 1) / total): one more than seen, for those never seen."""
+    counts = np.asarray(counts, np.float64) + 1
+    return np.log(counts / counts.sum()).astype(np.float32)
 
 
 def _replicated_item(name, variable):

@@ -65,7 +65,7 @@ class Trainer:
             tf.config.experimental.enable_op_determinism()
         with strategy.scope():
             self.loss = experiment.loss(vocab_size=self.data.vocab_size, counts=self.data.counts)
-            self.model = LanguageModel(experiment, vocab_size=self.data.vocab_size)
+            self.model = LanguageModel(experiment, vocab_size=self.data.vocab_size, counts=self.data.counts)
         self.batches = training_batches(
             experiment, body=self.model.encoder.body, tokens=self.data.split("train")
         )
@@ -91,11 +91,20 @@ class Trainer:
         """Does the updates `self.step` (0-based) to `self.step + num_steps - 1` in one call of TensorFlow.
 
         Args:
-          num_steps: at most the experiment's steps_per_call.
+          num_steps: 1 to the experiment's steps_per_call.
 
         Returns:
           {metric: [num_steps] tensor}; "rows_touched" is [num_steps, shards of this process].
+
+        Raises:
+          ValueError: if num_steps is out of range.
         """
+        steps_per_call = self.experiment.steps_per_call
+        if not 1 <= num_steps <= steps_per_call:
+            raise ValueError(
+                f"num_steps must be in 1 .. {steps_per_call}, the experiment's steps_per_call. Received: "
+                f"num_steps={num_steps}. Call more often, or raise steps_per_call."
+            )
         window_ids, starts_epoch = self._prefetcher.batches(self.step, num_steps)
         metrics = self._train_steps(
             tf.constant(window_ids),
@@ -185,7 +194,7 @@ class Trainer:
         }
 
         # One push brings back the gradients of the three roles, merged before a single update of a row.
-        merged = table.merge(window, _window_gradients(window, input_gradient, loss), dense=loss.shard)
+        merged = table.merge(window, window_gradients(window, input_gradient, loss), dense=loss.shard)
         body_gradients, mean_loss = collectives.all_reduce_sum(
             [
                 {name: tf.cast(g, tf.float32) for name, g in body_gradients.items()},
@@ -248,7 +257,7 @@ class Trainer:
             component.assign(part)
 
 
-def _window_gradients(window, input_gradient, loss):
+def window_gradients(window, input_gradient, loss):
     """Gradients of the pulled window from its two roles: positions [:-1] were inputs, [1:] labels."""
     shape = window.embedding.shape
     embedding = tf.pad(input_gradient, [[0, 0], [0, 1], [0, 0]])

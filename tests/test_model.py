@@ -53,6 +53,27 @@ def values(model):
     return whole
 
 
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_initial_bias_is_the_log_frequency(mirrored, num_devices):
+    counts = np.random.default_rng(0).integers(0, 1000, VOCAB_SIZE)
+    counts[7] = 0
+    strategy = mirrored(num_devices)
+    with strategy.scope():
+        model = LanguageModel(
+            experiment(initial_bias="log_frequency", global_batch_size=6),
+            vocab_size=VOCAB_SIZE,
+            counts=counts,
+        )
+    bias = model.table.read_rows("bias", 0, VOCAB_SIZE).astype(np.float64)
+    # A softmax of it alone is the distribution of the words, nearly, and never zero.
+    assert np.exp(bias).sum() == pytest.approx(1, rel=1e-5)
+    np.testing.assert_allclose(np.exp(bias) * (counts.sum() + VOCAB_SIZE), counts + 1, rtol=1e-5)
+    # Nothing else of the model depends on it.
+    plain = values(build(strategy))
+    for name, value in values(model).items():
+        assert (value == plain[name]).all() == (name != "table/bias"), name
+
+
 def step_body(model, strategy, gradients, *, step, scale=1.0, keep=True):
     @tf.function
     def update():

@@ -131,3 +131,11 @@ def test_steps_in_one_call_equal_single_steps_bit_for_bit(mirrored, num_replicas
         np.testing.assert_array_equal(whole[name], single[name])
     for name in single_state:
         np.testing.assert_array_equal(whole_state[name], single_state[name])
+
+
+@pytest.mark.parametrize("num_steps", [0, 4])
+def test_more_steps_than_a_call_has_room_for_are_refused(mirrored, num_steps):
+    run = trainer(mirrored(1), body=Positions, steps_per_call=3)
+    with pytest.raises(ValueError, match=rf"1 \.\. 3.*Received: num_steps={num_steps}\."):
+        run.train_steps(num_steps)
+    assert run.step == 0

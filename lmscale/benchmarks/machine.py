@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import threading
 import time
@@ -20,10 +21,16 @@ def describe():
         "processor": _processor(),
         "instructions": _instructions(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "memory_gib": round(total_bytes() / 2**30, 1),
+        "gpus": _gpus(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("tensorflow", "keras", "torch")},
     }
+
+
+def total_bytes():
+    """Memory of the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_bytes():
@@ -33,7 +40,7 @@ def available_bytes():
             lines = dict(line.split(":") for line in file)
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total_bytes()
 
 
 def resident_mib():
@@ -84,6 +91,20 @@ def _processor():
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "unknown"
+
+
+def _gpus():
+    """["name, driver version", ...], as NVIDIA's tool lists them."""
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return listed.stdout.splitlines()
 
 
 def _instructions():

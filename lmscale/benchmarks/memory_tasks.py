@@ -19,8 +19,8 @@ def measure_devices(*, shape, num_devices):
     Returns:
       {"num_devices"; "device_mib": table and slots on each, as allocated; "whole_mib": what the rows themselves need;
       "built_mib": what the process grew by as everything was built;
-      "over_1_nth": the largest device over 1/N of it; "step_mib": peak of three steps above what was resident before
-      them; "first_step_mib": of the first, which traces and compiles}.
+      "over_1_nth": the largest device over 1/N of it; "first_step_mib": the peak of the first step, which traces and
+      compiles, above table, slots and what the process was before them; "step_mib": of three later steps}.
     """
     from lmscale.benchmarks.own_step import make_trainer
 
@@ -36,15 +36,15 @@ def measure_devices(*, shape, num_devices):
             size = int(np.prod(component.shape)) * component.dtype.size
             device_mib[device] += size / 2**20
         whole_mib += table.vocab_size * int(np.prod(variable.shape[1:])) * variable.dtype.size / 2**20
-    first_step_mib = _peak_mib(trainer, steps=1)
+    before += device_mib.sum()
     return {
         "num_devices": num_devices,
         "device_mib": device_mib.tolist(),
         "whole_mib": whole_mib,
         "built_mib": built_mib,
         "over_1_nth": float(device_mib.max() * num_devices / whole_mib),
-        "first_step_mib": first_step_mib,
-        "step_mib": _peak_mib(trainer, steps=3),
+        "first_step_mib": _peak_mib(trainer, steps=1) - before,
+        "step_mib": _peak_mib(trainer, steps=3) - before,
     }
 
 
@@ -95,7 +95,7 @@ def measure_largest(*, shape, rule, options, limit_gib):
 
 
 def measure_evaluation(*, shape, tokens):
-    """Peak of an exact evaluation of `tokens` tokens above the table, in MiB."""
+    """Peak of an exact evaluation of `tokens` tokens above the table and what the process was before it, in MiB."""
     import tensorflow as tf
 
     from lmscale.vocabulary.full_softmax import full_softmax_loss
@@ -103,6 +103,7 @@ def measure_evaluation(*, shape, tokens):
 
     shape = ModelShape(**shape)
     strategy = make_strategy()
+    before = resident_mib()[0]
     with strategy.scope():
         table = ShardedTable(vocab_size=shape.vocab_size, embed_dim=shape.embed_dim)
     hidden = tf.random.stateless_normal([tokens, shape.embed_dim], [2, 0])
@@ -120,15 +121,15 @@ def measure_evaluation(*, shape, tokens):
             )
         )
 
-    before = resident_mib()[0]
+    for variable in table.variables().values():
+        before += variable.dtype.size * int(np.prod(variable.shape)) / 2**20
     reset_peak()
     strategy.experimental_local_results(evaluate())[0].numpy()
     return {"tokens": tokens, "peak_above_mib": resident_mib()[1] - before}
 
 
 def _peak_mib(trainer, *, steps):
-    before = resident_mib()[0]
     reset_peak()
     for _ in range(steps):
         float(trainer.train_steps()["loss"][0])
-    return resident_mib()[1] - before
+    return resident_mib()[1]

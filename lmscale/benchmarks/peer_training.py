@@ -14,7 +14,7 @@ from lmscale.data.token_files import PreparedData
 
 
 def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
-    """Trains from the last whole epoch that `output` has, to `epochs`.
+    """Trains from the last whole epoch that `output` has, to `epochs`: on CPUs to the bit what one call would.
 
     Args:
       data_dir: folder that `lmscale.prepare` wrote.
@@ -30,6 +30,8 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
     Raises:
       ValueError: if `output` is of other data, another recipe or another PyTorch.
     """
+    import torch
+
     from lmscale.benchmarks.peers.pytorch_full_softmax import PytorchFullSoftmax
 
     data = PreparedData.open(data_dir)
@@ -44,7 +46,12 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
             "torch": importlib.metadata.version("torch"),
         },
     )
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    saved = torch.load(state, map_location="cpu") if state.exists() else {}
+    if "epochs" in saved:
+        done = saved["epochs"]
+        log.write_text(_lines(done))
+    else:  # Nothing yet, or the state of an older version.
+        done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if len(done) >= epochs:
         return done[:epochs]
     peer = PytorchFullSoftmax(
@@ -63,6 +70,8 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
     valid = EvaluationBatches(data.split("valid"), batch_size=24, window=70, eos_id=data.eos_id)
     if done:
         peer.restore(state)
+    if "rng_state" in saved:
+        torch.set_rng_state(saved["rng_state"])
     for epoch in range(len(done), epochs):
         peer.start_epoch()
         seconds, processor_secs = [], 0.0
@@ -79,7 +88,6 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
                 )
         loss = peer.evaluate(valid.at(i) for i in range(valid.num_steps))
         peer.end_epoch(loss)
-        peer.save(state.with_suffix(".new"))
         done.append(
             {
                 "epoch": epoch + 1,
@@ -90,10 +98,17 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
                 "valid_loss_nats": loss,
             }
         )
-        os.replace(state.with_suffix(".new"), state)
-        with log.open("a") as file:
-            file.write(json.dumps(done[-1]) + "\n")
+        # One file, replaced at once: a kill never leaves an epoch trained and not counted.
+        new = state.with_suffix(".new")
+        peer.save(new)
+        torch.save(torch.load(new) | {"epochs": done, "rng_state": torch.get_rng_state()}, new)
+        os.replace(new, state)
+        log.write_text(_lines(done))
     return done
+
+
+def _lines(epochs):
+    return "".join(json.dumps(epoch) + "\n" for epoch in epochs)
 
 
 def _check_same_run(path, recipe):

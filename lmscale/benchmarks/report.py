@@ -2,18 +2,29 @@
 
 import collections
 import json
-import math
 
 from lmscale.benchmarks.sides import SIDES
 from lmscale.benchmarks.step_time import OURS
 
 
 def read(output):
-    """The sections that earlier calls have measured, {name: section}; {} where there are none."""
+    """The sections that earlier calls have measured, {name: section}; {} where there are none.
+
+    Raises:
+      ValueError: if results.json is not of this benchmark, or of an older one.
+    """
+    path = output / "results.json"
     try:
-        sections = json.loads((output / "results.json").read_text())["sections"]
+        sections = json.loads(path.read_text())["sections"]
+        if not all("environment" in sections[name] for name in sections):
+            raise KeyError("environment")
     except FileNotFoundError:
         return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must hold the results of an earlier call. Received: {error!r} on reading it. Move it away, or "
+            "give another --output."
+        ) from error
     return {name: sections[name] for name in _SECTIONS if name in sections}
 
 
@@ -24,7 +35,9 @@ def write(sections, output):
       sections: {name: what was measured, with the "environment" it was measured in, or why it "failed"}.
       output: folder.
     """
-    (output / "results.json").write_text(json.dumps({"sections": sections}, indent=1) + "\n")
+    new = output / "results.json.new"
+    new.write_text(json.dumps({"sections": sections}, indent=1) + "\n")
+    new.replace(output / "results.json")
     plots = _plot(sections, output)
     lines = ["# lmscale, measured"]
     for name in _SECTIONS:
@@ -46,7 +59,8 @@ def _environment(environment):
     return (
         f"Measured on {environment['date']} by `{environment['command']}` on {environment['cores']} cores of "
         f"{environment['processor']} ({', '.join(environment['instructions'])}), "
-        f"{environment['memory_gib']} GiB; {versions}, Python {environment['python']}."
+        f"{environment['memory_gib']} GiB{''.join('; ' + gpu for gpu in environment['gpus'])}; "
+        f"{versions}, Python {environment['python']}."
     )
 
 
@@ -154,8 +168,8 @@ def _memory(section):
                 "largest device, MiB",
                 "over 1/N",
                 "process grew by, MiB",
-                "a step above, MiB",
-                "the first step above, MiB",
+                "first step, MiB",
+                "later steps, MiB",
             ],
             [
                 [
@@ -163,15 +177,16 @@ def _memory(section):
                     _number(max(entry["device_mib"]), 1),
                     f"{entry['over_1_nth']:.4f}",
                     _number(entry["built_mib"], 0),
-                    _number(entry["step_mib"], 0),
                     _number(entry["first_step_mib"], 0),
+                    _number(entry["step_mib"], 0),
                 ]
                 for entry in section["devices"]
             ],
         ),
         "",
-        f"An exact evaluation of {section['evaluation']['tokens']:,} tokens takes "
-        f"{section['evaluation']['peak_above_mib']:,.0f} MiB above the table.",
+        "Steps: the process's peak above what it was before and table and slots; the first one traces and compiles. "
+        f"An exact evaluation of {section['evaluation']['tokens']:,} tokens, likewise: "
+        f"{section['evaluation']['peak_above_mib']:,.0f} MiB.",
     ]
     for entry in section["largest"]:
         name = entry["rule"] + "".join(f", {k}={v:g}" for k, v in entry["options"].items())
@@ -190,7 +205,8 @@ def _time_to_quality(section):
         "## Time to quality",
         "",
         f"PyTorch: {section['peer_recipe']}. lmscale: {section['our_recipe']}. Seconds of training until the exact "
-        "validation perplexity of each epoch of PyTorch: steps times their median, without start-up and evaluations; "
+        "validation perplexity of each epoch of PyTorch: steps times the median step of the fastest epoch, "
+        "without start-up and evaluations; "
         f"beside them, by the clock, of lmscale with {section['startup_secs']:.0f} s of start-up.",
         "",
         *_table(
@@ -286,10 +302,7 @@ def _draw_steps(section, axes):
 
 
 def _draw_quality(section, axes):
-    seconds, points = 0.0, []
-    for line in section["peer"]:
-        seconds += line["steps"] * line["step_secs_median"]
-        points.append((seconds, math.exp(line["valid_loss_nats"])))
+    points = [(entry["peer_secs"], entry["perplexity"]) for entry in section["reached"]]
     axes.plot(*zip(*points, strict=True), marker="o", label="PyTorch, full softmax")
     ours = [(entry["secs"], entry["perplexity"]) for entry in section["ours"]]
     axes.plot(*zip(*ours, strict=True), marker=".", label="lmscale")

@@ -11,8 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lmscale.benchmarks.machine import available_bytes
+from lmscale.benchmarks.machine import total_bytes
 from lmscale.benchmarks.peers.peer import ModelShape
+from lmscale.benchmarks.task import common_environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Side:
         return getattr(importlib.import_module(module), name)(shape, **self.options)
 
 
-_TURN_SECS, _TURN_STEPS = 0.5, 10
+_TURN_SECS, _TURN_CALLS = 0.5, 10
 _SLOW_SECS, _SLOW_REPEATS = 4.0, 3
 _OWN, _PEERS = "lmscale.benchmarks.own_step", "lmscale.benchmarks.peers"
 # glibc gives blocks this large back to the system and faults them in again at every step; with these it does not,
@@ -110,6 +111,12 @@ SIDES = {
         title=f"{_PYTORCH_FULL.title}, an allocator that keeps its memory",
         environment=KEEPING_MEMORY,
     ),
+    "pytorch_full_bfloat16": dataclasses.replace(
+        _PYTORCH_FULL,
+        title=f"{_PYTORCH_FULL.title}, bfloat16 autocast, an allocator that keeps its memory",
+        options={"autocast": True},
+        environment=KEEPING_MEMORY,
+    ),
     "pytorch_adaptive": Side(
         "PyTorch, AdaptiveLogSoftmaxWithLoss, SGD",
         f"{_PEERS}.pytorch_adaptive_softmax:PytorchAdaptiveSoftmax",
@@ -160,7 +167,7 @@ class SideProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | _environment(name, shape),
+                env=os.environ | common_environment() | environment_of(name, shape),
             )
         try:
             self._answer()
@@ -174,14 +181,16 @@ class SideProcess:
         There are two at least, and the first does not count: it finds the caches, and perhaps the memory, as the side
         before has left them.
         """
-        seconds = []
-        while len(seconds) < 2 or (sum(seconds) < _TURN_SECS and len(seconds) < _TURN_STEPS):
+        calls = []
+        while len(calls) < 2 or (
+            sum(call["call_secs"] for call in calls) < _TURN_SECS and len(calls) < _TURN_CALLS
+        ):
             # A process that is gone has closed its end; it says why on the other pipe.
             with contextlib.suppress(OSError):
                 self._process.stdin.write("step\n")
                 self._process.stdin.flush()
-            seconds.append(self._answer()["secs"])
-        return statistics.median(seconds[1:])
+            calls.append(self._answer())
+        return statistics.median(call["step_secs"] for call in calls[1:])
 
     def _answer(self):
         line = self._process.stdout.readline()
@@ -199,15 +208,11 @@ class SideProcess:
         self._process.communicate()
 
 
-def _environment(name, shape):
-    """Environment variables of a side's process."""
-    variables = {
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-        # Of GPUs every side has the first, and shares it with the others.
-        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
-    }
-    if SIDES[name].memory_bytes(shape) > available_bytes() / 3:
+def environment_of(name, shape):
+    """Environment variables of a side's process, beside those that all have."""
+    variables = {}
+    # By what the machine has, not by what is free just now: the allocator makes a side faster or slower.
+    if SIDES[name].memory_bytes(shape) > total_bytes() / 3:
         # TensorFlow's own allocator takes memory in powers of two, which leaves no room for a second large table.
         variables["TF_ONEDNN_USE_SYSTEM_ALLOCATOR"] = "1"
     return variables | SIDES[name].environment

@@ -4,7 +4,15 @@ import contextlib
 import dataclasses
 
 from lmscale.benchmarks.machine import available_bytes
-from lmscale.benchmarks.sides import SIDES, SideFailedError, SideProcess, paired_ratio, summary, take_turns
+from lmscale.benchmarks.sides import (
+    SIDES,
+    SideFailedError,
+    SideProcess,
+    environment_of,
+    paired_ratio,
+    summary,
+    take_turns,
+)
 
 OURS = ("lmscale", "lmscale_bfloat16")
 _SMALLEST = "at the smallest size"
@@ -23,9 +31,10 @@ def measure(shape, *, vocab_sizes, sides, repeats, log_dir, say):
       say: called with a line of text for each stage.
 
     Returns:
-      {"shape", "sizes": [{"vocab_size", "sides": {name: {"median", ..., "times_ours": {our side: how many times as
-      long}}}}], "not_run": [{"side", "vocab_size", "reason"}]}. Our sides have "over_smallest" too, the ratio to the
-      same side at the smallest size, whose process takes its turns beside it.
+      {"shape", "sizes": [{"vocab_size", "sides": {name: {"median", ..., "environment",
+      "times_ours": {our side: how many times as long}}}}], "not_run": [{"side", "vocab_size", "reason"}]}. Our sides
+      have "over_smallest" too, the ratio to the same side at the smallest size, whose process takes its turns beside
+      it.
     """
     sizes, not_run = [], []
     smallest = dataclasses.replace(shape, vocab_size=min(vocab_sizes))
@@ -102,6 +111,7 @@ def _run_group(group, shape, smallest, repeats, log_dir, results):
         if name in results or name not in seconds:
             continue
         results[name] = summary(seconds[name])
+        results[name]["environment"] = environment_of(name, shape)
         results[name]["tokens_per_sec"] = shape.tokens / results[name]["median"]
         results[name]["times_ours"] = {
             ours: paired_ratio(seconds[name], seconds[ours]) for ours in OURS if ours in seconds

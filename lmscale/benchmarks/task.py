@@ -11,6 +11,18 @@ import subprocess
 import sys
 
 
+def common_environment():
+    """Environment variables of every process that is measured: of GPUs the first alone, and float32 for float32."""
+    return {
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+        # Processes that take turns share it.
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+        # TensorFlow would multiply float32 in TensorFloat-32 where PyTorch does not.
+        "NVIDIA_TF32_OVERRIDE": "0",
+    }
+
+
 class TaskFailedError(Exception):
     """The process ended badly; the message has its last words."""
 
@@ -25,7 +37,7 @@ def run_task(function, arguments, *, log, environment=None):
             stderr=file,
             text=True,
             check=False,
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"} | (environment or {}),
+            env=os.environ | common_environment() | (environment or {}),
         )
     if result.returncode:
         words = log.read_text(errors="replace").strip().splitlines()

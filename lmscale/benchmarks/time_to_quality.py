@@ -4,6 +4,7 @@ Both sides train the same model, two tied LSTM layers, on the same prepared data
 counted. Runs go on where an earlier call with the same folders was cut off.
 """
 
+import collections
 import json
 import math
 import os
@@ -13,8 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+from lmscale import configuration
 from lmscale.benchmarks.sides import KEEPING_MEMORY
-from lmscale.benchmarks.task import TaskFailedError, run_task
+from lmscale.benchmarks.task import TaskFailedError, common_environment, run_task
+from lmscale.data.batches import ContiguousBatches
 from lmscale.data.token_files import PreparedData
 
 # The recipe of PyTorch's word_language_model example at its default sizes, with the allocator that makes it fastest.
@@ -34,8 +37,9 @@ def measure(*, data_dir, config, output, epochs, say):
     Returns:
       {"peer": [an entry an epoch], "ours": [{"epoch", "secs", "clock_secs", "perplexity"} an evaluation], "reached":
       [{"peer_epoch", "perplexity", "peer_secs", "peer_clock_secs", "our_secs", "our_clock_secs", "our_epoch",
-      "fraction"}], "peer_recipe", "our_recipe", "startup_secs"}. Seconds are steps times their median; those by the
-      clock are the sum of all steps, and for lmscale also the time from the command to the first step's start.
+      "fraction"}], "peer_recipe", "our_recipe", "startup_secs"}. Seconds are steps times the median step of the fastest
+      epoch, so that what disturbed a machine for an hour does not count; those by the clock are the sum of all steps,
+      and for lmscale also the time from the command to the first step's start.
     """
     say(f"time to quality: PyTorch, full softmax, {epochs} epochs")
     peer = run_task(
@@ -74,19 +78,32 @@ def _startup_secs(workdir):
     return first["wall_time"] - start - first["step"] * first["step_secs"]
 
 
-def measure_samples(*, data_dir, config, output, nums_sampled, train_steps, say):
+def measure_samples(*, data_dir, config, output, nums_sampled, epochs, say):
     """Trains with each number of samples and with the full softmax, for as many steps; exact perplexity after each.
 
     The full softmax is the sampled one with every row in the sample: drawn without replacement, each is there once,
     and its correction is log 1.
 
+    Args:
+      data_dir: prepared data.
+      config: gin file.
+      output: folder for the runs.
+      nums_sampled: numbers of samples; those that the vocabulary does not have are left out.
+      epochs: of each run.
+      say: called with a line of text for each stage.
+
     Returns:
       {"train_steps", "results": [{"num_sampled": vocab_size for the full softmax, "perplexity", "train_secs",
       "over_full": perplexity over that of the full softmax}]}.
     """
-    vocab_size = PreparedData.open(data_dir).vocab_size
+    data = PreparedData.open(data_dir)
+    macros = configuration.load([str(config)]).macros
+    batches = ContiguousBatches(
+        data.split("train"), global_batch_size=macros["GLOBAL_BATCH_SIZE"], window=macros["WINDOW"], seed=0
+    )
+    train_steps = epochs * batches.steps_per_epoch
     results = []
-    for num_sampled in (*nums_sampled, vocab_size):
+    for num_sampled in (*(n for n in nums_sampled if n < data.vocab_size), data.vocab_size):
         say(f"quality against samples: {num_sampled:,}, {train_steps} steps")
         bindings = {
             "DATA_DIR": f'"{data_dir}"',
@@ -117,7 +134,7 @@ def _train(config, *, workdir, bindings, log):
             stdout=file,
             stderr=file,
             check=False,
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"},
+            env=os.environ | common_environment(),
         )
     if result.returncode:
         words = log.read_text(errors="replace").strip().splitlines()
@@ -130,7 +147,10 @@ def _evaluations(workdir):
         [json.loads(line) for line in (Path(workdir) / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("train", "eval")
     )
-    step_secs = statistics.median(line["step_secs"] for line in train)
+    epochs = collections.defaultdict(list)
+    for line in train:
+        epochs[math.ceil(line["epoch"])].append(line["step_secs"])
+    step_secs = min(map(statistics.median, epochs.values()))
     clock, previous = {}, 0
     for line in train:
         clock[line["step"]] = clock.get(previous, 0.0) + (line["step"] - previous) * line["step_secs"]
@@ -149,10 +169,11 @@ def _evaluations(workdir):
 
 def _reached(peer, ours, *, startup_secs):
     """For each epoch of the peer, when lmscale first evaluated as low."""
+    peer_step_secs = min(line["step_secs_median"] for line in peer)
     reached, peer_secs, peer_clock_secs = [], 0.0, 0.0
     for line in peer:
         peer_clock_secs += line["train_secs"]
-        peer_secs += line["steps"] * line["step_secs_median"]
+        peer_secs += line["steps"] * peer_step_secs
         perplexity = math.exp(line["valid_loss_nats"])
         first = next((o for o in ours if o["perplexity"] <= perplexity), None)
         reached.append(

@@ -1,10 +1,11 @@
 """One side of a comparison, for `SideProcess`: python -m lmscale.benchmarks.worker SIDE SHAPE
 
-Does a step (or a call of several) at once and one for each line on stdin, and answers each with the seconds of a step
-and its loss, as a JSON line.
+Does a step (or a call of several) at once and one for each line on stdin, and answers each with the seconds of the call
+and of a step of it, as a JSON line.
 """
 
 import json
+import math
 import sys
 import time
 
@@ -31,9 +32,11 @@ def main(side, shape):
         window_ids = batches.at(step).window_ids
         start = time.perf_counter()
         loss = peer.train_step(window_ids)
-        seconds = (time.perf_counter() - start) / peer.steps_per_call
+        seconds = time.perf_counter() - start
+        if not math.isfinite(loss):
+            sys.exit(f"the loss of step {step} is {loss}: such steps are not worth timing")
         step += 1
-        answers.write(json.dumps({"secs": seconds, "loss_nats": loss}) + "\n")
+        answers.write(json.dumps({"call_secs": seconds, "step_secs": seconds / peer.steps_per_call}) + "\n")
         answers.flush()
         if not sys.stdin.readline():
             return

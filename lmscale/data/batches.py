@@ -1,7 +1,7 @@
 """Batches as pure functions of (tokens, seed, step): the step is the whole state of the data.
 
-Nothing here counts, caches or advances. A run resumed at step s, on any number of devices, reads what the
-uninterrupted run would have read.
+Nothing here counts or advances, and the batches that `Prefetcher` keeps are only read early. A run resumed at step s,
+on any number of devices, reads what the uninterrupted run would have read.
 """
 
 import dataclasses

@@ -9,8 +9,9 @@ _WORDS_PER_COUNT = 4  # Philox yields four 32-bit words a counter value.
 class DropoutStream:
     """The dropout masks of one training step on one replica.
 
-    Every call of `dropout` takes the next of a fixed sequence of independent masks, so call it in the same order at
-    each step. A mask depends on the example's number in the global batch, not on the replica that computes it.
+    Every call of `dropout` or `factors` takes the next of a fixed sequence of independent masks, so call them in the
+    same order at each step. A mask depends on the example's number in the global batch, not on the replica that
+    computes it.
     """
 
     def __init__(self, *, seed, step, first_example):
@@ -38,11 +39,16 @@ class DropoutStream:
 
         Source: Srivastava et al. 2014; over_time: Gal & Ghahramani 2016 (arXiv:1512.05287).
         """
+        factors = self.factors(x.shape, rate, dtype=x.dtype, over_time=over_time)
+        return x if factors is None else x * factors
+
+    def factors(self, shape, rate, *, dtype, over_time=False):
+        """What `dropout` multiplies an x of this shape by, for x that comes in parts: broadcasts to it; None for 1."""
         mask_number = self._num_masks
         self._num_masks += 1
         if rate == 0:
-            return x
-        batch, time, dim = x.shape
+            return None
+        batch, time, dim = shape
         mask_shape = [batch, 1 if over_time else time, dim]
         size = mask_shape[1] * dim
         counts = -(-size // _WORDS_PER_COUNT)
@@ -56,7 +62,7 @@ class DropoutStream:
             dtype=tf.uint32,
         )
         keep = tf.reshape(bits[:, :size] >= tf.constant(int(rate * 2**32), tf.uint32), mask_shape)
-        return x * tf.where(keep, tf.constant(1 / (1 - rate), x.dtype), tf.constant(0, x.dtype))
+        return tf.where(keep, tf.constant(1 / (1 - rate), dtype), tf.constant(0, dtype))
 
 
 def check_rate(**rates):

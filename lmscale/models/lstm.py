@@ -3,12 +3,15 @@
 from typing import Literal
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from lmscale.distribution.strategies import runs_on_cpu
 from lmscale.models.body import Body
 from lmscale.models.dropout import check_rate
 from lmscale.models.recurrence import lstm_sequence
+
+_LEAST_STEPS_OF_A_PART = 11
 
 
 class LstmBody(Body):
@@ -40,14 +43,35 @@ class LstmBody(Body):
         def drop(x, rate):
             return x if dropout is None else dropout.dropout(x, rate, over_time=self._dropout_over_time)
 
-        x = drop(inputs, self._embedding_dropout)
-        new_state = []
-        for i, layer in enumerate(self.layers):
-            if i:
-                x = drop(x, self._dropout)
-            x, *layer_state = _run_layer(layer, x, state[2 * i : 2 * i + 2])
-            new_state += [tf.cast(s, tf.float32) for s in layer_state]
-        return drop(x, self._output_dropout), new_state
+        x, state = self._run_layers(drop(inputs, self._embedding_dropout), state, dropout)
+        return drop(x, self._output_dropout), [tf.cast(s, tf.float32) for s in state]
+
+    def _run_layers(self, inputs, state, dropout):
+        """Takes a window through all layers; returns the last one's outputs and the new state.
+
+        Part of it after part: while a layer is at one part, another core can take the layer below through the next.
+        """
+        batch, time, _ = inputs.shape
+        state, factors, outputs = list(state), {}, []
+        num_parts = max(1, time // _LEAST_STEPS_OF_A_PART) if runs_on_cpu() and len(self.layers) > 1 else 1
+        for steps in np.array_split(np.arange(time), num_parts):
+            x = inputs[:, steps[0] : steps[-1] + 1]
+            for i, layer in enumerate(self.layers):
+                if i and dropout is not None:
+                    if i not in factors:  # One mask for the whole window.
+                        factors[i] = dropout.factors(
+                            [batch, time, x.shape[2]],
+                            self._dropout,
+                            dtype=x.dtype,
+                            over_time=self._dropout_over_time,
+                        )
+                    if factors[i] is not None:
+                        x *= (
+                            factors[i] if self._dropout_over_time else factors[i][:, steps[0] : steps[-1] + 1]
+                        )
+                x, *state[2 * i : 2 * i + 2] = _run_layer(layer, x, state[2 * i : 2 * i + 2])
+            outputs.append(x)
+        return tf.concat(outputs, axis=1), state
 
 
 def _run_layer(layer, inputs, state):

@@ -46,12 +46,18 @@ def lstm_sequence(inputs, h, c, *, kernel, recurrent_kernel, bias, compute_dtype
         )
     batch, time, dim = inputs.shape
     hidden = recurrent_kernel.shape[0]
-    if kernel.shape != [dim, 4 * hidden] or bias.shape != [4 * hidden]:
-        raise ValueError(
-            f"kernel must be [dim, 4 * hidden] = [{dim}, {4 * hidden}] and bias [{4 * hidden}]. Received: "
-            f"{kernel.shape} and {bias.shape}, for inputs {inputs.shape} and a recurrent_kernel "
-            f"{recurrent_kernel.shape}."
-        )
+    for name, value, shape in (
+        ("h", h, [batch, hidden]),
+        ("c", c, [batch, hidden]),
+        ("kernel", kernel, [dim, 4 * hidden]),
+        ("recurrent_kernel", recurrent_kernel, [hidden, 4 * hidden]),
+        ("bias", bias, [4 * hidden]),
+    ):
+        if not tf.TensorShape(value.shape).is_compatible_with(shape):
+            raise ValueError(
+                f"{name} must have the shape {shape}, with inputs {inputs.shape} and {hidden} rows of "
+                f"recurrent_kernel. Received: {value.shape}. Give state and weights of one layer and one batch size."
+            )
     forward, backward = _layer(
         batch, time, dim, hidden, tf.as_dtype(compute_dtype), eager=tf.config.functions_run_eagerly()
     )

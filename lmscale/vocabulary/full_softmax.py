@@ -7,8 +7,8 @@ Every shard streams its own rows, `block_rows` at a time, over the tokens of all
 logits of each block instead of keeping them.
 
 The logits are read once: what is summed is exp(logit - reference), with the label's own logit for a reference,
-which is known beforehand. No maximum is needed for that unless a loss exceeds some 80 nats; then the sums of
-that shard are taken again with a running maximum.
+which is known beforehand. Where that fails the sums of a shard are taken again, with a running maximum: where one
+overflows (at 88 nats of loss), is NaN, or is below 1e-20, so that float32 may have lost some of its terms.
 
 `shard_logsumexp` and `shard_gradients` are local to a shard; `full_softmax_loss` and
 `full_softmax_value_and_gradients` combine the shards, inside `strategy.run` and outside any gradient tape.
@@ -65,8 +65,8 @@ def shard_logsumexp(
 
     Args:
       hidden: [tokens, embed_dim] float.
-      reference: [tokens] float32, a guess at the result. Within 40 of it one pass over the logits is enough, else
-        a second one, with their maximum, follows.
+      reference: [tokens] float32, a guess at the result. Within 40 of it one pass over the logits is enough;
+        further off a second one, with their maximum, may follow.
       rows: [shard_rows, embed_dim] float tensor or variable (a replica's own component), read block by block.
       bias: [shard_rows] float tensor or variable, or None.
       num_valid_rows: int or scalar int32; rows from there on are padding and never count, whatever they hold.
@@ -316,6 +316,7 @@ def _with_bias(logits, bias, valid):
     """Adds the bias [block_rows], or None, to the products; -inf where not valid, whatever they are there."""
     if bias is not None:
         logits += tf.cast(bias, tf.float32)
+    # Also keeps XLA on CPUs (TensorFlow 2.21) from fusing a bfloat16 product with a reduction, where it aborts.
     return tf.where(valid, logits, -float("inf"))
 
 

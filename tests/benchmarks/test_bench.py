@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from lmscale.benchmarks import report, sides, step_time, time_to_quality
+from lmscale.benchmarks import report, sides, step_time, task, time_to_quality
 from lmscale.benchmarks.peers.peer import ModelShape
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -91,12 +91,21 @@ def test_parts_are_compared_with_the_machine(results):
     # tokens * samples * embed_dim, twice for multiply and add, three products.
     assert by_name["sampled loss", "bfloat16"]["flops"] == 40 * 64 * 16 * 2 * 3
     assert by_name["exact evaluation", "float32"]["flops"] == 40 * 2001 * 16 * 2
+    assert by_name["exact evaluation", "float32"]["bytes"] == 2001 * 16 * 4
+    # Hidden states and labels' rows of 40 tokens, 64 sampled rows; their gradients.
+    assert by_name["sampled loss", "float32"]["bytes"] == (40 + 40 + 64) * 16 * 4 * 2
+    # Distinct rows read for the pull; weight and moment read and written for the update.
+    for name in ("pull, push, update", "pull, loss, push, update"):
+        rows, rest = divmod(by_name[name, "float32"]["bytes"], 16 * 4 * 5)
+        assert rest == 0
+        assert 64 < rows < 8 * 6 + 64
 
 
 def test_start_up_and_memory_are_measured(results):
     output, _ = results
     sections = json.loads((output / "results.json").read_text())["sections"]
-    assert all(1 < seconds < 300 for seconds in sections["startup"]["secs"])
+    assert len(sections["startup"]["secs"]) == 1
+    assert sections["startup"]["secs"][0] > 0
     # 2,001 rows of 16 weights and as many second moments, a bias and its own, and the step of either: floats.
     whole = 2001 * (2 * 16 + 2 + 2) * 4 / 2**20
     for entry in sections["memory"]["devices"]:
@@ -105,8 +114,46 @@ def test_start_up_and_memory_are_measured(results):
         assert len(entry["device_mib"]) == n
         # One scratch row a device, and at most one of rounding up.
         assert 1 < entry["over_1_nth"] <= 1 + 2 * n / 2001
+        assert entry["first_step_mib"] > 0
     assert [entry["num_devices"] for entry in sections["memory"]["devices"]] == [1, 2, 4, 8]
     assert sections["memory"]["evaluation"]["peak_above_mib"] > 0
+
+
+def test_the_largest_vocabulary(tmp_path):
+    shape = ModelShape(
+        vocab_size=0, embed_dim=64, hidden_dim=8, num_layers=1, batch_size=2, window=3, num_sampled=11
+    )
+    measured = task.run_task(
+        "lmscale.benchmarks.memory_tasks:measure_largest",
+        {"shape": vars(shape), "rule": "Adam", "options": {"beta_1": 0.0}, "limit_gib": 2.0},
+        log=tmp_path / "log",
+    )
+    # Weight and second moment of row and bias, and the step of either.
+    assert measured["row_bytes"] == 4 * (2 * 64 + 2 + 2)
+    assert measured["vocab_size"] > 10_000
+    assert measured["vocab_size"] * measured["row_bytes"] / 2**30 < measured["peak_gib"] <= 2.0
+
+
+def test_a_section_that_fails_keeps_what_was_measured(tmp_path):
+    def call(section):
+        code = f"from lmscale import bench; bench._measure = lambda *_: {section}; bench.run_main(bench.main)"
+        return subprocess.run(
+            [sys.executable, "-c", code, f"--output={tmp_path}", "--sections=startup"],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert call({"failed": "too early"}).returncode == 1
+    assert "Failed: too early" in (tmp_path / "report.md").read_text()
+    assert call({"secs": [7.5]}).returncode == 0
+    assert call({"failed": "too late"}).returncode == 1
+    assert "step: 7.5 s" in (tmp_path / "report.md").read_text()
+    (tmp_path / "results.json").write_text('{"sections": {"startup": {"secs": [1.0]}}}')
+    completed = call({"secs": [8.5]})
+    assert completed.returncode == 2
+    assert "results.json must hold" in completed.stderr
 
 
 @pytest.mark.parametrize(
@@ -166,6 +213,18 @@ def test_a_side_that_dies_on_the_way_does_not_take_the_others_with_it(tmp_path, 
     process.close()
 
 
+def test_a_turn_is_half_a_second(monkeypatch):
+    process = object.__new__(sides.SideProcess)
+    process.name, process._process = "fake", subprocess.Popen(["cat"], stdin=subprocess.PIPE, text=True)
+    answers = iter([(9.0, 0.9), (0.2, 0.02), (0.3, 0.04), (0.4, 0.03)])
+    monkeypatch.setattr(
+        process, "_answer", lambda: dict(zip(("call_secs", "step_secs"), next(answers), strict=True))
+    )
+    assert process.turn() == 0.02  # Two calls at least, the first not counted, however long it took.
+    assert process.turn() == 0.03
+    process.close()
+
+
 def test_groups_fit_into_memory_and_each_has_our_sides(monkeypatch):
     shape = ModelShape(
         vocab_size=1_000_000,
@@ -204,9 +263,9 @@ def test_a_side_that_dies_says_why(tmp_path):
 
 def test_when_quality_is_reached():
     peer = [
-        {"epoch": i + 1, "steps": 100, "step_secs_median": 0.5, "valid_loss_nats": math.log(perplexity)}
+        {"epoch": i + 1, "steps": 100, "step_secs_median": secs, "valid_loss_nats": math.log(perplexity)}
         | {"train_secs": 60.0}
-        for i, perplexity in enumerate([200.0, 150.0, 120.0])
+        for i, (perplexity, secs) in enumerate([(200.0, 0.6), (150.0, 0.5), (120.0, 0.7)])
     ]
     ours = [
         {"epoch": i + 1, "secs": 10.0 * (i + 1), "clock_secs": 11.0 * (i + 1), "perplexity": perplexity}
@@ -218,6 +277,20 @@ def test_when_quality_is_reached():
     assert (second["peer_clock_secs"], second["our_clock_secs"]) == (120.0, 40.0)
     assert third["our_secs"] is None
     assert third["fraction"] is None
+
+
+def test_seconds_are_those_of_the_fastest_epoch(tmp_path):
+    train = [(10, 0.5, 4.0), (20, 1.0, 2.0), (30, 1.5, 2.0), (40, 2.0, 3.0)]  # step, epoch, step_secs
+    lines = {
+        "train": [{"step": step, "epoch": epoch, "step_secs": secs} for step, epoch, secs in train],
+        "eval": [{"step": step, "valid/exact_loss_nats": math.log(7.0)} for step in (20, 40)],
+    }
+    for name, entries in lines.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    first, second = time_to_quality._evaluations(tmp_path)
+    assert first == {"epoch": 1.0, "secs": 50.0, "clock_secs": 60.0, "perplexity": pytest.approx(7.0)}
+    assert second == {"epoch": 2.0, "secs": 100.0, "clock_secs": 110.0, "perplexity": pytest.approx(7.0)}
 
 
 def test_report_of_the_sections_that_take_long(tmp_path):
@@ -236,6 +309,7 @@ def test_report_of_the_sections_that_take_long(tmp_path):
     reached = {"peer_epoch": 1, "perplexity": 200.0, "peer_secs": 50.0, "our_secs": None, "our_epoch": None}
     reached |= {"peer_clock_secs": 60.0, "our_clock_secs": None}
     environment = dict.fromkeys(("date", "command", "cores", "processor", "memory_gib", "python"), "x")
+    environment["gpus"] = ["a GPU, 1.0"]
     environment |= {"instructions": ["avx2"], "tensorflow": "1", "keras": "2", "torch": None}
     sections = {
         "startup": {"secs": [9.5, 10.0]},
@@ -271,7 +345,8 @@ def test_report_of_the_sections_that_take_long(tmp_path):
     text = (tmp_path / "report.md").read_text()
     for part in (
         "first step: 9.5, 10.0 s",
-        "| 2 | 40.0 | 1.0000 | 90 | 5 | 9 |",
+        "x GiB; a GPU, 1.0; tensorflow 1",
+        "| 2 | 40.0 | 1.0000 | 90 | 9 | 5 |",
         "Adam, beta_1=0: failed: no room",
         "77,000 rows of 516 bytes, peak 1.50 GiB",
         "| 1 | 200.0 | 50 | 60 |  |  |  |  |",

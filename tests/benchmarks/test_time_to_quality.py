@@ -38,10 +38,10 @@ def data_dir(tmp_path_factory):
 
 def test_quality_against_samples(data_dir, tmp_path):
     measured = time_to_quality.measure_samples(
-        data_dir=data_dir, config=CONFIG, output=tmp_path, nums_sampled=[16], train_steps=3, say=print
+        data_dir=data_dir, config=CONFIG, output=tmp_path, nums_sampled=[16, 500], epochs=1, say=print
     )
     few, full = measured["results"]
-    assert measured["train_steps"] == 3
+    assert measured["train_steps"] == (300 * 10 // 32 - 1) // 35
     assert few["num_sampled"] == 16
     assert 55 <= full["num_sampled"] <= 62  # All rows: the words that occur, <unk> and <eos>.
     assert full["over_full"] == 1

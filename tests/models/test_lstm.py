@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from references import lstm, lstm_weights
 
+from lmscale.models import lstm as lstm_module
 from lmscale.models.body import Encoder
 from lmscale.models.dropout import DropoutStream
 from lmscale.models.lstm import lstm_body
@@ -59,6 +60,27 @@ def test_values_against_numpy(num_layers, last_hidden_dim):
     expected = _reference(weights, inputs.astype(np.float64), _as_float64(state))
     _assert_close(body(tf.constant(inputs), [tf.constant(s) for s in state], dropout=None), expected)
     assert expected[0].shape == (BATCH, TIME, last_hidden_dim or 4)
+
+
+@pytest.mark.parametrize("over_time", [False, True])
+def test_a_window_in_parts_is_the_window(monkeypatch, over_time):
+    """Values, state, gradients and masks, for parts that do not divide the window."""
+    body = _built(num_layers=3, hidden_dim=4, dropout=0.4, dropout_over_time=over_time)
+    inputs, state = tf.constant(_inputs(time=11)), [tf.constant(s) for s in _state(body)]
+    variables = [v.value for layer in body.layers for v in layer.trainable_variables]
+
+    def run(least_steps):
+        monkeypatch.setattr(lstm_module, "_LEAST_STEPS_OF_A_PART", least_steps)
+        stream = DropoutStream(seed=5, step=tf.constant(2), first_example=0)
+        with tf.GradientTape() as tape:
+            tape.watch([inputs, state])
+            outputs, new_state = body(inputs, state, dropout=stream)
+            loss = tf.reduce_sum(outputs * tf.sin(tf.reshape(tf.range(44.0 * BATCH), outputs.shape)))
+        return outputs, new_state, tape.gradient(loss, [inputs, state, variables])
+
+    whole = run(12)
+    for least_steps in (1, 2, 4):
+        _assert_close(run(least_steps), whole)
 
 
 def test_gradients_against_differences_of_the_float64_reference():

@@ -73,6 +73,10 @@ def unfinished_run(reference_run, tmp_path):
         ("LEARNING_RATE = 1e999", ["LEARNING_RATE must be finite", "inf"]),
         ("NUM_LAYERS = 0", ["num_layers", "at least 1", "num_layers=0"]),
         ("SEED = -1", ["seed must be in [0, 2**31)", "seed=-1"]),
+        (
+            "experiment.Experiment.initial_bias = 'log_frequency'\nexperiment.Experiment.softmax_bias = False",
+            ["initial_bias needs a bias", "softmax_bias=False"],
+        ),
         ("NUM_SAMPLED = 5004", ["num_sampled=5004, vocab_size=5003", "Set NUM_SAMPLED to at most 5003"]),
         (
             "GLOBAL_BATCH_SIZE = 25",

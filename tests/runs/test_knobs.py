@@ -169,6 +169,7 @@ OTHER_VALUES = {
     "save_every": 4,
     "clip_norm": None,
     "softmax_bias": False,
+    "initial_bias": "log_frequency",
     "compute_dtype": "bfloat16",
     "deterministic_ops": True,
     "eval_batch_size": 10,

@@ -148,6 +148,32 @@ def test_a_shard_without_valid_rows():
     np.testing.assert_array_equal(logsumexp, np.full([3], -np.inf))
 
 
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("offset", [-100, -60, 0, 60, 80, 100])
+def test_any_reference_gives_the_same_logsumexp(offset, in_graph):
+    """At 80 above, half of the sum is of terms that underflow one by one, though the sum itself does not."""
+    case = make_case(scale=0.01)
+    case["bias"] = np.zeros(VOCAB_SIZE, np.float32)
+    case["bias"][5] = np.log(VOCAB_SIZE)
+    logits = case["hidden"].astype(np.float64) @ case["rows"].T.astype(np.float64) + case["bias"]
+    expected = np.log(np.exp(logits).sum(axis=1))
+
+    def logsumexp(reference):
+        return full_softmax.shard_logsumexp(
+            tf.constant(case["hidden"]),
+            reference=reference,
+            rows=tf.constant(case["rows"]),
+            bias=tf.constant(case["bias"]),
+            num_valid_rows=VOCAB_SIZE,
+            block_rows=1000,
+        )
+
+    if in_graph:
+        logsumexp = tf.function(logsumexp, autograph=False)
+    # Near 10 nats; half of the sum would be 0.7. The reference is rounded near 100, to 4e-6.
+    np.testing.assert_allclose(logsumexp(tf.constant(expected + offset, tf.float32)), expected, atol=2e-5)
+
+
 def test_a_label_outside_the_vocabulary_gives_nan():
     case = make_case(vocab_size=101)
     expected = reference(case)[0]
@@ -173,23 +199,41 @@ def test_bfloat16_products_have_float32_logits():
     np.testing.assert_allclose(result.d_rows, d_rows, rtol=2**-7, atol=2**-9)
 
 
-def test_compiles_with_xla():
-    case = make_case()
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_compiles_with_xla(compute_dtype, with_bias, with_gradients):
+    case = make_case(with_bias=with_bias)
+    function, weights = full_softmax.full_softmax_loss, {}
+    if with_gradients:
+        function = full_softmax.full_softmax_value_and_gradients
+        weights = {"loss_weights": tf.constant(case["loss_weights"])}
 
-    @tf.function(jit_compile=True)
-    def compiled(hidden, rows, bias):
-        return full_softmax.full_softmax_value_and_gradients(
+    def run(hidden, rows, bias):
+        return function(
             hidden,
             labels=tf.constant(case["labels"]),
-            loss_weights=tf.constant(case["loss_weights"]),
             rows=rows,
             bias=bias,
             num_valid_rows=VOCAB_SIZE,
             block_rows=1000,
+            compute_dtype=compute_dtype,
+            **weights,
         )
 
-    result = compiled(*(tf.constant(case[name]) for name in ("hidden", "rows", "bias")))
-    assert_equal_to_reference(result, case)
+    arguments = [
+        None if case[name] is None else tf.constant(case[name]) for name in ("hidden", "rows", "bias")
+    ]
+    compiled, plain = tf.function(run, jit_compile=True)(*arguments), run(*arguments)
+    if not with_gradients:
+        compiled, plain = [compiled], [plain]
+    (loss, *gradients), (plain_loss, *plain_gradients) = compiled, plain
+    np.testing.assert_allclose(loss, plain_loss, rtol=2e-5)
+    # d_logits may be rounded to the other bfloat16 (8 bits).
+    rtol, atol = (2e-5, 2e-6) if compute_dtype == "float32" else (2**-7, 2**-9)
+    for ours, theirs in zip(gradients, plain_gradients, strict=True):
+        if theirs is not None:
+            np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol)
 
 
 def test_default_block_rows():

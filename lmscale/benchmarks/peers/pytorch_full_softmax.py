@@ -31,9 +31,10 @@ class PytorchFullSoftmax(QualityPeer):
     learning_rate = 20.0
     clip_norm = 0.25
 
-    def __init__(self, shape):
+    def __init__(self, shape, *, autocast=False):
         torch.manual_seed(0)
         self.shape = shape
+        self._autocast = autocast
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = TiedLstm(shape).to(self._device)
         self.loss = nn.CrossEntropyLoss()
@@ -48,8 +49,9 @@ class PytorchFullSoftmax(QualityPeer):
         self.model.train()
         self.model.zero_grad()
         state = self._state and tuple(s.detach() for s in self._state)
-        logits, self._state = self.model(ids[:-1], state)
-        loss = self.loss(logits.reshape(-1, self.shape.vocab_size), ids[1:].reshape(-1))
+        with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._autocast):
+            logits, self._state = self.model(ids[:-1], state)
+            loss = self.loss(logits.reshape(-1, self.shape.vocab_size), ids[1:].reshape(-1))
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         with torch.no_grad():
