@@ -14,10 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from lmscale import configuration
 from lmscale.benchmarks.sides import KEEPING_MEMORY
 from lmscale.benchmarks.task import TaskFailedError, common_environment, run_task
-from lmscale.data.batches import ContiguousBatches
 from lmscale.data.token_files import PreparedData
 
 # The recipe of PyTorch's word_language_model example at its default sizes, with the allocator that makes it fastest.
@@ -96,6 +94,10 @@ def measure_samples(*, data_dir, config, output, nums_sampled, epochs, say):
       {"train_steps", "results": [{"num_sampled": vocab_size for the full softmax, "perplexity", "train_secs",
       "over_full": perplexity over that of the full softmax}]}.
     """
+    # These bring TensorFlow, whose memory the other sections would rather have.
+    from lmscale import configuration
+    from lmscale.data.batches import ContiguousBatches
+
     data = PreparedData.open(data_dir)
     macros = configuration.load([str(config)]).macros
     batches = ContiguousBatches(
