@@ -5,6 +5,8 @@ import dataclasses
 from lmscale.benchmarks.task import TaskFailedError, run_task
 
 _TASKS = "lmscale.benchmarks.memory_tasks"
+# Memory that is in use, not what a pool keeps for later.
+_ENVIRONMENT = {"TF_ONEDNN_USE_SYSTEM_ALLOCATOR": "1"}
 _RULES = [("Adam", {"beta_1": 0.0}), ("RowWiseAdagrad", {})]
 
 
@@ -19,26 +21,34 @@ def measure(shape, *, vocab_size, limit_gib, log_dir, say):
       say: called with a line of text for each stage.
 
     Returns:
-      {"vocab_size", "devices": [an entry of `measure_devices` for N = 1, 2, 4, 8], "evaluation": of
-      `measure_evaluation`, "largest": [an entry of `measure_largest` a rule]}.
+      {"vocab_size", "small_vocab_size", "devices": [an entry of `measure_devices` for N = 1, 2, 4, 8], "evaluation": of
+      `measure_evaluation`, "largest": [an entry of `measure_largest` a rule]}. The entries of devices and evaluation
+      have "small", the same of a small vocabulary: code and graphs take as much there, so that what is left depends on
+      the vocabulary.
     """
-    shape = dataclasses.replace(shape, vocab_size=vocab_size)
+    sizes = [
+        dataclasses.replace(shape, vocab_size=size)
+        for size in (vocab_size, min(vocab_size, 5 * shape.num_sampled))
+    ]
+
+    def at_both_sizes(function, **arguments):
+        large, small = (
+            run_task(
+                f"{_TASKS}:{function}",
+                {"shape": vars(at_size), **arguments},
+                log=log_dir / f"{function}_{at_size.vocab_size}.log",
+                environment=_ENVIRONMENT,
+            )
+            for at_size in sizes
+        )
+        return large | {"small": small}
+
     devices = []
     for num_devices in (1, 2, 4, 8):
         say(f"memory of {num_devices} device(s), vocabulary {vocab_size:,}")
-        devices.append(
-            run_task(
-                f"{_TASKS}:measure_devices",
-                {"shape": vars(shape), "num_devices": num_devices},
-                log=log_dir / f"memory_{num_devices}.log",
-            )
-        )
+        devices.append(at_both_sizes("measure_devices", num_devices=num_devices))
     say("memory of an exact evaluation")
-    evaluation = run_task(
-        f"{_TASKS}:measure_evaluation",
-        {"shape": vars(shape), "tokens": 4096},
-        log=log_dir / "memory_evaluation.log",
-    )
+    evaluation = at_both_sizes("measure_evaluation", tokens=4096)
     largest = []
     for rule, options in _RULES if limit_gib else []:
         say(f"largest vocabulary in {limit_gib:g} GiB, {rule}")
@@ -50,9 +60,15 @@ def measure(shape, *, vocab_size, limit_gib, log_dir, say):
                     f"{_TASKS}:measure_largest",
                     arguments,
                     log=log_dir / f"largest_{rule}.log",
-                    environment={"TF_ONEDNN_USE_SYSTEM_ALLOCATOR": "1"},
+                    environment=_ENVIRONMENT,
                 )
             )
         except TaskFailedError as error:
             largest.append({"rule": rule, "options": options, "failed": str(error)})
-    return {"vocab_size": vocab_size, "devices": devices, "evaluation": evaluation, "largest": largest}
+    return {
+        "vocab_size": vocab_size,
+        "small_vocab_size": sizes[1].vocab_size,
+        "devices": devices,
+        "evaluation": evaluation,
+        "largest": largest,
+    }

@@ -18,7 +18,6 @@ def measure_devices(*, shape, num_devices):
 
     Returns:
       {"num_devices"; "device_mib": table and slots on each, as allocated; "whole_mib": what the rows themselves need;
-      "built_mib": what the process grew by as everything was built;
       "over_1_nth": the largest device over 1/N of it; "first_step_mib": the peak of the first step, which traces and
       compiles, above table, slots and what the process was before them; "step_mib": of three later steps}.
     """
@@ -27,7 +26,6 @@ def measure_devices(*, shape, num_devices):
     strategy = make_strategy(cpu_devices=num_devices)
     before = resident_mib()[0]
     trainer = make_trainer(ModelShape(**shape), strategy=strategy)
-    built_mib = resident_mib()[0] - before
     table = trainer.model.table
     device_mib = np.zeros([num_devices])
     whole_mib = 0.0
@@ -41,7 +39,6 @@ def measure_devices(*, shape, num_devices):
         "num_devices": num_devices,
         "device_mib": device_mib.tolist(),
         "whole_mib": whole_mib,
-        "built_mib": built_mib,
         "over_1_nth": float(device_mib.max() * num_devices / whole_mib),
         "first_step_mib": _peak_mib(trainer, steps=1) - before,
         "step_mib": _peak_mib(trainer, steps=3) - before,

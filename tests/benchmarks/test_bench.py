@@ -115,6 +115,7 @@ def test_start_up_and_memory_are_measured(results):
         # One scratch row a device, and at most one of rounding up.
         assert 1 < entry["over_1_nth"] <= 1 + 2 * n / 2001
         assert entry["first_step_mib"] > 0
+        assert entry["small"]["whole_mib"] == pytest.approx(whole * 320 / 2001)
     assert [entry["num_devices"] for entry in sections["memory"]["devices"]] == [1, 2, 4, 8]
     assert sections["memory"]["evaluation"]["peak_above_mib"] > 0
 
@@ -299,10 +300,10 @@ def test_report_of_the_sections_that_take_long(tmp_path):
             "num_devices": n,
             "device_mib": [80.0 / n] * n,
             "whole_mib": 80.0,
-            "built_mib": 90.0,
             "over_1_nth": 1.0,
             "step_mib": 5.0,
             "first_step_mib": 9.0,
+            "small": {"step_mib": 4.0},
         }
         for n in (1, 2)
     ]
@@ -316,7 +317,8 @@ def test_report_of_the_sections_that_take_long(tmp_path):
         "memory": {
             "vocab_size": 1000,
             "devices": devices,
-            "evaluation": {"tokens": 40, "peak_above_mib": 12.0},
+            "small_vocab_size": 500,
+            "evaluation": {"tokens": 40, "peak_above_mib": 12.0, "small": {"peak_above_mib": 11.0}},
             "largest": [
                 {"rule": "Adam", "options": {"beta_1": 0.0}, "failed": "no room"},
                 {"rule": "SGD", "options": {}, "vocab_size": 77_000, "row_bytes": 516, "peak_gib": 1.5}
@@ -346,7 +348,8 @@ def test_report_of_the_sections_that_take_long(tmp_path):
     for part in (
         "first step: 9.5, 10.0 s",
         "x GiB; a GPU, 1.0; tensorflow 1",
-        "| 2 | 40.0 | 1.0000 | 90 | 9 | 5 |",
+        "| 2 | 40.0 | 1.0000 | 9 | 5 | 4 |",
+        "12 MiB, with 500 rows 11 MiB",
         "Adam, beta_1=0: failed: no room",
         "77,000 rows of 516 bytes, peak 1.50 GiB",
         "| 1 | 200.0 | 50 | 60 |  |  |  |  |",
