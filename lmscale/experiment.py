@@ -102,8 +102,9 @@ class Experiment:
 
         if self.initial_bias != "zeros" and not self.softmax_bias:
             raise ValueError(
-                "initial_bias needs a bias. Received: "
-                f"initial_bias={self.initial_bias!r}, softmax_bias=False. Set initial_bias to 'zeros'."
+                "initial_bias must be 'zeros' without a bias. Received: "
+                f"initial_bias={self.initial_bias!r}, softmax_bias=False. Set experiment.Experiment.initial_bias to "
+                "'zeros'."
             )
 
     def check_learning_rates(self):

@@ -104,7 +104,7 @@ def _check_same_run(config, workdir):
         raise ValueError(
             f"The run in {workdir.path} goes on with the settings it started with. Received other ones:\n  "
             + "\n  ".join(refused)
-            + "\nRun with the old settings, or give another --workdir."
+            + f"\nRun with the old settings, --gin_file={workdir.config_path}, or give another --workdir."
         )
 
 

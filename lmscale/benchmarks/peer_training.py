@@ -46,12 +46,9 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
             "torch": importlib.metadata.version("torch"),
         },
     )
-    saved = torch.load(state, map_location="cpu") if state.exists() else {}
-    if "epochs" in saved:
-        done = saved["epochs"]
-        log.write_text(_lines(done))
-    else:  # Nothing yet, or the state of an older version.
-        done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    saved = torch.load(state, map_location="cpu") if state.exists() else {"epochs": []}
+    done = saved["epochs"]
+    log.write_text(_lines(done))
     if len(done) >= epochs:
         return done[:epochs]
     peer = PytorchFullSoftmax(
@@ -70,7 +67,6 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
     valid = EvaluationBatches(data.split("valid"), batch_size=24, window=70, eos_id=data.eos_id)
     if done:
         peer.restore(state)
-    if "rng_state" in saved:
         torch.set_rng_state(saved["rng_state"])
     for epoch in range(len(done), epochs):
         peer.start_epoch()

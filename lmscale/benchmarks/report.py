@@ -6,6 +6,8 @@ import json
 from lmscale.benchmarks.sides import SIDES
 from lmscale.benchmarks.step_time import OURS
 
+_FORMAT = 1  # of results.json: another one when a section changes what it holds.
+
 
 def read(output):
     """The sections that earlier calls have measured, {name: section}; {} where there are none.
@@ -15,9 +17,10 @@ def read(output):
     """
     path = output / "results.json"
     try:
-        sections = json.loads(path.read_text())["sections"]
-        if not all("environment" in sections[name] for name in sections):
-            raise KeyError("environment")
+        results = json.loads(path.read_text())
+        sections = results["sections"]
+        if results["format"] != _FORMAT:
+            raise ValueError(f"format {results['format']} is not {_FORMAT}")
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:
@@ -36,7 +39,7 @@ def write(sections, output):
       output: folder.
     """
     new = output / "results.json.new"
-    new.write_text(json.dumps({"sections": sections}, indent=1) + "\n")
+    new.write_text(json.dumps({"format": _FORMAT, "sections": sections}, indent=1) + "\n")
     new.replace(output / "results.json")
     plots = _plot(sections, output)
     lines = ["# lmscale, measured"]
@@ -169,7 +172,8 @@ def _memory(section):
                 "over 1/N",
                 "first step, MiB",
                 "later steps, MiB",
-                f"later steps at {section['small_vocab_size']:,} rows, MiB",
+                f"at {section['small_vocab_size']:,} rows: first step",
+                "later steps",
             ],
             [
                 [
@@ -178,14 +182,15 @@ def _memory(section):
                     f"{entry['over_1_nth']:.4f}",
                     _number(entry["first_step_mib"], 0),
                     _number(entry["step_mib"], 0),
+                    _number(entry["small"]["first_step_mib"], 0),
                     _number(entry["small"]["step_mib"], 0),
                 ]
                 for entry in section["devices"]
             ],
         ),
         "",
-        "Steps: the process's peak above table, slots and what it was before them. Most of that is code and graphs: a "
-        "small vocabulary takes as much. "
+        "Steps: the process's peak above table, slots and what it was before them, code, graphs and compiled programs "
+        "included. "
         f"An exact evaluation of {section['evaluation']['tokens']:,} tokens, likewise: "
         f"{section['evaluation']['peak_above_mib']:,.0f} MiB, with {section['small_vocab_size']:,} rows "
         f"{section['evaluation']['small']['peak_above_mib']:,.0f} MiB.",

@@ -303,7 +303,7 @@ def test_report_of_the_sections_that_take_long(tmp_path):
             "over_1_nth": 1.0,
             "step_mib": 5.0,
             "first_step_mib": 9.0,
-            "small": {"step_mib": 4.0},
+            "small": {"first_step_mib": 8.0, "step_mib": 4.0},
         }
         for n in (1, 2)
     ]
@@ -348,7 +348,7 @@ def test_report_of_the_sections_that_take_long(tmp_path):
     for part in (
         "first step: 9.5, 10.0 s",
         "x GiB; a GPU, 1.0; tensorflow 1",
-        "| 2 | 40.0 | 1.0000 | 9 | 5 | 4 |",
+        "| 2 | 40.0 | 1.0000 | 9 | 5 | 8 | 4 |",
         "12 MiB, with 500 rows 11 MiB",
         "Adam, beta_1=0: failed: no room",
         "77,000 rows of 516 bytes, peak 1.50 GiB",

@@ -63,11 +63,3 @@ def test_the_log_is_that_of_the_state(train, tmp_path):
     log.unlink()
     assert train("out", epochs=1)[0] == losses
     assert log.read_text() == written
-
-
-def test_a_state_without_its_epochs_goes_on_from_the_log(train, tmp_path):
-    (first,), state = train("out", epochs=1)
-    torch.save({name: state[name] for name in ("model", "learning_rate", "best")}, tmp_path / "out" / "state")
-    losses, state = train("out", epochs=2)
-    assert losses[0] == first
-    assert len(state["epochs"]) == 2

@@ -75,7 +75,7 @@ def unfinished_run(reference_run, tmp_path):
         ("SEED = -1", ["seed must be in [0, 2**31)", "seed=-1"]),
         (
             "experiment.Experiment.initial_bias = 'log_frequency'\nexperiment.Experiment.softmax_bias = False",
-            ["initial_bias needs a bias", "softmax_bias=False"],
+            ["initial_bias must be 'zeros' without a bias", "softmax_bias=False"],
         ),
         ("NUM_SAMPLED = 5004", ["num_sampled=5004, vocab_size=5003", "Set NUM_SAMPLED to at most 5003"]),
         (
