@@ -59,7 +59,15 @@ def default_block_rows(*, tokens, embed_dim, shard_rows):
 
 
 def shard_logsumexp(
-    hidden, *, reference, rows, bias, num_valid_rows, block_rows=None, compute_dtype=tf.float32
+    hidden,
+    *,
+    reference,
+    rows,
+    bias,
+    num_valid_rows,
+    block_rows=None,
+    compute_dtype=tf.float32,
+    fused=False,
 ):
     """Logarithm of the sum of exponentials of each token's logits over one shard's valid rows.
 
@@ -72,6 +80,8 @@ def shard_logsumexp(
       num_valid_rows: int or scalar int32; rows from there on are padding and never count, whatever they hold.
       block_rows: int, rows read at a time; None for `default_block_rows`.
       compute_dtype: dtype in which hidden and rows are multiplied; the logits are float32 in any case.
+      fused: compile product and sums into one program, as those of the gradients are: it takes longer on CPUs, but
+        leaves no memory behind that they could not use.
 
     Returns:
       [tokens] float32; -inf on a shard without a valid row.
@@ -90,6 +100,7 @@ def shard_logsumexp(
         tf.convert_to_tensor(num_valid_rows, tf.int32),
         block_rows=block_rows,
         compute_dtype=tf.as_dtype(compute_dtype),
+        fused=fused,
     )
 
 
@@ -181,6 +192,7 @@ def full_softmax_value_and_gradients(
 ):
     """`full_softmax_loss` with the gradients of its weighted sum over the tokens of all replicas.
 
+    The losses are those of `full_softmax_loss` up to the rounding of float32 products, which another program takes.
     No tape is needed, and none may record this. Costs four products of tokens and rows (one for the loss, one
     to recompute the logits, two for the gradients) and one [shard_rows, embed_dim] buffer.
 
@@ -202,7 +214,7 @@ def full_softmax_value_and_gradients(
     shard = _Shard(rows, bias, num_valid_rows, block_rows, compute_dtype)
     all_hidden, all_labels = _gather_tokens(hidden), _gather_tokens(labels)
     all_weights = _gather_tokens(tf.cast(loss_weights, tf.float32))
-    loss, logsumexp, local_labels = _loss_of_all_tokens(all_hidden, all_labels, shard)
+    loss, logsumexp, local_labels = _loss_of_all_tokens(all_hidden, all_labels, shard, fused=True)
     d_hidden, d_rows, d_bias = shard_gradients(
         all_hidden,
         local_labels=local_labels,
@@ -224,7 +236,7 @@ class _Shard(NamedTuple):
     compute_dtype: tf.DType
 
 
-def _loss_of_all_tokens(hidden, labels, shard):
+def _loss_of_all_tokens(hidden, labels, shard, *, fused=False):
     """Combines the shards: loss, logsumexp and local_labels, each [tokens], of the tokens of all replicas."""
     _checked_block_rows(hidden, rows=shard.rows, bias=shard.bias, block_rows=shard.block_rows)
     num_shards, shard_id = collectives.num_replicas(), collectives.replica_id()
@@ -239,7 +251,7 @@ def _loss_of_all_tokens(hidden, labels, shard):
     true_logits = tf.where(local_labels >= 0, true_logits, 0.0)
     true_logits = collectives.all_reduce_sum(tf.where(in_vocabulary, true_logits, float("nan")))
     reference = tf.where(tf.math.is_finite(true_logits), true_logits, 0.0)
-    partial = shard_logsumexp(hidden, reference=reference, **shard._asdict())
+    partial = shard_logsumexp(hidden, reference=reference, fused=fused, **shard._asdict())
     logsumexp = tf.reduce_logsumexp(collectives.all_gather(partial[tf.newaxis], axis=0), axis=0)
     return logsumexp - true_logits, logsumexp, local_labels
 
@@ -371,19 +383,25 @@ def _gradients_of_block(
 
 # The loops over a shard are not functions of TensorFlow's own: those are kept for as long as the process lives, and
 # fail when a later table of the same shape meets the trace of a variable that is gone.
-def _shard_logsumexp(hidden, reference, rows, bias, num_valid_rows, *, block_rows, compute_dtype):
+def _shard_logsumexp(hidden, reference, rows, bias, num_valid_rows, *, block_rows, compute_dtype, fused):
     hidden = tf.cast(hidden, compute_dtype)
     tokens, num_blocks = hidden.shape[0], -(-rows.shape[0] // block_rows)
 
     def over_blocks(add_block, *running):
         """running after add_block(*running, logits, bias, valid) of every block."""
 
+        def multiply_and_add(rows, bias, valid, *running):
+            logits = float32_product(hidden, tf.cast(rows, compute_dtype), transpose_b=True)
+            return add_block(*running, logits, bias, valid)
+
+        if fused:
+            multiply_and_add = tf.function(multiply_and_add, jit_compile=True, autograph=False)
+
         def body(block, *running):
             block_of_rows, block_of_bias, _, valid = _read_block(
                 rows, bias, block, block_rows, num_valid_rows
             )
-            logits = float32_product(hidden, tf.cast(block_of_rows, compute_dtype), transpose_b=True)
-            return block + 1, *add_block(*running, logits, block_of_bias, valid)
+            return block + 1, *multiply_and_add(block_of_rows, block_of_bias, valid, *running)
 
         _, *running = tf.while_loop(
             lambda block, *_: block < num_blocks,

@@ -95,6 +95,7 @@ def test_against_the_op_of_tensorflow():
 
 
 def test_the_loss_alone_equals_the_loss_with_gradients():
+    """But for the rounding of the products, which the two leave to different libraries."""
     case = make_case(vocab_size=101)
     loss = full_softmax.full_softmax_loss(
         tf.constant(case["hidden"]),
@@ -104,7 +105,7 @@ def test_the_loss_alone_equals_the_loss_with_gradients():
         num_valid_rows=101,
         block_rows=7,
     )
-    np.testing.assert_array_equal(loss, run_full_softmax(case, block_rows=7).loss_nats)
+    np.testing.assert_allclose(loss, run_full_softmax(case, block_rows=7).loss_nats, rtol=1e-6, atol=1e-6)
 
 
 def test_vocabulary_of_one_word():
