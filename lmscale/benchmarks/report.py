@@ -3,7 +3,7 @@
 import collections
 import json
 
-from lmscale.benchmarks.sides import SIDES
+from lmscale.benchmarks.sides import PEERS, SIDES
 from lmscale.benchmarks.step_time import OURS
 
 _FORMAT = 1  # of results.json: another one when a section changes what it holds.
@@ -286,10 +286,10 @@ def _plot(sections, output):
     files = {}
     for name, draw in drawings.items():
         if name in sections and "failed" not in sections[name]:
-            figure, axes = pyplot.subplots(figsize=(7.5, 4.6), layout="constrained")
+            figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
             draw(sections[name], axes)
             axes.grid(alpha=0.3, which="both")
-            axes.legend(fontsize="small")
+            figure.legend(loc="outside lower center", ncols=2, fontsize="small")
             files[name] = f"{name}.png"
             figure.savefig(output / files[name], dpi=110)
             pyplot.close(figure)
@@ -297,14 +297,21 @@ def _plot(sections, output):
 
 
 def _draw_steps(section, axes):
-    for name in SIDES:
+    for i, name in enumerate(SIDES):
         points = [
             (size["vocab_size"], size["sides"][name]["median"] * 1e3)
             for size in section["sizes"]
             if name in size["sides"]
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=SIDES[name].title)
+            style = "--" if SIDES[name].factory.startswith(PEERS) else "-"
+            axes.plot(
+                *zip(*points, strict=True),
+                style,
+                color=f"C{i % 10}",
+                marker="os^"[i // 10],
+                label=SIDES[name].title,
+            )
     axes.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel="training step, ms")
 
 
@@ -313,7 +320,7 @@ def _draw_quality(section, axes):
     axes.plot(*zip(*points, strict=True), marker="o", label="PyTorch, full softmax")
     ours = [(entry["secs"], entry["perplexity"]) for entry in section["ours"]]
     axes.plot(*zip(*ours, strict=True), marker=".", label="lmscale")
-    axes.set(xlabel="training, s", ylabel="exact validation perplexity", yscale="log", xscale="log")
+    axes.set(xlabel="training, s", ylabel="exact validation perplexity", xscale="log")
 
 
 def _draw_samples(section, axes):
@@ -321,4 +328,6 @@ def _draw_samples(section, axes):
     axes.plot(*zip(*points[:-1], strict=True), marker="o", label="sampled")
     axes.axhline(points[-1][1], color="gray", label="full softmax")
     axes.axhline(points[-1][1] * 1.02, color="gray", linestyle=":", label="full softmax + 2%")
-    axes.set(xlabel="samples", ylabel="exact validation perplexity", xscale="log")
+    axes.set(xlabel="samples", ylabel="exact validation perplexity")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([x for x, _ in points[:-1]], labels=[f"{x:,}" for x, _ in points[:-1]])

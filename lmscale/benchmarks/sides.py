@@ -58,7 +58,7 @@ class Side:
 
 _TURN_SECS, _TURN_CALLS = 0.5, 10
 _SLOW_SECS, _SLOW_REPEATS = 4.0, 3
-_OWN, _PEERS = "lmscale.benchmarks.own_step", "lmscale.benchmarks.peers"
+_OWN, PEERS = "lmscale.benchmarks.own_step", "lmscale.benchmarks.peers"
 # glibc gives blocks this large back to the system and faults them in again at every step; with these it does not,
 # which makes PyTorch's full softmax faster. PyTorch's tuning guide has other allocators for it.
 KEEPING_MEMORY = {
@@ -69,7 +69,7 @@ KEEPING_MEMORY = {
 _BFLOAT16 = {"compute_dtype": "bfloat16"}
 _PYTORCH_FULL = Side(
     "PyTorch, full softmax, SGD",
-    f"{_PEERS}.pytorch_full_softmax:PytorchFullSoftmax",
+    f"{PEERS}.pytorch_full_softmax:PytorchFullSoftmax",
     needs="torch",
     floats_a_row=2,
     largest_vocab_size=472_706,
@@ -119,28 +119,28 @@ SIDES = {
     ),
     "pytorch_adaptive": Side(
         "PyTorch, AdaptiveLogSoftmaxWithLoss, SGD",
-        f"{_PEERS}.pytorch_adaptive_softmax:PytorchAdaptiveSoftmax",
+        f"{PEERS}.pytorch_adaptive_softmax:PytorchAdaptiveSoftmax",
         needs="torch",
         floats_a_row=3,
         largest_vocab_size=1_000_000,
     ),
     "keras_full": Side(
         "Keras, full softmax, Adam",
-        f"{_PEERS}.keras_full_softmax:KerasFullSoftmax",
+        f"{PEERS}.keras_full_softmax:KerasFullSoftmax",
         floats_a_row=6,
         largest_vocab_size=100_000,
         full_logits=5,
     ),
     "tensorflow_adagrad": Side(
         "tf.nn.sampled_softmax_loss, Keras Adagrad",
-        f"{_PEERS}.tensorflow_sampled_softmax:TensorflowSampledSoftmax",
+        f"{PEERS}.tensorflow_sampled_softmax:TensorflowSampledSoftmax",
         floats_a_row=5,
         largest_vocab_size=1_000_000,
         options={"optimizer": "Adagrad"},
     ),
     "tensorflow_adam": Side(
         "tf.nn.sampled_softmax_loss, Keras Adam",
-        f"{_PEERS}.tensorflow_sampled_softmax:TensorflowSampledSoftmax",
+        f"{PEERS}.tensorflow_sampled_softmax:TensorflowSampledSoftmax",
         floats_a_row=6,
         largest_vocab_size=1_000_000,
         options={"optimizer": "Adam"},
