@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from lmscale.paths import check_checkpoint_path, naming
 from lmscale.workdir import fsync_directory, replace_file
 
 logger = logging.getLogger(__name__)
@@ -102,13 +103,14 @@ class Checkpoints:
             evaluation, and for the workers of a run that are not its writer.
 
         Raises:
-          ValueError: if keep < 1 or block_mib <= 0.
+          ValueError: if keep < 1 or block_mib <= 0, or TensorFlow would take the directory for another one.
         """
         if keep < 1 or not block_mib > 0:
             raise ValueError(
                 "keep must be at least 1 and block_mib above 0. "
                 f"Received: keep={keep}, block_mib={block_mib}."
             )
+        check_checkpoint_path(directory, what="The directory of checkpoints")
         self._directory = Path(directory)
         self._keep = keep
         self._block_bytes = int(block_mib * 2**20)
@@ -553,7 +555,7 @@ def _checksums(directory: Path) -> dict:
     """Size and sha256 of each file of the TensorFlow checkpoint, each flushed to disk."""
 
     def checksum(path: Path) -> dict:
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             # A file that was only read is clean, and this returns at once.
             os.fsync(file.fileno())
             return {"bytes": os.fstat(file.fileno()).st_size, "sha256": _file_digest(file)}

@@ -7,6 +7,8 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from lmscale.paths import check_checkpoint_path, expand, naming
+
 
 class Workdir:
     """The directory that holds all that a run writes.
@@ -31,9 +33,10 @@ class Workdir:
 
         Raises:
           ValueError: if another process holds the lock; if the directory cannot be made or written to; if it
-            is opened readonly and does not exist.
+            is opened readonly and does not exist; if TensorFlow would take its path for another one.
         """
-        self.path = Path(path)
+        self.path = Path(expand(path))
+        check_checkpoint_path(self.path, what="The working directory")
         self._lock: IO[str] | None = None
         if readonly:
             if not self.path.is_dir():
@@ -139,9 +142,10 @@ class Workdir:
             raise ValueError(
                 f"The working directory {self.path} must be on a filesystem with locks ({error.strerror})."
             ) from error
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+        with naming(lock.name):
+            lock.truncate(0)
+            lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
         self._lock = lock
 
     def _check_writer(self) -> None:
@@ -153,7 +157,7 @@ def replace_file(path, *, text: str) -> None:
     """Writes a file so that a reader, and a crash, finds the old content or the new one, never a part."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with naming(temporary), open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -500,3 +500,21 @@ def test_readonly_leaves_a_running_save_alone(tmp_path):
     assert not (tmp_path / "absent").exists()
     Checkpoints(tmp_path)
     assert hidden_names(tmp_path) == []
+
+
+def test_directories_that_tensorflow_takes_for_a_pattern(tmp_path, monkeypatch):
+    directory = tmp_path / "lr[0.004]"
+    for readonly in (False, True):
+        with pytest.raises(
+            ValueError, match=rf"square brackets .* Received: {re.escape(str(directory / 'c'))}\."
+        ):
+            Checkpoints(directory / "c", readonly=readonly)
+    assert not directory.exists()
+    directory.mkdir()
+    monkeypatch.chdir(directory)  # A relative path is what TensorFlow gets.
+    arrays = make_arrays()
+    checkpoints = Checkpoints("c")
+    checkpoints.save(1, make_items(arrays), metadata={})
+    restored = zeros_like(arrays)
+    assert checkpoints.restore(make_items(restored))["step"] == 1
+    assert_same(restored, arrays)

@@ -30,6 +30,22 @@ def test_paths(tmp_path):
         assert workdir.eval_dir == workdir.path / "eval"
 
 
+def test_paths_as_users_give_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with Workdir("~/run") as workdir:
+        assert workdir.path == tmp_path / "run"
+    for name in ("lr[0.004]", "back\\slash", "a\udcff"):
+        with pytest.raises(ValueError, match=r"^The working directory must "):
+            Workdir(tmp_path / name)
+    (tmp_path / "lr[0.004]").mkdir()
+    with pytest.raises(ValueError, match=r"must not have square brackets"):
+        Workdir(tmp_path / "lr[0.004]", readonly=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "lr[0.004]"}
+    monkeypatch.chdir(tmp_path / "lr[0.004]")
+    with Workdir("run") as workdir:
+        assert str(workdir.path) == "run"
+
+
 def test_one_writer_until_it_closes(tmp_path):
     with Workdir(tmp_path):
         with pytest.raises(
@@ -118,3 +134,10 @@ def test_replace_file_leaves_the_old_content_when_it_fails(tmp_path, monkeypatch
     with pytest.raises(OSError, match="no space"):
         replace_file(path, text="new")
     assert path.read_text() == "old"
+
+
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "f.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        replace_file(tmp_path / "f", text="new")
+    assert caught.value.filename == str(tmp_path / "f.tmp")

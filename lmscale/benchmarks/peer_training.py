@@ -11,6 +11,7 @@ from pathlib import Path
 from lmscale.benchmarks.peers.peer import ModelShape
 from lmscale.data.batches import ContiguousBatches, EvaluationBatches
 from lmscale.data.token_files import PreparedData
+from lmscale.workdir import replace_file
 
 
 def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
@@ -48,7 +49,7 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
     )
     saved = torch.load(state, map_location="cpu") if state.exists() else {"epochs": []}
     done = saved["epochs"]
-    log.write_text(_lines(done))
+    replace_file(log, text=_lines(done))
     if len(done) >= epochs:
         return done[:epochs]
     peer = PytorchFullSoftmax(
@@ -99,7 +100,7 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
         peer.save(new)
         torch.save(torch.load(new) | {"epochs": done, "rng_state": torch.get_rng_state()}, new)
         os.replace(new, state)
-        log.write_text(_lines(done))
+        replace_file(log, text=_lines(done))
     return done
 
 
@@ -110,8 +111,8 @@ def _lines(epochs):
 def _check_same_run(path, recipe):
     """Writes the recipe, or compares it with the one that is there."""
     if not path.exists():
-        path.write_text(json.dumps(recipe, indent=1) + "\n")
-    elif json.loads(path.read_text()) != recipe:
+        replace_file(path, text=json.dumps(recipe, indent=1) + "\n")
+    elif json.loads(path.read_text(encoding="utf-8")) != recipe:
         raise ValueError(
             f"A training must go on with the recipe it started with, {path}. Received: {recipe}. Give another --output."
         )

@@ -5,6 +5,8 @@ import json
 
 from lmscale.benchmarks.sides import PEERS, SIDES
 from lmscale.benchmarks.step_time import OURS
+from lmscale.paths import naming
+from lmscale.workdir import replace_file
 
 _FORMAT = 1  # of results.json: another one when a section changes what it holds.
 
@@ -17,7 +19,7 @@ def read(output):
     """
     path = output / "results.json"
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
         sections = results["sections"]
         if results["format"] != _FORMAT:
             raise ValueError(f"format {results['format']} is not {_FORMAT}")
@@ -38,9 +40,10 @@ def write(sections, output):
       sections: {name: what was measured, with the "environment" it was measured in, or why it "failed"}.
       output: folder.
     """
-    new = output / "results.json.new"
-    new.write_text(json.dumps({"format": _FORMAT, "sections": sections}, indent=1) + "\n")
-    new.replace(output / "results.json")
+    replace_file(
+        output / "results.json",
+        text=json.dumps({"format": _FORMAT, "sections": sections}, indent=1) + "\n",
+    )
     plots = _plot(sections, output)
     lines = ["# lmscale, measured"]
     for name in _SECTIONS:
@@ -54,7 +57,7 @@ def write(sections, output):
         lines += ["", _environment(section["environment"])]
         if name in plots:
             lines += ["", f"![{name}]({plots[name]})"]
-    (output / "report.md").write_text("\n".join(lines) + "\n")
+    replace_file(output / "report.md", text="\n".join(lines) + "\n")
 
 
 def _environment(environment):
@@ -291,7 +294,8 @@ def _plot(sections, output):
             axes.grid(alpha=0.3, which="both")
             figure.legend(loc="outside lower center", ncols=2, fontsize="small")
             files[name] = f"{name}.png"
-            figure.savefig(output / files[name], dpi=110)
+            with naming(output / files[name]):
+                figure.savefig(output / files[name], dpi=110)
             pyplot.close(figure)
     return files
 

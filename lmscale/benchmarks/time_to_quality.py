@@ -17,6 +17,7 @@ from pathlib import Path
 from lmscale.benchmarks.sides import KEEPING_MEMORY
 from lmscale.benchmarks.task import TaskFailedError, common_environment, run_task
 from lmscale.data.token_files import PreparedData
+from lmscale.workdir import replace_file
 
 # The recipe of PyTorch's word_language_model example at its default sizes, with the allocator that makes it fastest.
 PEER_RECIPE = {"dim": 200, "batch_size": 20, "window": 35, "dropout": 0.2}
@@ -49,7 +50,7 @@ def measure(*, data_dir, config, output, epochs, say):
     say("time to quality: lmscale")
     workdir = output / "lmscale"
     _note_start(workdir)
-    _train(config, workdir=workdir, bindings={"DATA_DIR": f'"{data_dir}"'}, log=output / "lmscale.log")
+    _train(config, workdir=workdir, bindings={"DATA_DIR": repr(str(data_dir))}, log=output / "lmscale.log")
     startup_secs = _startup_secs(workdir)
     ours = _evaluations(workdir)
     return {
@@ -66,7 +67,7 @@ def _note_start(workdir):
     """Writes the time beside a run that has not logged anything yet: later starts only go on with it."""
     if not (workdir / "train" / "metrics.jsonl").exists():
         workdir.parent.mkdir(parents=True, exist_ok=True)
-        workdir.with_suffix(".start").write_text(str(time.time()))
+        replace_file(workdir.with_suffix(".start"), text=str(time.time()))
 
 
 def _startup_secs(workdir):
@@ -108,7 +109,7 @@ def measure_samples(*, data_dir, config, output, nums_sampled, epochs, say):
     for num_sampled in (*(n for n in nums_sampled if n < data.vocab_size), data.vocab_size):
         say(f"quality against samples: {num_sampled:,}, {train_steps} steps")
         bindings = {
-            "DATA_DIR": f'"{data_dir}"',
+            "DATA_DIR": repr(str(data_dir)),
             "TRAIN_STEPS": train_steps,
             "EVAL_EVERY": train_steps,
             "SAVE_EVERY": train_steps,

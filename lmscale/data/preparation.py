@@ -20,6 +20,7 @@ from lmscale.data.token_files import (
 )
 from lmscale.data.tokenizers import Tokenizer
 from lmscale.data.vocab import EOS, Vocabulary, build_vocabulary, check_limits
+from lmscale.doing import doing
 
 Report = Callable[[str, int, int], None]
 
@@ -184,12 +185,16 @@ def prepare(
         inputs = corpus.describe(on_bytes=_meter("checking", corpus.num_bytes(SPLITS), report))
         if tokenizer.learns:
             text = corpus.blocks(["train"], on_bytes=_meter("learning", corpus.num_bytes(["train"]), report))
-            tokenizer.learn((block.lines for _, block in text), vocab_size=vocab_size)
-        counts = _count(corpus, tokenizer, report)
-        vocabulary = build_vocabulary(counts, vocab_size=vocab_size, min_count=min_count)
+            with doing("learning the tokenizer from the training text"):
+                tokenizer.learn((block.lines for _, block in text), vocab_size=vocab_size)
+        with doing("counting the tokens of the training text"):
+            counts = _count(corpus, tokenizer, report)
+        with doing(f"sorting the vocabulary, of {len(counts):,} types"):
+            vocabulary = build_vocabulary(counts, vocab_size=vocab_size, min_count=min_count)
         num_types = len(counts) - (EOS in counts)
         del counts
-        splits = _write_splits(corpus, tokenizer, vocabulary, writer, report)
+        with doing("writing the ids of the splits"):
+            splits = _write_splits(corpus, tokenizer, vocabulary, writer, report)
         manifest = {
             "options": options,
             "inputs": inputs,

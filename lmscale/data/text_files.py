@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from lmscale.paths import expand
+
 BLOCK_BYTES = 1 << 20
 _BLANKS = (b" ", b"\t")
 _GZIP, _XZ = b"\x1f\x8b", b"\xfd7zXZ\x00"
@@ -34,14 +36,14 @@ def expand_patterns(patterns: Sequence[str], *, flag: str) -> list[Path]:
     """Files named by paths and globs: in the order given, those of a glob sorted by name.
 
     Args:
-      patterns: paths or globs (`*`, `?`, `[...]`, `**`).
+      patterns: paths or globs (`*`, `?`, `[...]`, `**`); `~` is expanded.
       flag: what the user calls them, for the messages.
     Raises:
       ValueError: if there is none, a glob matches nothing, or a file is missing, empty, not a regular
         file, or named twice.
     """
     paths: list[Path] = []
-    for pattern in patterns:
+    for pattern in map(expand, patterns):
         if Path(pattern).exists():
             paths.append(Path(pattern))
         elif glob.has_magic(pattern):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmscale import paths
 from lmscale.data.vocab import Vocabulary
 
 SPLITS = ("train", "valid", "test")
@@ -73,7 +74,7 @@ class PreparedData:
         Raises:
           ValueError: saying which file is missing, malformed, or not the one that the manifest describes.
         """
-        directory = Path(directory)
+        directory = Path(paths.expand(directory))
         manifest = _read_manifest(directory)
         data = cls(directory, manifest=manifest)
         for name, entry in _described_files(manifest).items():
@@ -195,7 +196,8 @@ class PreparedDirectoryWriter:
 
     def write_file(self, name: str, content: bytes) -> dict:
         """Writes a whole file. Returns its manifest entry."""
-        (self.folder / name).write_bytes(content)
+        with paths.naming(self.folder / name):
+            (self.folder / name).write_bytes(content)
         return {"file": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     def token_file(self, split: str, *, vocab_size: int) -> "TokenFileWriter":
@@ -211,7 +213,8 @@ class PreparedDirectoryWriter:
         manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}
         content = json.dumps(manifest, ensure_ascii=False, indent=2) + "\n"
         # File names need not be UTF-8.
-        (self.folder / MANIFEST_FILE).write_bytes(content.encode("utf-8", "backslashreplace"))
+        with paths.naming(self.folder / MANIFEST_FILE):
+            (self.folder / MANIFEST_FILE).write_bytes(content.encode("utf-8", "backslashreplace"))
         self.folder.chmod(0o777 & ~_current_umask())  # mkdtemp makes folders that only their owner can read.
         if self._replace and self._final.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{self._final.name}.replaced-", dir=self._final.parent))
@@ -243,13 +246,15 @@ class TokenFileWriter:
         return self
 
     def __exit__(self, *exc_info):
-        self._file.close()
+        with paths.naming(self._path):
+            self._file.close()
 
     def append(self, ids: np.ndarray):
         """Adds ids, [any number] integer, all below vocab_size."""
         content = ids.astype(self._dtype).tobytes()
         self._digest.update(content)
-        self._file.write(content)
+        with paths.naming(self._path):
+            self._file.write(content)
         self.num_tokens += len(ids)
 
     def entry(self) -> dict:

@@ -142,3 +142,9 @@ def test_pattern_errors_name_what_was_received(tmp_path):
         expand_patterns([], flag="train")
     with pytest.raises(ValueError, match="a pipe or device"):
         expand_patterns(["/dev/null"], flag="train")
+
+
+def test_home_directories(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_patterns(["~/*.txt"], flag="train") == [tmp_path / "a.txt"]

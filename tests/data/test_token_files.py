@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from lmscale.data.token_files import PreparedData, PreparedDirectoryWriter, is_replaceable
+from lmscale.data.token_files import PreparedData, PreparedDirectoryWriter, TokenFileWriter, is_replaceable
 
 TOKENS = ["a", "<eos>", "b", "<unk>"]
 COUNTS = [5, 3, 1, 0]
@@ -153,6 +153,30 @@ def test_contradictory_numbers_are_named(tmp_path):
 def test_missing_directory_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere/manifest\.json: no such directory"):
         PreparedData.open(tmp_path / "nowhere")
+
+
+def test_home_directories(tmp_path, monkeypatch):
+    write(tmp_path / "data")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert PreparedData.open("~/data").directory == tmp_path / "data"
+
+
+@pytest.mark.parametrize("num_ids", [1, 100_000])
+def test_a_full_disk_is_named(tmp_path, num_ids):
+    path = tmp_path / "train.bin"
+    path.symlink_to("/dev/full")
+    # Few ids stay in the buffer until the file is closed.
+    with (
+        pytest.raises(OSError, match="No space left") as caught,
+        TokenFileWriter(path, vocab_size=9) as file,
+    ):
+        file.append(np.zeros([num_ids], np.int32))
+    assert caught.value.filename == str(path)
+    with PreparedDirectoryWriter(tmp_path / "data") as writer:
+        (writer.folder / "vocab.txt").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left") as caught:
+            writer.write_file("vocab.txt", b"a")
+        assert caught.value.filename == str(writer.folder / "vocab.txt")
 
 
 def test_writer_leaves_nothing_behind_on_failure(tmp_path):

@@ -1,0 +1,85 @@
+"""Paths as users give them, and files that say their names when they cannot be written."""
+
+import contextlib
+import fnmatch
+import os
+import sys
+
+
+def expand(path: str | os.PathLike) -> str:
+    """The path, with `~` or `~name` at its start made the home directory, which a shell leaves as it is in `--flag=~`.
+
+    As in a shell, a `~name` of no user stays what it is.
+
+    Raises:
+      ValueError: if there is no home directory.
+    """
+    text = os.fspath(path)
+    expanded = os.path.expanduser(text)
+    if expanded.split("/")[0] == "~":
+        raise ValueError(
+            f"`~` must stand for a home directory. Received: {text!r}, and none is known. Set HOME, or write "
+            "the path without `~`; `./~` is a directory of that name."
+        )
+    return expanded
+
+
+def check_spelling(path: str | os.PathLike, *, what: str) -> None:
+    """Checks that TensorFlow, which encodes every path as UTF-8, means the same file by a path as Python does.
+
+    Args:
+      path: what TensorFlow will be given, or the directory above it.
+      what: what the user calls it, for the message.
+
+    Raises:
+      ValueError: if it does not: by the locale Python encodes paths otherwise, or a byte of the path is not UTF-8.
+    """
+    text = os.fspath(path)
+    try:
+        if os.fsencode(text) == text.encode("utf-8"):
+            return
+    except UnicodeEncodeError:
+        pass
+    encoding = sys.getfilesystemencoding()
+    way_out = "Rename it in UTF-8"
+    if encoding != "utf-8":
+        way_out = "Set LC_ALL=C.UTF-8 in the environment, or choose a name in ASCII"
+    raise ValueError(
+        f"{what} must be a path that Python, which encodes it as {encoding} here, and TensorFlow, which encodes it as "
+        f"UTF-8, spell alike. Received: {text!a}. {way_out}."
+    )
+
+
+def check_checkpoint_path(path: str | os.PathLike, *, what: str) -> None:
+    """Checks that TensorFlow finds the checkpoints that it writes below a path.
+
+    It writes them to the path as it stands, but looks for them as if it was a pattern (`[ab]` is one character, a
+    backslash none); `tf.train.load_checkpoint` does, too. Only the path as it is given counts, not the current
+    directory.
+
+    Args:
+      path, what: as of `check_spelling`.
+
+    Raises:
+      ValueError: if TensorFlow would take the path for another one.
+    """
+    check_spelling(path, what=what)
+    text = os.fspath(path)
+    # TensorFlow's matching differs in details (`[^a]`), but not in whether a path matches itself.
+    if "\\" in text or not fnmatch.fnmatchcase(text, text):
+        raise ValueError(
+            f"{what} must not have square brackets around characters, nor a backslash, in its path: TensorFlow takes "
+            f"them for a pattern, and does not find its checkpoints. Received: {text}. Choose another name, or start "
+            "inside of it, or beside, and give a relative path without them."
+        )
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike):
+    """Gives the name of a file to an OSError that has none, as those of write, flush and fsync: a full disk's."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
