@@ -16,9 +16,12 @@ macro without a value, any setting that the run never uses. The objects are buil
 its own arguments, and stays what it is when the next configuration is loaded.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import difflib
+import io
+import logging
 import math
 import os
 import re
@@ -31,9 +34,12 @@ from typing import Any
 import gin
 import tensorflow as tf
 from gin import config as gin_config
+from gin import config_parser
 
-from lmscale import factories
+from lmscale import factories, paths
 from lmscale.experiment import Experiment
+
+logger = logging.getLogger(__name__)
 
 # Local and remote paths alike. (gin.tf, which is meant for that, asks for tf.estimator, which is gone.)
 _FILE_SYSTEM = tf.io.gfile
@@ -115,6 +121,10 @@ def load(
         for path in gin_files:
             _parse_file(path)
         for binding in bindings:
+            if binding != binding.encode("utf-8", "replace").decode("utf-8"):
+                raise ValueError(
+                    f"A binding must be UTF-8. Received: {binding!a}. Rename the file that it names."
+                )
             imports = gin_config.ImportManager(gin_config._IMPORTS).sorted_imports
             imports = "\n".join(statement.format() for statement in imports)
             with _explained(f"binding {binding!r}"):
@@ -192,35 +202,136 @@ def _forget():
 
 
 class _IncludedFile:
-    """Opens gin files: an included name is looked for beside the file that includes it, then as it stands."""
+    """Opens gin files: an included name is looked for beside the file that includes it, then as it stands.
 
-    _open_paths: typing.ClassVar[list[str]] = []
+    Warns of what a file sets above an include and the included file, or one that it includes, sets otherwise.
+    """
+
+    _open_files: typing.ClassVar[list["_IncludedFile"]] = []
 
     def __init__(self, name):
-        self._path = self.find(name)
-        if os.path.normpath(self._path) in map(os.path.normpath, self._open_paths):
+        self.path = self.find(name)
+        open_paths = [file.path for file in self._open_files]
+        if os.path.normpath(self.path) in map(os.path.normpath, open_paths):
             raise ValueError(
-                "A gin file must not include itself. Received: "
-                + " -> ".join([*self._open_paths, self._path])
+                "A gin file must not include itself. Received: " + " -> ".join([*open_paths, self.path])
             )
 
     def __enter__(self):
-        self._file = _FILE_SYSTEM.GFile(self._path)
-        self._open_paths.append(self._path)
-        return self._file
+        with _FILE_SYSTEM.GFile(self.path, "rb") as file:
+            self._text = _decoded(file.read())
+        self._num_includes = 0
+        self._above = self._open_files[-1].set_above_next_include() if self._open_files else []
+        self._open_files.append(self)
+        return _NamedText(self._text, name=self.path)
 
-    def __exit__(self, *error):
-        self._open_paths.pop()
-        self._file.close()
+    def __exit__(self, error_type, error, traceback):
+        self._open_files.pop()
+        if error_type is not None:
+            return
+        for statement, key, value in self._above:
+            new_value = _bound(key)
+            if new_value != value:
+                logger.warning(
+                    "%s, line %d: %s = %r is overwritten by the included %s, which sets %r. Write it below the "
+                    "include to keep it.",
+                    *(
+                        statement.location.filename,
+                        statement.location.line_num,
+                        _written_name(statement),
+                        value,
+                    ),
+                    *(self.path, new_value),
+                )
 
     @classmethod
     def find(cls, name):
         """The path of a file that is there, or None."""
-        names = [os.path.join(os.path.dirname(path), name) for path in cls._open_paths[-1:]] + [name]
+        name = paths.expand(name)
+        names = [os.path.join(os.path.dirname(file.path), name) for file in cls._open_files[-1:]] + [name]
         return next((n for n in names if _FILE_SYSTEM.exists(n) and not _FILE_SYSTEM.isdir(n)), None)
+
+    def set_above_next_include(self):
+        """[(statement, gin's key, value)] of what this file sets above its next include, and not again below it."""
+        statements = _statements(self._text, name=self.path)
+        includes = [i for i, s in enumerate(statements) if isinstance(s, config_parser.IncludeStatement)]
+        here = includes[self._num_includes] if self._num_includes < len(includes) else 0
+        self._num_includes += 1
+        last = {
+            _written_name(s): i
+            for i, s in enumerate(statements)
+            if isinstance(s, config_parser.BindingStatement)
+        }
+        above = [statements[i] for i in last.values() if i < here]
+        keys = [gin_config.ParsedBindingKey.parse(_key(statement)) for statement in above]
+        return [(statement, key, _bound(key)) for statement, key in zip(above, keys, strict=True)]
+
+
+class _NamedText(io.StringIO):
+    """A file's text, with the name that gin gives in its messages."""
+
+    def __init__(self, text, *, name):
+        super().__init__(text)
+        self.name = name
+
+
+def _decoded(content):
+    """The text of a gin file, without a byte-order mark."""
+    try:
+        text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        seen = "UTF-16" if is_utf16 else f"byte 0x{content[error.start]:02x} at byte {error.start + 1:,}"
+    else:
+        if "\0" not in text:
+            return text
+        seen = "NUL characters, as UTF-16 has them"
+    raise ValueError(
+        f"a gin file must be UTF-8. Received: {seen}. Convert it, for instance with iconv -t UTF-8."
+    )
+
+
+class _NoReferences(config_parser.ParserDelegate):
+    """For statements of which only the names and the places matter."""
+
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+        return None
+
+    def macro(self, macro_name):
+        return None
+
+
+def _statements(text, *, name):
+    """The statements of a gin file, up to one that is wrong, of which gin will tell."""
+    statements = []
+    with contextlib.suppress(SyntaxError, tokenize.TokenError):
+        statements.extend(config_parser.ConfigParser(_NamedText(text, name=name), _NoReferences()))
+    return statements
+
+
+def _key(statement):
+    """A binding's key, as `gin.parse_config` makes it."""
+    if statement.arg_name:
+        return statement.scope, statement.selector, statement.arg_name
+    return (
+        f"{statement.scope}/{statement.selector}" if statement.scope else statement.selector,
+        _MACRO,
+        "value",
+    )
+
+
+def _written_name(statement):
+    scope = f"{statement.scope}/" if statement.scope else ""
+    return f"{scope}{statement.selector}{f'.{statement.arg_name}' if statement.arg_name else ''}"
+
+
+def _bound(key):
+    """What gin has for a setting now."""
+    return gin_config._CONFIG.get(key.config_key, {}).get(key.arg_name)
 
 
 def _parse_file(path):
+    paths.check_spelling(path, what="A gin file")
     with _explained(path):
         found = _IncludedFile.find(path)
     if found is None:

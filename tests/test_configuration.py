@@ -202,6 +202,29 @@ def test_text_alone_gives_an_equal_object(load, tmp_path):
     assert reloaded.macros == config.macros
 
 
+def test_a_setting_that_an_include_below_overwrites_is_warned_of(load, tmp_path, caplog):
+    (tmp_path / "deep.gin").write_text(IMPORTS + "standin.network.depth = 5\nWIDTH = 4\n")
+    (tmp_path / "part.gin").write_text(IMPORTS + "STEPS = 11\nWIDTH = 3\ninclude 'deep.gin'\nNAME = 'a'\n")
+    (tmp_path / "last.gin").write_text("NAME = 'b'\n")
+    above = "\nstandin.network:\n  depth = 2\nSTEPS = 10\nstandin.Machine.ratio = 0.5\n"
+    below = "include 'last.gin'\nstandin.Machine.network = @standin.network\nstandin.Machine.name = %NAME\n"
+    below += "standin.Machine.steps = %STEPS\nstandin.network.width = %WIDTH\n"
+    config = load(above + "include 'part.gin'\n" + below)
+    assert config.experiment.network() == ("network", 4, 5, None, ())
+    run, part, deep = (tmp_path / f"{name}.gin" for name in ("run", "part", "deep"))
+    # Not of the macro NAME: there, one included file comes after the other, as files of --gin_file do.
+    assert [record.getMessage().partition(". Write")[0] for record in caplog.records] == [
+        f"{part}, line 4: WIDTH = 3 is overwritten by the included {deep}, which sets 4",
+        f"{run}, line 5: standin.network.depth = 2 is overwritten by the included {part}, which sets 5",
+        f"{run}, line 6: STEPS = 10 is overwritten by the included {part}, which sets 11",
+    ]
+    caplog.clear()
+    assert load("STEPS = 10\ninclude 'part.gin'\n" + below + "STEPS = 12\n").experiment.steps == 12
+    (tmp_path / "part.gin").write_text("STEPS = 10\n")
+    assert load(f"{BASE}include 'part.gin'\n").experiment.steps == 10
+    assert [record.getMessage() for record in caplog.records if "STEPS" in record.getMessage()] == []
+
+
 def test_text_holds_includes_and_bindings_but_no_paths(load, tmp_path):
     (tmp_path / "part.gin").write_text(IMPORTS + "standin.network.depth = 6\n")
     text = load("include 'part.gin'\n" + BASE, "STEPS = 8").text
@@ -501,10 +524,36 @@ def test_not_gin_in_a_binding(load):
         load(BASE, "DATA=runs/data")
 
 
-def test_not_utf8(tmp_path):
-    (tmp_path / "run.gin").write_bytes(b"NAME = '\xff'\n")
-    with pytest.raises(ValueError, match=r"run.gin: .*can't decode byte 0xff"):
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    (tmp_path / "part.gin").write_bytes(b"\xef\xbb\xbf" + b"STEPS = 11\n")
+    (tmp_path / "run.gin").write_bytes(b"\xef\xbb\xbf" + f"{IMPORTS}{BASE}include 'part.gin'\n".encode())
+    assert configuration.load([str(tmp_path / "run.gin")], root=Machine).experiment.steps == 11
+
+
+@pytest.mark.parametrize(
+    ("content", "received"),
+    [
+        (b"NAME = '\xff'\n", "byte 0xff at byte 9"),
+        ("\ufeffNAME = 1\n".encode("utf-16-le"), "UTF-16"),
+        ("\ufeffNAME = 1\n".encode("utf-16-be"), "UTF-16"),
+        ("NAME = 1\n".encode("utf-16-le"), "NUL characters, as UTF-16 has them"),
+    ],
+)
+def test_not_utf8(tmp_path, content, received):
+    (tmp_path / "part.gin").write_bytes(content)
+    (tmp_path / "run.gin").write_text("\ninclude 'part.gin'\n")
+    message = f"a gin file must be UTF-8. Received: {received}. Convert it, for instance with iconv"
+    with pytest.raises(ValueError, match=f"part.gin: {message}"):
+        configuration.load([str(tmp_path / "part.gin")], root=Machine)
+    with pytest.raises(ValueError, match=f"run.gin, line 2: {message}"):
         configuration.load([str(tmp_path / "run.gin")], root=Machine)
+
+
+def test_bytes_that_are_not_utf8_on_the_command_line(load):
+    with pytest.raises(ValueError, match=r"A binding must be UTF-8. Received: \"NAME = 'a\\udcff'\". Rename"):
+        load(BASE, "NAME = 'a\udcff'")
+    with pytest.raises(ValueError, match=r"A gin file must be a path .* Received: 'a\\udcff.gin'"):
+        configuration.load(["a\udcff.gin"], root=Machine)
 
 
 def test_not_finite(load):
