@@ -20,6 +20,10 @@ def main(side, shape):
     """Steps until stdin ends."""
     answers = answers_pipe()
     shape = ModelShape(**json.loads(shape))
+    if SIDES[side].needs == "tensorflow":
+        from lmscale.distribution.strategies import limit_gpu_memory
+
+        limit_gpu_memory()
     peer = SIDES[side].build(shape)
     batches = ContiguousBatches(
         ZipfText(shape.vocab_size).split("train"),

@@ -1,28 +1,41 @@
-"""Choose the `tf.distribute` strategy of a run."""
+"""Choose the `tf.distribute` strategy of a run, and how much of a GPU it takes."""
 
+import contextlib
 import functools
 import logging
+import os
 
 import tensorflow as tf
 
 
-def make_strategy(*, cpu_devices=None):
+def make_strategy(*, cpu_devices=None, gpu_memory_mib=None):
     """Builds the strategy that a run uses on this host.
 
-    Must be called before TensorFlow initialises its devices (before any op runs) when `cpu_devices` is given.
+    Must be called before TensorFlow initialises its devices (before any op runs) when an argument is given, and
+    where other processes use the same GPUs.
 
     Args:
       cpu_devices: None for all GPUs of the host (or one CPU if there is none); or N to split the host CPU
-        into N logical devices, so that a laptop rehearses an N-GPU job.
+        into N logical devices, so that a laptop rehearses an N-GPU job. GPUs are then not touched.
+      gpu_memory_mib: as of `limit_gpu_memory`.
 
     Returns:
       A `tf.distribute.Strategy`.
 
     Raises:
-      ValueError: if `cpu_devices` is below 1, or TensorFlow has already been initialised otherwise.
+      ValueError: if an argument is below 1, both are given, or TensorFlow has already been initialised otherwise; if
+        there is no GPU whose memory could be limited; if TF_CONFIG in the environment is not of a cluster.
     """
     # TensorFlow tells of every collective that it traces: it would drown the run's own lines.
     logging.getLogger("tensorflow").setLevel(logging.WARNING)
+    if cpu_devices is not None and gpu_memory_mib is not None:
+        raise ValueError(
+            "gpu_memory_mib is for runs on GPUs. Received also: "
+            f"cpu_devices={cpu_devices}. Leave out --cpu_devices or --gpu_memory_mib."
+        )
+    _check_tf_config()
+    if cpu_devices is None:
+        limit_gpu_memory(gpu_memory_mib)
     if cpu_devices is None:
         gpus = tf.config.list_logical_devices("GPU")
         devices = [gpu.name for gpu in gpus] or ["CPU:0"]
@@ -31,6 +44,9 @@ def make_strategy(*, cpu_devices=None):
         raise ValueError(
             f"cpu_devices must be at least 1. Received: cpu_devices={cpu_devices}. Give --cpu_devices=1 or more."
         )
+    # Not by growing memory, which TensorFlow forgets where the CPU is split. A process that has started is left alone.
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices([], "GPU")
     cpu = tf.config.list_physical_devices("CPU")[0]
     try:
         tf.config.set_logical_device_configuration(
@@ -44,6 +60,58 @@ def make_strategy(*, cpu_devices=None):
                 f"that has started {started} CPU device(s). Call make_strategy first."
             ) from error
     return mirrored_strategy(tuple(f"CPU:{i}" for i in range(cpu_devices)))
+
+
+def limit_gpu_memory(mib=None):
+    """Has TensorFlow take less than all memory of each GPU, so that another process finds some.
+
+    The variable TF_FORCE_GPU_ALLOW_GROWTH of the environment, which TensorFlow reads itself, wins: with `false`, all
+    of the memory, or of the limit, is taken at once; with `true`, it grows, up to the limit if there is one.
+
+    Args:
+      mib: None to take memory as it is needed (which is not given back before the process ends); or take so many MiB
+        of each GPU at once, and no more.
+
+    Raises:
+      ValueError: if `mib` is below 1, there is no GPU, or TensorFlow has started its GPUs otherwise.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    if mib is None:
+        for gpu in gpus:
+            # In a process that has started its devices already, or limited them, they stay as they are.
+            with contextlib.suppress(RuntimeError, ValueError):
+                tf.config.experimental.set_memory_growth(gpu, True)
+        return
+    if mib < 1:
+        raise ValueError(
+            f"gpu_memory_mib must be at least 1. Received: gpu_memory_mib={mib}. Give --gpu_memory_mib=1 or more."
+        )
+    if not gpus:
+        raise ValueError(
+            f"gpu_memory_mib needs a GPU that TensorFlow sees. Received: gpu_memory_mib={mib} and none. Leave out "
+            "--gpu_memory_mib, or see to the driver, to CUDA's libraries and to CUDA_VISIBLE_DEVICES."
+        )
+    for gpu in gpus:
+        try:
+            tf.config.set_logical_device_configuration(
+                gpu, [tf.config.LogicalDeviceConfiguration(memory_limit=mib)]
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"gpu_memory_mib={mib} must be set before TensorFlow starts its devices. Received: a process that has "
+                "started them otherwise. Call make_strategy first."
+            ) from error
+
+
+def _check_tf_config():
+    """Raises ValueError for a TF_CONFIG that TensorFlow, which reads it for any strategy, would stumble over."""
+    try:
+        tf.distribute.cluster_resolver.TFConfigClusterResolver().cluster_spec()
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "TF_CONFIG in the environment must describe a cluster in JSON, or be unset. Received: "
+            f"{os.environ['TF_CONFIG']!r} ({error}). Unset it: a run has one host and does not need it."
+        ) from error
 
 
 @functools.cache

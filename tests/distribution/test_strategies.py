@@ -5,7 +5,8 @@ import sys
 import pytest
 import tensorflow as tf
 
-from lmscale.distribution.strategies import make_strategy
+from lmscale.distribution import strategies
+from lmscale.distribution.strategies import limit_gpu_memory, make_strategy
 
 # In a process of its own, where TensorFlow has not started its devices yet.
 _FRESH_PROCESS = """
@@ -50,3 +51,89 @@ def test_without_a_number_every_gpu_is_used_or_one_cpu_device():
     strategy = make_strategy()
     assert strategy.num_replicas_in_sync == max(1, len(gpus))
     assert ("GPU" if gpus else "CPU:0") in strategy.extended.worker_devices[0]
+
+
+class FakeGpus:
+    """Two GPUs in place of TensorFlow's configuration, which keeps what is asked for."""
+
+    def __init__(self, monkeypatch, *, started=False):
+        self.growing, self.limits, self.visible = [], {}, None
+        self._started = started
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [f"{kind}:0", f"{kind}:1"])
+        monkeypatch.setattr(
+            tf.config, "list_logical_devices", lambda kind: [tf.config.LogicalDevice("GPU:0", "GPU")]
+        )
+        monkeypatch.setattr(tf.config, "set_logical_device_configuration", self._limit)
+        monkeypatch.setattr(tf.config, "set_visible_devices", self._show)
+        monkeypatch.setattr(tf.config.experimental, "set_memory_growth", self._grow)
+        monkeypatch.setattr(strategies, "mirrored_strategy", lambda devices: devices)
+
+    def _check(self):
+        if self._started:
+            raise RuntimeError("cannot be modified after being initialized")
+
+    def _grow(self, gpu, enable):
+        self._check()
+        assert enable
+        self.growing.append(gpu)
+
+    def _limit(self, device, parts):
+        self._check()
+        self.limits[device] = [part.memory_limit for part in parts]
+
+    def _show(self, devices, kind):
+        self._check()
+        self.visible = (devices, kind)
+
+
+def test_gpus_are_shared_by_growing_memory_or_by_a_limit(monkeypatch):
+    gpus = FakeGpus(monkeypatch)
+    assert make_strategy() == ("GPU:0",)
+    assert (gpus.growing, gpus.limits, gpus.visible) == (["GPU:0", "GPU:1"], {}, None)
+    gpus = FakeGpus(monkeypatch)
+    make_strategy(gpu_memory_mib=4000)
+    # TensorFlow refuses both for one device.
+    assert (gpus.growing, gpus.limits, gpus.visible) == ([], {"GPU:0": [4000], "GPU:1": [4000]}, None)
+
+
+def test_cpu_devices_leave_gpus_alone(monkeypatch):
+    gpus = FakeGpus(monkeypatch)
+    assert make_strategy(cpu_devices=2) == ("CPU:0", "CPU:1")
+    assert (gpus.growing, gpus.limits, gpus.visible) == ([], {"CPU:0": [None, None]}, ([], "GPU"))
+
+
+def test_gpus_that_were_started_before(monkeypatch):
+    gpus = FakeGpus(monkeypatch, started=True)
+    assert make_strategy() == ("GPU:0",)
+    assert gpus.growing == []
+    with pytest.raises(
+        ValueError, match=r"gpu_memory_mib=5 must be set before TensorFlow starts .* make_strategy first"
+    ):
+        make_strategy(gpu_memory_mib=5)
+
+
+def test_gpu_memory_that_cannot_be_reserved(monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    with pytest.raises(
+        ValueError, match=r"needs a GPU that TensorFlow sees. Received: gpu_memory_mib=5 and none"
+    ):
+        limit_gpu_memory(5)
+    with pytest.raises(ValueError, match=r"gpu_memory_mib must be at least 1. Received: gpu_memory_mib=0\."):
+        limit_gpu_memory(0)
+    with pytest.raises(
+        ValueError, match=r"gpu_memory_mib is for runs on GPUs. Received also: cpu_devices=2\."
+    ):
+        make_strategy(cpu_devices=2, gpu_memory_mib=5)
+
+
+@pytest.mark.parametrize("text", ["", "rubbish", "5", '{"cluster": 5}'])
+def test_a_cluster_that_tensorflow_refuses_is_named(monkeypatch, text):
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(
+        ValueError, match=rf"TF_CONFIG in the environment must .* Received: '{text}'.* Unset it"
+    ):
+        make_strategy(cpu_devices=1)
+    monkeypatch.setenv(
+        "TF_CONFIG", '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}'
+    )
+    assert make_strategy(cpu_devices=1).num_replicas_in_sync == 1
