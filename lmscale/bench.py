@@ -16,7 +16,8 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale.command_line import run_main
+from lmscale import paths
+from lmscale.command_line import define_path, run_main
 
 _SECTIONS = ("step_time", "limits", "startup", "memory", "time_to_quality", "samples")
 
@@ -24,7 +25,7 @@ _FULL = flags.DEFINE_bool("full", False, "Every size and every section.")
 _SECTIONS_FLAG = flags.DEFINE_list(
     "sections", None, f"Of {', '.join(_SECTIONS)}; by default all with --full, else the first three."
 )
-_OUTPUT = flags.DEFINE_string("output", "runs/bench", "Folder for results, report, plots and logs.")
+_OUTPUT = define_path("output", "runs/bench", "Folder for results, report, plots and logs.")
 _VOCAB_SIZES = flags.DEFINE_list(
     "vocab_sizes",
     None,
@@ -41,9 +42,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds of step_time and limits.",
 _LIMIT_GIB = flags.DEFINE_float(
     "limit_gib", 20.0, "Memory for the largest vocabulary, which --full measures.", lower_bound=1.0
 )
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", "runs/data/wikitext-2", "Prepared data for time_to_quality and samples."
-)
+_DATA_DIR = define_path("data_dir", "runs/data/wikitext-2", "Prepared data for time_to_quality and samples.")
 
 _QUICK_SIZES, _FULL_SIZES = "10000 33278", "10000 33278 100000 267735 472706 793470 1000000 10000000"
 
@@ -79,6 +78,8 @@ def main(argv):
     )
     vocab_sizes = sorted({_vocab_size(text) for text in _VOCAB_SIZES.value or _default_sizes().split()})
     output = Path(_OUTPUT.value)
+    # Before hours of the other sections, too: there are runs below it.
+    paths.check_checkpoint_path(output, what="--output")
     output.mkdir(parents=True, exist_ok=True)
     measured, failed = report.read(output), []
     for name in _SECTIONS:
@@ -88,8 +89,8 @@ def main(argv):
             if name not in failed or "failed" in measured.get(name, section):
                 measured[name] = section
             report.write(measured, output)
-    print((output / "report.md").read_text())
-    print(json.dumps(json.loads((output / "results.json").read_text())))
+    print((output / "report.md").read_text(encoding="utf-8"))
+    print(json.dumps(json.loads((output / "results.json").read_text(encoding="utf-8"))))
     return 1 if failed else 0
 
 

@@ -1,15 +1,21 @@
 """How every entry point starts and fails: flags, help, a user's mistake in one line and exit code 2."""
 
+import errno
+import io
 import os
-import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from lmscale import keras_settings, paths, stop_signals
+from lmscale.doing import what_was_done
+
+# The flags that are defined by way of this module belong to the module that asks for them.
+flags.disclaim_key_flags()
+
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 _HELP_ARGUMENTS = ("--help", "-help", "--helpshort", "-helpshort", "-?", "--?", "-h", "--h")
 _SEE_HELP = "Pass --help to see the flags."
 
@@ -20,7 +26,10 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     A `ValueError` or `OSError` from `main`, an unknown or malformed flag, or a left-over argument is a
     mistake of the user: it is printed to stderr as `error: <message>`, without a traceback, and the
     process exits with code 2, as it does when memory is exhausted. With `--verbosity=1` the traceback is
-    printed too. Ctrl-C gives 130, SIGTERM 143. Any other exception is a bug of ours and keeps its traceback.
+    printed too. Ctrl-C gives 130, SIGTERM 143, the other signals of `lmscale.stop_signals` 128 + their number.
+    Any other exception is a bug of ours and keeps its traceback.
+
+    What is printed does not end a command: see `_open_standard_streams`.
 
     Args:
       main: the entry point; `--help` prints the docstring and the flags of the module that defines it.
@@ -31,24 +40,23 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
         if len(argv) > 1:
             return _fail(f"this command takes flags only. Received also: {' '.join(argv[1:])}. {_SEE_HELP}")
         try:
+            keras_settings.check_surroundings()
             return main(argv)
         except BrokenPipeError:  # Who read our output has seen enough.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except (ValueError, OSError) as error:
-            logging.debug("The error was raised here:", exc_info=True)
-            return _fail(_message(error))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             return EXIT_INTERRUPTED
         except Exception as error:
-            if type(error).__name__ != "ResourceExhaustedError":  # Of TensorFlow, which may not be imported.
+            if _is_lack_of_memory(error):
+                message = _lack_of_memory(error)
+            elif isinstance(error, (ValueError, OSError)):
+                message = _message(error)
+            else:
                 raise
             logging.debug("The error was raised here:", exc_info=True)
-            return _fail(
-                f"there must be room for what was asked for. Received: {error}. Ask for less; or, for tables "
-                "that take more than half of a host's memory, set TF_ONEDNN_USE_SYSTEM_ALLOCATOR=1."
-            )
+            return _fail(message)
 
     def parse(argv: list[str]) -> list[str]:
         end_of_flags = argv.index("--") if "--" in argv else len(argv)
@@ -60,9 +68,110 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
         except flags.Error as error:
             sys.exit(_fail(f"{str(error).rstrip('.')}. {_SEE_HELP}"))
 
-    # As an exception, so that what is half written gets removed. The training loop has a handler of its own.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_TERMINATED))
+    _open_standard_streams()
+    # Read when matplotlib is imported, as Keras does where it can. A notebook's own may be unknown here: an error.
+    os.environ["MPLBACKEND"] = "Agg"
+    # The training loop has handlers of its own.
+    stop_signals.exit_on_stop_signals()
     app.run(guarded, flags_parser=parse)
+
+
+def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
+    """As `flags.DEFINE_string`, for a path: `~` is expanded, and it must not be empty."""
+    return flags.DEFINE(_PathParser(), name, default, help)
+
+
+def define_multi_path(name: str, default: Sequence[str] | None, help: str) -> flags.FlagHolder:
+    """As `flags.DEFINE_multi_string`, for paths."""
+    return flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, default, help)
+
+
+class _PathParser(flags.ArgumentParser):
+    syntactic_help = "a path"
+
+    def parse(self, argument):
+        if not argument:
+            raise ValueError("a path must not be empty. Received: ''. `.` is the current directory")
+        return paths.expand(argument)
+
+
+def _open_standard_streams() -> None:
+    """Has descriptors 0, 1 and 2 and their streams be there, and take any character.
+
+    One that was closed (`2>&-`) becomes /dev/null. Else the next file that is opened would get its number, and
+    TensorFlow, which logs to descriptor 2, would write into it. What a terminal's encoding lacks is printed as
+    `\\xfc`. A terminal that has gone loses what is printed, and so does stderr that cannot be written for another
+    reason: a run that is not watched any more goes on.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (for as long as the process)
+    old_stderr = sys.stderr
+    sys.stdout = _lenient_stream(sys.stdout, 1, ignored=[errno.EIO])
+    sys.stderr = _lenient_stream(sys.stderr, 2, ignored=None)
+    handler = logging.get_absl_handler().python_handler
+    if handler.stream is old_stderr:
+        handler.stream = sys.stderr
+
+
+def _lenient_stream(stream, number: int, *, ignored: Sequence[int] | None):
+    """A text stream on a descriptor, in place of Python's own, or of none; any other is left alone."""
+    if stream is not None and not (type(stream) is io.TextIOWrapper and stream.fileno() == number):
+        return stream
+    if stream is not None:
+        stream.flush()
+    file = _LenientFile(number, ignored=ignored)
+    is_unbuffered = stream is not None and isinstance(stream.buffer, io.RawIOBase)
+    return io.TextIOWrapper(
+        file if is_unbuffered else io.BufferedWriter(file),  # type: ignore[arg-type]
+        encoding="utf-8" if stream is None else stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream is None or stream.line_buffering,
+        write_through=stream is not None and stream.write_through,
+    )
+
+
+class _LenientFile(io.FileIO):
+    """A descriptor for which some errors, or all (None), count as written."""
+
+    def __init__(self, number: int, *, ignored: Sequence[int] | None):
+        super().__init__(number, "w", closefd=False)
+        self._ignored = ignored
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self._ignored is None or error.errno in self._ignored:
+                return len(data)
+            error.filename = {1: "stdout", 2: "stderr"}[self.fileno()]
+            raise
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    # The last is TensorFlow's, which may not be imported.
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or type(error).__name__ == "ResourceExhaustedError"
+    )
+
+
+def _lack_of_memory(error: Exception) -> str:
+    doing = what_was_done(error)
+    return (
+        f"there must be memory for what was asked for. Received: none left{f' while {doing}' if doing else ''} "
+        f"({_message(error)}). Ask for less; or, for tables that take more than half of a host's memory, set "
+        "TF_ONEDNN_USE_SYSTEM_ALLOCATOR=1."
+    )
 
 
 def _message(error: Exception) -> str:

@@ -1,10 +1,10 @@
 """What a run would do, without doing it: its parameters, and the memory that each device would hold."""
 
-import keras
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from lmscale import keras_settings
 from lmscale.data.token_files import PreparedData
 from lmscale.models.body import Encoder
 from lmscale.trainer import training_batches
@@ -29,7 +29,7 @@ def print_report(experiment, *, num_devices):
     experiment.check_learning_rates()
     data = PreparedData.open(experiment.data_dir)
     loss = experiment.loss(vocab_size=data.vocab_size, counts=data.counts)
-    keras.utils.set_random_seed(experiment.seed)
+    keras_settings.reset(seed=experiment.seed, compute_dtype=experiment.compute_dtype)
     encoder = Encoder(experiment.body(), embed_dim=experiment.embed_dim)
     batches = training_batches(experiment, body=encoder.body, tokens=data.split("train"))
     placement = Placement(vocab_size=data.vocab_size, num_shards=num_devices)

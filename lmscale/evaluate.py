@@ -9,14 +9,15 @@ import os
 
 from absl import flags, logging
 
-from lmscale.command_line import run_main
+from lmscale.command_line import define_path, run_main
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run.")
+_WORKDIR = define_path("workdir", None, "Work directory of the run.")
 _SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "What to evaluate on.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "A step, `latest` or `best`.")
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "As for lmscale.train; need not be what the run used."
 )
+_GPU_MEMORY_MIB = flags.DEFINE_integer("gpu_memory_mib", None, "As for lmscale.train.")
 _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "Override of the run's configuration, such as DATA_DIR='elsewhere'; may be repeated."
 )
@@ -44,7 +45,7 @@ def main(argv):
                 f"No run has started in {workdir.path}: it has no config.gin. Start one with lmscale.train."
             )
         config = configuration.load([str(workdir.config_path)], _GIN_PARAM.value)
-        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value)
+        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
         report = evaluate_checkpoint(
             config.experiment, workdir=workdir, strategy=strategy, split=_SPLIT.value, checkpoint=checkpoint
         )

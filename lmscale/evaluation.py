@@ -11,6 +11,7 @@ from lmscale.checkpoints import Checkpoints
 from lmscale.data.batches import EvaluationBatches
 from lmscale.data.token_files import PreparedData
 from lmscale.distribution import collectives
+from lmscale.doing import doing
 from lmscale.metrics import progress
 from lmscale.model import LanguageModel
 from lmscale.vocabulary.full_softmax import full_softmax_loss
@@ -173,18 +174,21 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
     step = {"latest": None, "best": checkpoints.best_step()}.get(checkpoint, checkpoint)
     if checkpoint == "best" and step is None:
         raise ValueError(f"No checkpoint of {workdir.path} has a validation loss. Pass --checkpoint=latest.")
-    data = PreparedData.open(experiment.data_dir)
+    with doing(f"reading the data of {experiment.data_dir}"):
+        data = PreparedData.open(experiment.data_dir)
     tokens = data.split(split)
     if not len(tokens):
         raise ValueError(
             f"The split to evaluate must have tokens. Received: {split} of {experiment.data_dir}, empty."
         )
-    with strategy.scope():
+    rows = f"{data.vocab_size:,} rows of {experiment.embed_dim:,}"
+    with doing(f"building the model, with a table of {rows}"), strategy.scope():
         # No optimizer: an evaluation holds the parameters alone.
         model = LanguageModel(experiment, vocab_size=data.vocab_size, trainable=False)
-    metadata = checkpoints.restore(
-        model.checkpoint_items(), step=None if step is None else int(step), subset=True
-    )
+    with doing("restoring the checkpoint"):
+        metadata = checkpoints.restore(
+            model.checkpoint_items(), step=None if step is None else int(step), subset=True
+        )
     if metadata is None:
         raise ValueError(
             f"{workdir.path} has no checkpoint yet. Wait for the run's first, or shorten SAVE_EVERY."
@@ -202,9 +206,12 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
         eos_id=data.eos_id,
         compute_dtype=experiment.compute_dtype,
     )
-    with progress(
-        total=evaluator.num_steps(tokens), initial=0, description=f"evaluating {split}"
-    ) as show_step:
+    with (
+        doing(f"evaluating {split}"),
+        progress(
+            total=evaluator.num_steps(tokens), initial=0, description=f"evaluating {split}"
+        ) as show_step,
+    ):
         result = evaluator.evaluate(tokens, on_step=show_step)
     return {
         "split": split,

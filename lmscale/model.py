@@ -1,9 +1,9 @@
 """The trained state of a run: vocabulary table, body, their optimizer slots; and how it is saved."""
 
-import keras
 import numpy as np
 import tensorflow as tf
 
+from lmscale import keras_settings
 from lmscale.checkpoints import CheckpointItem
 from lmscale.distribution import collectives
 from lmscale.models.body import Encoder
@@ -27,10 +27,7 @@ class LanguageModel:
           be restored.
         trainable: whether to make the optimizer slots.
         """
-        keras.utils.set_random_seed(experiment.seed)
-        keras.config.set_dtype_policy(
-            "mixed_bfloat16" if experiment.compute_dtype == "bfloat16" else "float32"
-        )
+        keras_settings.reset(seed=experiment.seed, compute_dtype=experiment.compute_dtype)
         self._body_optimizer = experiment.body_optimizer
         self.table = ShardedTable(
             vocab_size=vocab_size,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale.command_line import run_main
+from lmscale import paths
+from lmscale.command_line import define_path, run_main
 
 _LARGEST_LOSS_NATS = 700  # exp of more overflows
 
@@ -19,7 +20,7 @@ _WORKDIR = flags.DEFINE_list("workdir", [], "Work directories of the runs to dra
 _EVALUATIONS = flags.DEFINE_list(
     "evaluations", [], "Files of JSON lines printed by lmscale.evaluate on the first run."
 )
-_OUTPUT = flags.DEFINE_string("output", "curve.png", "Picture to write; the ending decides the format.")
+_OUTPUT = define_path("output", "curve.png", "Picture to write; the ending decides the format.")
 
 
 def main(argv):
@@ -39,14 +40,14 @@ def main(argv):
     from matplotlib import pyplot
 
     figure, (loss_axes, perplexity_axes) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for number, workdir in enumerate(_WORKDIR.value):
-        name = Path(workdir).name
-        train = _metrics(Path(workdir) / "train")
+    for number, workdir in enumerate(Path(paths.expand(path)) for path in _WORKDIR.value):
+        name = workdir.name
+        train = _metrics(workdir / "train")
         epochs_per_step = train[-1]["epoch"] / train[-1]["step"]
         loss_tag = next(
             tag for tag in ("sampled_loss_nats", "exact_loss_nats", *train[-1]) if tag in train[-1]
         )
-        evaluations = _metrics(Path(workdir) / "eval")
+        evaluations = _metrics(workdir / "eval")
         epochs = [line["step"] * epochs_per_step for line in evaluations]
         loss_axes.plot(
             [line["epoch"] for line in train],
@@ -57,7 +58,9 @@ def main(argv):
         loss_axes.plot(epochs, valid, marker=".", label=f"{name}: valid, exact")
         perplexity_axes.plot(epochs, [math.exp(x) for x in valid], marker=".", label=f"{name}: valid, exact")
         if number == 0:
-            points = [point for path in _EVALUATIONS.value for point in _evaluations(Path(path))]
+            points = [
+                point for path in _EVALUATIONS.value for point in _evaluations(Path(paths.expand(path)))
+            ]
             for split in sorted({point["split"] for point in points}):
                 mine = sorted((p["step"], p["loss_nats"]) for p in points if p["split"] == split)
                 perplexity_axes.plot(
@@ -73,7 +76,8 @@ def main(argv):
     for axes in (loss_axes, perplexity_axes):
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")
-    figure.savefig(_OUTPUT.value, dpi=110)
+    with paths.naming(_OUTPUT.value):
+        figure.savefig(_OUTPUT.value, dpi=110)
     print(_OUTPUT.value)
     return 0
 

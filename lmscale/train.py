@@ -1,7 +1,7 @@
 """Trains a language model: python -m lmscale.train --gin_file=configs/quickstart.gin --workdir=runs/quickstart
 
 Run again on the same work directory, it resumes; on a finished one it says so. Exit codes: 0 finished, 2 a mistake in
-flags, configuration or data, 3 stopped on a NaN or infinite loss or gradient, 75 stopped by SIGTERM or Ctrl-C after
+flags, configuration or data, 3 stopped on a NaN or infinite loss or gradient, 75 stopped by a signal or Ctrl-C after
 saving: run the same command again to go on.
 """
 
@@ -11,17 +11,20 @@ import sys
 
 from absl import flags, logging
 
-from lmscale.command_line import run_main
+from lmscale.command_line import define_multi_path, define_path, run_main
 
-_GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Configuration file; may be given several times.")
+_GIN_FILE = define_multi_path("gin_file", [], "Configuration file; may be given several times.")
 _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "Override, such as LEARNING_RATE=0.001; may be repeated."
 )
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run writes: checkpoints, metrics, its configuration."
-)
+_WORKDIR = define_path("workdir", None, "Where the run writes: checkpoints, metrics, its configuration.")
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "Split the host CPU into this many devices. Without it: all GPUs, or else one CPU."
+)
+_GPU_MEMORY_MIB = flags.DEFINE_integer(
+    "gpu_memory_mib",
+    None,
+    "Reserve so much of each GPU's memory. Without it: as much as is needed, as it is needed.",
 )
 _SEED = flags.DEFINE_integer("seed", None, "Overrides SEED.")
 _DRY_RUN = flags.DEFINE_bool(
@@ -51,7 +54,7 @@ def main(argv):
         logging.set_verbosity(logging.INFO)
     config = configuration.load(_GIN_FILE.value, _GIN_PARAM.value, seed=_SEED.value)
     if _DRY_RUN.value:
-        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value)
+        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
         print(configuration.describe(config))
         from lmscale import dry_run
 
@@ -63,7 +66,7 @@ def main(argv):
         if finished is not None and finished["step"] >= config.experiment.train_steps:
             print(f"This run is finished: {workdir.path}, {json.dumps(finished)}")
             return 0
-        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value)
+        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
         try:
             summary = trainer.train(
                 config.experiment,

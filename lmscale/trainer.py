@@ -1,10 +1,8 @@
 """The training run: pull, compute, push; evaluate, save, log."""
 
-import contextlib
 import dataclasses
 import logging
 import math
-import signal
 import time
 
 import numpy as np
@@ -14,10 +12,12 @@ from lmscale.checkpoints import CheckpointItem, Checkpoints
 from lmscale.data.batches import ContiguousBatches, Prefetcher, ShuffledWindows
 from lmscale.data.token_files import PreparedData
 from lmscale.distribution import collectives
+from lmscale.doing import doing
 from lmscale.evaluation import Evaluator
 from lmscale.metrics import MetricsWriter, device_memory_mib, format_log_line, progress, read_metrics
 from lmscale.model import LanguageModel
 from lmscale.models.dropout import DropoutStream
+from lmscale.stop_signals import collect_stop_signals
 from lmscale.vocabulary.table import RowGradients
 
 _logger = logging.getLogger(__name__)
@@ -290,12 +290,16 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
 
     Raises:
       ValueError: for settings that do not fit the data, the devices or the checkpoints.
-      StoppedEarlyError: on SIGTERM or SIGINT, at the next step boundary, after saving.
+      StoppedEarlyError: on a signal of `lmscale.stop_signals`, at the next step boundary, after saving.
       NonFiniteError: with on_bad_step="stop".
     """
-    trainer = Trainer(experiment, data=PreparedData.open(experiment.data_dir), strategy=strategy)
+    with doing(f"reading the data of {experiment.data_dir}"):
+        data = PreparedData.open(experiment.data_dir)
+    with doing(f"building the model, with a table of {data.vocab_size:,} rows of {experiment.embed_dim:,}"):
+        trainer = Trainer(experiment, data=data, strategy=strategy)
     checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints)
-    metadata = checkpoints.restore(trainer.checkpoint_items())
+    with doing("restoring the newest checkpoint"):
+        metadata = checkpoints.restore(trainer.checkpoint_items())
     run = _Run(trainer, checkpoints=checkpoints)
     if metadata is None:
         _check_nothing_lost(workdir, save_every=experiment.save_every)
@@ -310,7 +314,7 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
     with (
         MetricsWriter(workdir.train_dir, resume_step=resume_step) as train_metrics,
         MetricsWriter(workdir.eval_dir, resume_step=resume_step) as eval_metrics,
-        _stop_signals() as stop,
+        collect_stop_signals() as stop,
         progress(total=experiment.train_steps, initial=trainer.step, description="training") as show_step,
     ):
         if metadata is None:
@@ -384,7 +388,8 @@ class _Run:
         experiment, trainer = self.experiment, self.trainer
         while trainer.step < experiment.train_steps:
             start = time.perf_counter()
-            self._pending.append(_Pending(trainer.step, trainer.train_steps(self._steps_of_next_call())))
+            with doing(f"training step {trainer.step + 1:,}"):
+                self._pending.append(_Pending(trainer.step, trainer.train_steps(self._steps_of_next_call())))
             self._seconds += time.perf_counter() - start
             step = trainer.step
             show_step(step)
@@ -394,14 +399,16 @@ class _Run:
             loss, is_best = None, False
             if step % experiment.eval_every == 0 or is_last:
                 self._check_finite()
-                loss = self._evaluate(eval_metrics, show_step=show_step)
+                with doing(f"evaluating after step {step:,}"):
+                    loss = self._evaluate(eval_metrics, show_step=show_step)
                 is_best = loss < self.best_validation_loss
                 self.best_validation_loss = (
                     min(self.best_validation_loss, loss) if is_best else self.best_validation_loss
                 )
                 self.last_validation_loss = loss
             if step % experiment.save_every == 0 or is_last or is_best or stop:
-                self._save(loss)
+                with doing(f"saving the checkpoint of step {step:,}"):
+                    self._save(loss)
             if stop and not is_last:
                 raise StoppedEarlyError(f"stopped by {stop[0]} after step {step}; the checkpoint is saved")
 
@@ -513,21 +520,3 @@ class _Run:
 def _finite_or_none(loss):
     """JSON has neither NaN nor infinity."""
     return loss if loss is not None and math.isfinite(loss) else None
-
-
-@contextlib.contextmanager
-def _stop_signals():
-    """Collects the names of SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
-    received = []
-
-    def handle(number, frame):
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """How entry points start and fail, with a small one of their kind."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,15 @@ TOOL = '''"""Counts down.
 
 From --start.
 """
-import signal
-from absl import flags
+import errno, os, signal, sys, time
+from absl import flags, logging
 from lmscale import command_line
+from lmscale.doing import doing
+from lmscale.stop_signals import collect_stop_signals
 
 START = flags.DEFINE_integer("start", 3, "Where to start.")
+FILE = command_line.define_path("file", "a/b", "What to count.")
+FILES = command_line.define_multi_path("files", [], "More to count.")
 
 def main(argv):
     match START.value:
@@ -31,6 +36,28 @@ def main(argv):
             finally:
                 print("tidied up")
         case 8: print("x" * 2**20, flush=True)
+        case 9:
+            with doing("counting"), doing("counting to 9"):
+                raise MemoryError
+        case 10:
+            with doing("forking"):
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        case 11: print("m\u4e2d", flush=True)
+        case 12: print(FILE.value, FILES.value)
+        case 13:
+            logging.warning("noted")
+            print("to stderr", file=sys.stderr)
+            print([os.fstat(i).st_rdev == os.stat("/dev/null").st_rdev for i in range(3)], sys.stdin.read())
+        case 14:
+            with collect_stop_signals() as stop:
+                print("ready", flush=True)
+                while not stop:
+                    time.sleep(0.01)
+            print(f"stopped by {stop[0]}", file=sys.stderr, flush=True)
+            print("saved", flush=True)
+            open(os.environ["NOTES"], "w").write(stop[0])
+            return 75
+        case number if number > 100: signal.raise_signal(number - 100)
     print("counted", argv[1:])
 
 if __name__ == "__main__":
@@ -42,10 +69,12 @@ if __name__ == "__main__":
 def tool(tmp_path):
     (tmp_path / "tool.py").write_text(TOOL)
 
-    def run(*arguments):
+    def run(*arguments, redirect="", **environment):
+        command = f'"$0" "$@" {redirect}'
         result = subprocess.run(
-            [sys.executable, str(tmp_path / "tool.py"), *arguments],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            ["sh", "-c", command, sys.executable, str(tmp_path / "tool.py"), *arguments],
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,
@@ -72,12 +101,37 @@ def tool(tmp_path):
                 "error: this command takes flags only. Received also: more. Pass --help to see the flags.\n",
             ),
         ),
+        *(
+            ([f"--start={100 + number}"], (128 + number, "", ""))
+            for number in (signal.SIGHUP, signal.SIGUSR1)
+        ),
+        (
+            ["--start=9"],
+            (
+                2,
+                "",
+                "error: there must be memory for what was asked for. Received: none left while counting to 9 "
+                "(MemoryError). Ask for less; or, for tables that take more than half of a host's memory, set "
+                "TF_ONEDNN_USE_SYSTEM_ALLOCATOR=1.\n",
+            ),
+        ),
+        (
+            ["--file="],
+            (
+                2,
+                "",
+                "error: flag --file=: a path must not be empty. Received: ''. `.` is the current "
+                "directory. Pass --help to see the flags.\n",
+            ),
+        ),
         (["--end=2"], (2, "", "error: Unknown command line flag 'end'. Pass --help to see the flags.\n")),
         (
             ["--help"],
             (
                 0,
-                "Counts down.\n\nFrom --start.\n\nFlags:\n  --start: Where to start.\n    (default: '3')\n"
+                "Counts down.\n\nFrom --start.\n\nFlags:\n  --file: What to count.\n    (default: 'a/b')\n"
+                "    (a path)\n  --files: More to count.;\n    repeat this option to specify a list of values\n"
+                "    (default: '[]')\n    (a path)\n  --start: Where to start.\n    (default: '3')\n"
                 "    (an integer)\n\nThose of all libraries: --helpfull\n",
                 "",
             ),
@@ -113,3 +167,77 @@ def test_a_reader_that_leaves_is_no_error(tool, tmp_path):
         check=True,
     )
     assert (result.stdout, result.stderr) == ("x", "")
+
+
+def test_lack_of_memory_says_what_was_being_done(tool):
+    code, _, stderr = tool("--start=10")
+    assert code == 2
+    assert "none left while forking (Cannot allocate memory)" in stderr
+
+
+def test_paths_of_flags(tool):
+    code, stdout, stderr = tool("--start=12", "--file=~/a", "--files=~/b", "--files=./~", HOME="/home/me")
+    assert (code, stderr) == (0, "")
+    assert stdout.startswith("/home/me/a ['/home/me/b', './~']")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_characters_that_a_terminal_lacks(tool, encoding):
+    code, stdout, _ = tool("--start=11", PYTHONIOENCODING=encoding)
+    assert code == 0
+    assert stdout.startswith("m\\u4e2d\n")
+
+
+@pytest.mark.parametrize(
+    ("redirect", "is_null"),
+    [
+        ("2>&-", [True, False, True]),
+        ("<&-", [True, False, False]),
+        ("2>&- <&-", [True, False, True]),
+    ],
+)
+def test_descriptors_that_are_closed(tool, redirect, is_null):
+    code, stdout, stderr = tool("--start=13", redirect=redirect)
+    assert (code, stdout.splitlines()[0]) == (0, f"{is_null} ")
+    assert ("noted" in stderr) == ("to stderr" in stderr) == (not is_null[2])
+    assert tool("--start=13", redirect=f"{redirect} >&-")[:2] == (0, "")
+
+
+def test_streams_that_cannot_be_written(tool):
+    assert tool("--start=13", redirect="2>/dev/full")[0] == 0
+    assert tool("--start=13", redirect=">/dev/full")[0] == 2
+    assert "error: stdout: No space left on device" in tool("--start=13", redirect=">/dev/full")[2]
+
+
+# Runs the tool on a terminal of its own, closes it, and prints the exit code.
+CLOSED_TERMINAL = """
+import os, pty, sys, time
+pid, terminal = pty.fork()
+if not pid:
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+seen = b""
+while b"ready" not in seen:
+    seen += os.read(terminal, 100)
+os.close(terminal)
+if sys.argv[1] == "ignored":
+    time.sleep(0.2)
+    os.kill(pid, 10)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize(("hangup", "number"), [("heard", "SIGHUP"), ("ignored", "SIGUSR1")])
+def test_a_terminal_that_has_gone_does_not_change_how_a_run_ends(tool, tmp_path, hangup, number):
+    arguments = [sys.executable, "-c", CLOSED_TERMINAL, hangup, str(tmp_path / "tool.py"), "--start=14"]
+    if hangup == "ignored":
+        arguments = ["nohup", *arguments]
+    result = subprocess.run(
+        arguments,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "NOTES": str(tmp_path / "notes")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "75\n", result.stderr
+    assert (tmp_path / "notes").read_text() == number

@@ -179,3 +179,20 @@ def test_evaluation_holds_no_slots(mirrored):
     assert names < trained
     assert {name.split("/")[0] for name in names} == {"table", "body"}
     assert {"table/embedding", "table/bias"} == {name for name in names if name.startswith("table/")}
+
+
+def test_keras_settings_of_the_user_change_nothing(mirrored):
+    expected = values(build(mirrored(1)))
+    keras.config.set_floatx("float16")
+    keras.config.set_epsilon(0.1)
+    try:
+        actual = values(build(mirrored(1)))
+        assert keras.config.floatx() == "float32"
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_epsilon(1e-7)
+    assert {name: value.dtype for name, value in actual.items()} == {
+        name: value.dtype for name, value in expected.items()
+    }
+    for name, value in expected.items():
+        np.testing.assert_array_equal(actual[name], value, err_msg=name)

@@ -118,7 +118,6 @@ def test_exit_codes():
         "EXIT_NON_FINITE": "3",
         "EXIT_STOPPED": "75",
         "EXIT_INTERRUPTED": "130",
-        "EXIT_TERMINATED": "143",
     }
 
 

@@ -294,6 +294,20 @@ def test_seconds_are_those_of_the_fastest_epoch(tmp_path):
     assert second == {"epoch": 2.0, "secs": 100.0, "clock_secs": 110.0, "perplexity": pytest.approx(7.0)}
 
 
+def test_an_output_below_which_no_run_could_be(tmp_path):
+    completed = bench("--sections=startup", output=tmp_path / "lr[1]")
+    assert completed.returncode == 2
+    assert completed.stderr.startswith("error: --output must not have square brackets around characters")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "results.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        report.write({}, tmp_path)
+    assert caught.value.filename == str(tmp_path / "results.json.tmp")
+
+
 def test_report_of_the_sections_that_take_long(tmp_path):
     devices = [
         {

@@ -2,6 +2,7 @@
 
 import keras
 
+from lmscale import keras_settings
 from lmscale.benchmarks.peers.peer import Peer
 
 
@@ -9,7 +10,7 @@ class KerasFullSoftmax(Peer):
     """`keras_hub`-style tying: the logits are a product with the transposed embedding."""
 
     def __init__(self, shape):
-        keras.utils.set_random_seed(0)
+        keras_settings.reset(seed=0)
         self._model = TiedLstm(shape)
         self._model.compile(
             optimizer=keras.optimizers.Adam(0.001, clipnorm=1.0),

@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from lmscale import keras_settings
 from lmscale.benchmarks.peers.peer import Peer
 
 
@@ -11,7 +12,7 @@ class TensorflowSampledSoftmax(Peer):
 
     def __init__(self, shape, *, optimizer):
         """`optimizer`: name of a class in `keras.optimizers`."""
-        keras.utils.set_random_seed(0)
+        keras_settings.reset(seed=0)
         self._shape = shape
         self._embedding = tf.Variable(tf.random.uniform([shape.vocab_size, shape.embed_dim], -0.1, 0.1))
         self._bias = tf.Variable(tf.zeros([shape.vocab_size]))
