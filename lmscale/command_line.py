@@ -41,7 +41,9 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             return _fail(f"this command takes flags only. Received also: {' '.join(argv[1:])}. {_SEE_HELP}")
         try:
             keras_settings.check_surroundings()
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()  # While an error still gets a message.
+            return code
         except BrokenPipeError:  # Who read our output has seen enough.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -152,6 +154,7 @@ class _LenientFile(io.FileIO):
         except OSError as error:
             if self._ignored is None or error.errno in self._ignored:
                 return len(data)
+            self._ignored = None  # Python flushes once more when it ends, and would change the exit code.
             error.filename = {1: "stdout", 2: "stderr"}[self.fileno()]
             raise
 

@@ -18,7 +18,7 @@ COMMANDS = ("prepare", "train", "evaluate", "bench", "plot")
 
 def defined_flags(command):
     source = (ROOT / "lmscale" / f"{command}.py").read_text(encoding="utf-8")
-    return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source))
+    return set(re.findall(r"\b(?:DEFINE|define)_\w+\(\s*\"(\w+)\"", source))
 
 
 def shell_commands():
@@ -39,7 +39,7 @@ def test_commands_use_flags_that_exist():
 
 
 def test_flags_of_the_text_exist():
-    known = set().union(*map(defined_flags, COMMANDS)) | {"help", "logdir"}
+    known = set().union(*map(defined_flags, COMMANDS)) | {"help", "logdir", "signal"}
     mentioned = set(re.findall(r"`[^`\n]*?--(\w+)", PROSE))
     assert mentioned <= known
 

@@ -108,7 +108,12 @@ def test_macro_without_value(train_failure, data_dir, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--workdir=", ["--workdir is required"]),
+        ("--workdir=", ["--workdir=: a path must not be empty"]),
+        (
+            "--workdir=runs/lr[0.004]",
+            ["The working directory must not have square brackets", "runs/lr[0.004]"],
+        ),
+        ("--gpu_memory_mib=100", ["gpu_memory_mib is for runs on GPUs", "cpu_devices=2"]),
         ("--gin_file=configs/no_such.gin", ["The gin file must exist", "configs/no_such.gin"]),
         ("--cpu_devices=0", ["cpu_devices must be at least 1", "cpu_devices=0"]),
         ("--cpu_devices=two", ["--cpu_devices", "two", "--help"]),
