@@ -296,11 +296,12 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
     trainer = Trainer(experiment, data=PreparedData.open(experiment.data_dir), strategy=strategy)
     checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints)
     metadata = checkpoints.restore(trainer.checkpoint_items())
-    run = _Run(trainer, checkpoints=checkpoints)
+    run = _Run(trainer, checkpoints=checkpoints, workdir=workdir)
     if metadata is None:
-        _check_nothing_lost(workdir, save_every=experiment.save_every)
+        _check_nothing_lost(workdir)
     else:
         run.resume(metadata)
+        workdir.mark_saved(step=trainer.step)
         _logger.info("resuming at step %d", trainer.step)
     # From here on it is another run than the one that finished; a mistake in the settings was noticed before.
     workdir.clear_finished()
@@ -320,13 +321,19 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
     return run.summary()
 
 
-def _check_nothing_lost(workdir, *, save_every):
-    """Raises ValueError where a run has got past its first save, and there is no checkpoint."""
-    steps = [line["step"] for line in read_metrics(workdir.train_dir)]
-    if steps and max(steps) >= save_every:
+def _check_nothing_lost(workdir):
+    """Without a checkpoint: raises ValueError where there was one; says so where an earlier start got nowhere."""
+    if workdir.has_saved():
         raise ValueError(
-            f"The run in {workdir.path} has logged step {max(steps)}, so it must have saved. Received: no checkpoint "
-            f"in {workdir.checkpoints_dir}. Put the checkpoints back, or start a new work directory."
+            f"The run in {workdir.path} has saved checkpoints, as saved.json or finished.json there tells. Received: "
+            f"none in {workdir.checkpoints_dir}. Put the checkpoints back, or start a new work directory."
+        )
+    steps = [line["step"] for line in read_metrics(workdir.train_dir)]
+    if steps:
+        _logger.warning(
+            "starting over: an earlier start in %s ended before its first checkpoint; it had logged step %d",
+            workdir.path,
+            max(steps),
         )
 
 
@@ -342,10 +349,11 @@ class _Pending:
 class _Run:
     """The loop around `Trainer.train_steps`: when to log, evaluate, save and stop."""
 
-    def __init__(self, trainer, *, checkpoints):
+    def __init__(self, trainer, *, checkpoints, workdir):
         self.trainer = trainer
         self.experiment = trainer.experiment
         self.checkpoints = checkpoints
+        self.workdir = workdir
         self.best_validation_loss = math.inf
         self.last_validation_loss = None
         self.skipped_steps = 0
@@ -421,6 +429,7 @@ class _Run:
             },
             validation_loss_nats=validation_loss,
         )
+        self.workdir.mark_saved(step=self.trainer.step)
 
     def _steps_of_next_call(self):
         """steps_per_call, or fewer up to the next step at which something is due."""
