@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lmscale.data.token_files import PreparedData
-from lmscale.models.body import Encoder
+from lmscale.models.encoder import Encoder
 from lmscale.trainer import training_batches
 from lmscale.vocabulary.full_softmax import default_block_rows
 from lmscale.vocabulary.placement import Placement

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from lmscale.checkpoints import CheckpointItem
 from lmscale.distribution import collectives
-from lmscale.models.body import Encoder
+from lmscale.models.encoder import Encoder
 from lmscale.vocabulary.table import ShardedTable
 
 
