@@ -133,6 +133,7 @@ class Trainer:
             name: tf.TensorArray(dtype, size=steps_per_call)
             for name, dtype in {
                 "loss": tf.float32,
+                "penalty": tf.float32,
                 "gradient_norm": tf.float32,
                 "is_finite": tf.bool,
                 "rows_touched": tf.int32,
@@ -173,6 +174,13 @@ class Trainer:
             tape.watch(inputs)
             hidden, new_state = self.model.encoder(inputs, state, dropout=dropout)
             hidden = tf.reshape(tf.cast(hidden, tf.float32), [-1, table.embed_dim])
+            # Regularisers of layers, and what they add to the loss: means over a replica's examples, or the same on
+            # each replica. The shares of the replicas add up.
+            penalties = [
+                tf.cast(penalty, tf.float32) / self.strategy.num_replicas_in_sync
+                for penalty in self.model.encoder.penalties()
+            ]
+            penalty = [tf.add_n(penalties)] if penalties else []
         num_tokens = experiment.global_batch_size * experiment.window
         loss = self.loss.value_and_gradients(
             hidden,
@@ -183,7 +191,9 @@ class Trainer:
             table=table,
         )
         input_gradient, body_gradients = tape.gradient(
-            hidden, (inputs, body_variables), output_gradients=loss.hidden
+            [hidden, *penalty],
+            (inputs, body_variables),
+            output_gradients=[loss.hidden, *(tf.ones([]) for _ in penalty)],
         )
         if input_gradient is None:
             input_gradient = tf.zeros_like(inputs)
@@ -195,12 +205,15 @@ class Trainer:
 
         # One push brings back the gradients of the three roles, merged before a single update of a row.
         merged = table.merge(window, window_gradients(window, input_gradient, loss), dense=loss.shard)
-        body_gradients, mean_loss = collectives.all_reduce_sum(
+        body_gradients, mean_loss, penalty = collectives.all_reduce_sum(
             [
                 {name: tf.cast(g, tf.float32) for name, g in body_gradients.items()},
                 tf.reduce_sum(loss.loss) / num_tokens,
+                penalty,
             ]
         )
+        mean_penalty = penalty[0] if penalty else tf.constant(0.0)
+        mean_loss += mean_penalty
         gradient_norm = tf.sqrt(
             merged.squared_norm
             + tf.add_n([tf.reduce_sum(tf.square(g)) for g in body_gradients.values()] or [0.0])
@@ -215,6 +228,7 @@ class Trainer:
             variable.assign(tf.where(is_finite, new, old))
         metrics = {
             "loss": mean_loss,
+            "penalty": mean_penalty,
             "gradient_norm": gradient_norm,
             "is_finite": is_finite,
             "rows_touched": merged.num_rows,
@@ -471,6 +485,8 @@ class _Run:
         finite = metrics["is_finite"]
         num_steps = len(finite)
         values = {name: metrics[name][finite] for name in ("loss", "gradient_norm")}
+        if np.any(metrics["penalty"]):
+            values["penalty_nats"] = metrics["penalty"][finite]
         for shard_id, rows in enumerate(metrics["rows_touched"][finite].T):
             values[f"rows_touched/shard_{shard_id}"] = rows
         step_secs = self._seconds / num_steps

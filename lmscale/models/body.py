@@ -16,9 +16,12 @@ class Body(abc.ABC):
     Attributes:
       layers: the Keras layers whose variables are trained and saved.
       stateful: whether consecutive windows must continue the same streams of text.
+      causal: whether no output may depend on later inputs, which a probe checks when the body is built. False only for
+        a task that shows the whole text, such as classification: a language model would predict what it has seen.
     """
 
     stateful = False
+    causal = True
 
     def __init__(self, layers):
         self.layers = list(layers)
@@ -47,13 +50,19 @@ class KerasBody(Body):
     `DropoutStream`, the loss depends on the number of devices.
     """
 
-    def __init__(self, layer):
+    def __init__(self, layer, *, causal=True):
         super().__init__([layer])
+        self.causal = causal
 
     def __call__(self, inputs, state, *, dropout):
         return self.layers[0](inputs, training=dropout is not None), state
 
 
-def keras_body(*, layer: Callable[[], keras.layers.Layer]) -> Body:
-    """Body factory for gin: `keras_body.layer = @SomeLayer` names a Keras layer class or factory."""
-    return KerasBody(layer())
+def keras_body(*, layer: Callable[[], keras.layers.Layer], causal: bool = True) -> Body:
+    """Body factory for gin: `keras_body.layer = @SomeLayer` names a Keras layer class or factory.
+
+    Args:
+      layer: returns the layer.
+      causal: False lets it see later inputs (`Body.causal`).
+    """
+    return KerasBody(layer(), causal=causal)
