@@ -36,8 +36,10 @@ def list_run(workdir: Workdir, *, settings: Mapping[str, Any]) -> None:
     Raises:
       OSError: if the disk is full.
     """
-    # With the host: the logs of two machines may come together below one --logdir, from the same paths.
-    trial = f"{socket.gethostname()}:{workdir.path.resolve()}"
+    # The name first, since the table cuts it off. With the host: the logs of two machines may come together below one
+    # --logdir, from the same paths.
+    path = workdir.path.resolve()
+    trial = f"{path.name} ({socket.gethostname()}:{path})"
     shown = {name: _shown(value) for name, value in settings.items()}
     for directory in (workdir.train_dir, workdir.eval_dir):
         directory.mkdir(parents=True, exist_ok=True)

@@ -143,4 +143,5 @@ def test_a_full_disk_is_an_error_that_names_the_file(full_disk):
     # What had been reported before is there, and a later start goes on.
     with MetricsWriter(directory / "train", resume_step=1) as writer:
         writer.scalars(2, {"loss": 0.25})
-    assert Board(directory).scalars("train", "loss") == [(1, 0.5), (2, 0.25)]
+    for loader in LOADERS:
+        assert Board(directory, loader=loader).scalars("train", "loss") == [(1, 0.5), (2, 0.25)]

@@ -1,5 +1,6 @@
 import math
 import shutil
+import socket
 
 import pytest
 from boards import LOADERS, Board
@@ -80,7 +81,7 @@ def test_a_resumed_run_shows_what_runs_now(tmp_path, loader):
     start(path, settings={"TRAIN_STEPS": 40}, resume_step=40, steps=(), finish=True)
     assert row() == ({"TRAIN_STEPS": 40}, {"success"}, -39.0)
     assert len(set(names)) == 1
-    assert names[0].endswith(f":{path}")
+    assert names[0] == f"run ({socket.gethostname()}:{path})"
     # Of the sessions, that of the last start is left, and that it finished.
     assert [len(event_files(path / name, ending=SESSION)) for name in ("train", "eval")] == [2, 2]
 
