@@ -126,7 +126,7 @@ def test_goes_on_where_the_start_before_was_killed_between_two_files(tmp_path):
 
 def test_the_session_is_no_start_of_the_metrics(tmp_path):
     """The first START of a directory hides nothing, so it must be there before the first restart."""
-    start(tmp_path, settings={"A": 1}, resume_step=-1, steps=(10, 20, 30))
+    start(tmp_path, settings={"A": 1}, resume_step=None, steps=(10, 20, 30))
     start(tmp_path, settings={"A": 1}, resume_step=10, steps=(20,))
     scripts = event_accumulator.EventAccumulator(str(tmp_path / "train")).Reload()
     assert [event.step for event in scripts.Scalars("sampled_loss_nats")] == [10, 20]
