@@ -39,8 +39,8 @@ def main(argv):
     from matplotlib import pyplot
 
     figure, (loss_axes, perplexity_axes) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for number, workdir in enumerate(_WORKDIR.value):
-        name = Path(workdir).name
+    names = _names(_WORKDIR.value)
+    for number, (workdir, name) in enumerate(zip(_WORKDIR.value, names, strict=True)):
         train = _metrics(Path(workdir) / "train")
         epochs_per_step = train[-1]["epoch"] / train[-1]["step"]
         loss_tag = next(
@@ -76,6 +76,12 @@ def main(argv):
     figure.savefig(_OUTPUT.value, dpi=110)
     print(_OUTPUT.value)
     return 0
+
+
+def _names(workdirs):
+    """What the legend calls each: the directory's name, or its path where others have the same name."""
+    names = [Path(workdir).resolve().name for workdir in workdirs]
+    return [workdir if names.count(name) > 1 else name for workdir, name in zip(workdirs, names, strict=True)]
 
 
 def _plotted(value):

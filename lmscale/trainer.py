@@ -10,6 +10,7 @@ import time
 import numpy as np
 import tensorflow as tf
 
+from lmscale import hparams_tab
 from lmscale.checkpoints import CheckpointItem, Checkpoints
 from lmscale.data.batches import ContiguousBatches, Prefetcher, ShuffledWindows
 from lmscale.data.token_files import PreparedData
@@ -297,7 +298,7 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
       workdir: `Workdir`, opened for writing.
       strategy: `tf.distribute.Strategy`.
       config_text: the resolved configuration, written to the work directory and to TensorBoard.
-      hparams: {name: value} for TensorBoard.
+      hparams: {name: value} for TensorBoard's HParams tab.
 
     Returns:
       {"step", "validation_loss_nats", "best_step", ...}: the summary that marks the run finished.
@@ -322,16 +323,18 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
     workdir.write_config(config_text)
     # Without a checkpoint, whatever an earlier start has logged is void: step 0 included.
     resume_step = -1 if metadata is None else trainer.step
+    hparams_tab.list_run(workdir, settings=hparams)
     with (
         MetricsWriter(workdir.train_dir, resume_step=resume_step) as train_metrics,
         MetricsWriter(workdir.eval_dir, resume_step=resume_step) as eval_metrics,
         _stop_signals() as stop,
         progress(total=experiment.train_steps, initial=trainer.step, description="training") as show_step,
     ):
-        if metadata is None:
-            train_metrics.text("config", "\n".join("    " + line for line in config_text.splitlines()))
-            train_metrics.hparams(hparams)
+        # Of the first step that runs with it: a start that goes on from the same step replaces it.
+        code_block = "\n".join("    " + line for line in config_text.splitlines())
+        train_metrics.text("config", code_block, step=resume_step + 1)
         run.loop(train_metrics=train_metrics, eval_metrics=eval_metrics, stop=stop, show_step=show_step)
+    hparams_tab.mark_finished(workdir)
     return run.summary()
 
 

@@ -1,9 +1,11 @@
 """The working directory of a run: where everything is, and who may write there."""
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -170,11 +172,22 @@ class Workdir:
             raise ValueError(f"{self.path} is open readonly, or closed: nothing can be written to it.")
 
 
+@contextlib.contextmanager
+def naming(path) -> Iterator[None]:
+    """Has an OSError out of the block name the file: those of writing, of a full disk, leave it out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def replace_file(path, *, text: str) -> None:
     """Writes a file so that a reader, and a crash, finds the old content or the new one, never a part."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with naming(temporary), open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
