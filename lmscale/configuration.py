@@ -55,12 +55,15 @@ class ResolvedConfig:
       text: all of it as one gin file: includes merged, bindings applied. Loaded by itself, it gives an equal
         experiment. Holds nothing of where it was read from.
       macros: {name: value} in the order of names; a reference as text.
+      settings: {name: value}, to compare runs by: the macros, then each parameter whose value is not just a macro's,
+        defaults included, under the name by which a binding would change it.
       used: everything that takes part, the experiment first.
     """
 
     experiment: Any
     text: str
     macros: Mapping[str, Any]
+    settings: Mapping[str, Any]
     used: Sequence[factories.Factory]
 
     def differences(self, text: str) -> list[str]:
@@ -146,7 +149,8 @@ def load(
     for other in resolver.used.values():  # The same in two scopes is told once.
         used += [other] if other not in used else []
     macros = dict(sorted(resolver.macros.items()))
-    return ResolvedConfig(experiment=factory(), text=text, macros=macros, used=used)
+    settings = macros | dict(sorted(resolver.settings.items()))
+    return ResolvedConfig(experiment=factory(), text=text, macros=macros, settings=settings, used=used)
 
 
 def describe(config: ResolvedConfig) -> str:
@@ -430,11 +434,13 @@ class _Resolver:
 
     Attributes:
       macros: {name: value} of the macros met.
+      settings: {name: value} of the parameters met, but for those that a macro decides.
       used: {(selector, scopes): Factory}, in the order in which they are met.
     """
 
     def __init__(self) -> None:
         self.macros: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
         self.used: dict[tuple[str, str], factories.Factory] = {}
         self._config = {key: dict(parameters) for key, parameters in gin_config._CONFIG.items()}
         self._defined = [scope for scope, selector in self._config if selector == _MACRO]
@@ -506,6 +512,20 @@ class _Resolver:
                     raise factories.wrong_type(where, resolved, function=function, macro=_macro_name(value))
                 arguments.append((parameter, resolved))
         self.used[key] = factories.Factory(name=name, function=function, arguments=tuple(arguments))
+        # Not the functions and objects among the defaults: as text, they hold an address.
+        values = {
+            parameter.name: parameter.default
+            for parameter in factories.parameters(function)
+            if isinstance(parameter.default, bool | int | float | str | tuple | None)
+        }
+        values |= arguments
+        by_macro = {parameter for parameter, (_, value) in bound.items() if _macro_name(value) is not None}
+        prefix = "/".join([*scopes, self._name(configurable)])
+        self.settings |= {
+            f"{prefix}.{parameter}": _plain(value)
+            for parameter, value in values.items()
+            if parameter not in by_macro
+        }
         return self.used[key]
 
     def _value(self, value, *, scopes, where):

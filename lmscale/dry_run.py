@@ -1,12 +1,13 @@
 """What a run would do, without doing it: its parameters, and the memory that each device would hold."""
 
 import numpy as np
+import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
 
 from lmscale import keras_settings
 from lmscale.data.token_files import PreparedData
-from lmscale.models.body import Encoder
+from lmscale.models.encoder import Encoder
 from lmscale.trainer import training_batches
 from lmscale.vocabulary.full_softmax import default_block_rows
 from lmscale.vocabulary.placement import Placement
@@ -30,7 +31,7 @@ def print_report(experiment, *, num_devices):
     data = PreparedData.open(experiment.data_dir)
     loss = experiment.loss(vocab_size=data.vocab_size, counts=data.counts)
     keras_settings.reset(seed=experiment.seed, compute_dtype=experiment.compute_dtype)
-    encoder = Encoder(experiment.body(), embed_dim=experiment.embed_dim)
+    encoder = Encoder(experiment.body(), embed_dim=experiment.embed_dim, window=max(experiment.window, 2))
     batches = training_batches(experiment, body=encoder.body, tokens=data.split("train"))
     placement = Placement(vocab_size=data.vocab_size, num_shards=num_devices)
     console = Console(width=110)
@@ -49,11 +50,13 @@ def print_report(experiment, *, num_devices):
         rows.append(
             (f"table/{entry.name}", shape, entry.dtype.name, "sharded", entry.bytes_on_shard(placement))
         )
-    for name, variable in encoder.trainable_variables.items():
+    for name, variable in encoder.variables.items():
         size = int(np.prod(variable.shape))
-        num_parameters += size
-        rows.append((f"body/{name}", tuple(variable.shape), "float32", "replicated", size * _FLOAT_BYTES))
-        for slot_name, slot in experiment.body_optimizer.slots.items():
+        dtype = tf.as_dtype(variable.dtype)
+        num_parameters += size if dtype.is_floating else 0  # Not the states of random number generators.
+        where = "replicated" if variable.trainable else "replicated, not trained"
+        rows.append((f"body/{name}", tuple(variable.shape), dtype.name, where, size * dtype.size))
+        for slot_name, slot in experiment.body_optimizer.slots.items() if variable.trainable else ():
             shape = tuple(variable.shape) if slot.per_element else ()
             slot_bytes = (size if slot.per_element else 1) * slot.dtype.size
             rows.append((f"body_slots/{name}/{slot_name}", shape, slot.dtype.name, "replicated", slot_bytes))

@@ -17,16 +17,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams import api as hparams_api
 from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from lmscale.event_files import SESSION, EventFile, event_files
+from lmscale.paths import naming
 from lmscale.workdir import replace_file
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-_EVENT_FILES = "events.out.tfevents.*"
+_WALL_TIME_DIGITS = 3
 
 
 class MetricsWriter:
@@ -34,6 +34,7 @@ class MetricsWriter:
 
     metrics.jsonl holds one JSON object for each call of `scalars`: "step", "wall_time" (seconds since 1970)
     and a number for each tag. NaN and infinity are null there, since JSON lacks them; TensorBoard gets them.
+    Wall times never go back, whatever the clock does: they go on from the latest.
 
     Everything of one writer is in one TensorBoard file, in order, and on its way to disk when a call
     returns: a run that is killed loses nothing that it reported. Use it as a context manager.
@@ -47,22 +48,24 @@ class MetricsWriter:
           resume_step: the run goes on from this step. What it wrote for later steps, before it was killed
             or went back, is removed from metrics.jsonl and hidden by TensorBoard. -1: it starts, and
             nothing that a run left here before its first checkpoint is kept. None: keep all.
+
+        Raises:
+          OSError: with the file's name, as from all methods, if the disk is full.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / METRICS_FILE
-        _keep_lines(path, last_step=math.inf if resume_step is None else resume_step)
-        self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
-        is_first = not any(directory.glob(_EVENT_FILES))
-        _await_later_name(directory)
-        self._events = EventFileWriter(str(directory))
+        self._path = directory / METRICS_FILE
+        latest = _keep_lines(self._path, last_step=math.inf if resume_step is None else resume_step)
+        self._clock = _Clock(latest + 10**-_WALL_TIME_DIGITS)  # It was rounded, perhaps down.
+        is_first = len(event_files(directory)) == len(event_files(directory, ending=SESSION))
+        self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
+        self._events = EventFile(directory)
         # TensorBoard drops events of steps from this one on, which earlier files hold. It takes the first
         # START of a directory for the start, and only those after it for restarts.
         if is_first or resume_step is not None:
             first_step = 0 if resume_step is None else resume_step + 1
             start = SessionLog(status=SessionLog.START)
-            self._events.add_event(Event(session_log=start, step=first_step, wall_time=time.time()))
-        self.flush()
+            self._events.add(Event(session_log=start, step=first_step, wall_time=self._clock()))
 
     def scalars(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Reports the metrics of one step.
@@ -71,39 +74,28 @@ class MetricsWriter:
           step: int.
           metrics: TensorBoard tag to number: Python's, numpy's, or a scalar tensor.
         """
-        wall_time = time.time()
+        wall_time = self._clock()
         values = {tag: _number(value) for tag, value in metrics.items()}
         # `simple_value`, not the tensors that tf.summary writes: TensorBoard's EventAccumulator, by which
         # scripts read event files, hides the later steps of a resumed run only for these.
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self._events.add_event(Event(summary=summary, step=step, wall_time=wall_time))
-        line: dict[str, float | None] = {"step": int(step), "wall_time": round(wall_time, 3)}
+        self._events.add(Event(summary=summary, step=step, wall_time=wall_time))
+        line: dict[str, float | None] = {"step": int(step), "wall_time": round(wall_time, _WALL_TIME_DIGITS)}
         line |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        self._lines.write(json.dumps(line) + "\n")
-        self.flush()
+        with naming(self._path):
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
 
     def text(self, tag: str, markdown: str, *, step: int = 0) -> None:
-        """Shows a text, in Markdown, on TensorBoard's Text tab."""
-        self._events.add_event(Event(summary=text_pb(tag, markdown), step=step, wall_time=time.time()))
-        self.flush()
-
-    def hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Lists the run and its settings on TensorBoard's HParams tab; what is no number is shown as text."""
-        shown = {
-            name: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for name, value in hparams.items()
-        }
-        self._events.add_event(Event(summary=hparams_api.hparams_pb(shown), wall_time=time.time()))
-        self.flush()
-
-    def flush(self) -> None:
-        """Hands to the operating system what is still buffered."""
-        self._lines.flush()
-        self._events.flush()
+        """Shows a text, in Markdown, on TensorBoard's Text tab: above those of earlier steps."""
+        self._events.add(Event(summary=text_pb(tag, markdown), step=step, wall_time=self._clock()))
 
     def close(self) -> None:
-        self._lines.close()
-        self._events.close()
+        try:
+            with naming(self._path):
+                self._lines.close()
+        finally:
+            self._events.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -211,22 +203,33 @@ def _lines(path: Path) -> Iterator[tuple[str, dict | None]]:
             yield text, line if is_whole else None
 
 
-def _keep_lines(path: Path, *, last_step: float) -> None:
-    """Drops the lines of later steps, and what is no line: a run that was killed may have cut its last."""
+def _keep_lines(path: Path, *, last_step: float) -> float:
+    """Drops the lines of later steps, and what is no line: a run that was killed may have cut its last.
+
+    Returns:
+      The latest wall time of the lines kept; 0 without any.
+    """
     if not path.exists():
-        return
+        return 0.0
     lines = list(_lines(path))
-    kept = [text for text, line in lines if line is not None and line["step"] <= last_step]
+    kept = [(text, line) for text, line in lines if line is not None and line["step"] <= last_step]
     if len(kept) < len(lines):
         logger.info("Dropping %d of %d lines of %s.", len(lines) - len(kept), len(lines), path)
-        replace_file(path, text="".join(kept))
+        replace_file(path, text="".join(text for text, _ in kept))
+    return max((line.get("wall_time", 0.0) for _, line in kept), default=0.0)
 
 
-def _await_later_name(directory: Path) -> None:
-    """Waits until no file has this second in its name: by it, TensorBoard knows which file to read first."""
-    seconds = {path.name.split(".")[3] for path in directory.glob(_EVENT_FILES)}
-    while f"{int(time.time()):010d}" in seconds:
-        time.sleep(0.05)
+class _Clock:
+    """Seconds since 1970, from a clock that never goes back: instead, it runs on from the latest time."""
+
+    def __init__(self, latest: float):
+        self._latest = latest
+        self._ahead = 0.0
+
+    def __call__(self) -> float:
+        self._ahead = max(self._ahead, self._latest - time.time())
+        self._latest = max(self._latest, time.time() + self._ahead)
+        return self._latest
 
 
 # Numbers.

@@ -6,7 +6,7 @@ import tensorflow as tf
 from lmscale import keras_settings
 from lmscale.checkpoints import CheckpointItem
 from lmscale.distribution import collectives
-from lmscale.models.body import Encoder
+from lmscale.models.encoder import Encoder
 from lmscale.vocabulary.table import ShardedTable
 
 
@@ -38,7 +38,17 @@ class LanguageModel:
         )
         if experiment.initial_bias == "log_frequency" and counts is not None:
             self.table.write_rows("bias", 0, _log_frequency(counts))
-        self.encoder = Encoder(experiment.body(), embed_dim=experiment.embed_dim)
+        # The body is probed by inputs of the shape that it will see, so that it is traced for that shape only.
+        batch_size, window = experiment.global_batch_size, experiment.window
+        if not trainable:
+            batch_size, window = experiment.eval_batch_size, experiment.eval_window
+        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        self.encoder = Encoder(
+            experiment.body(),
+            embed_dim=experiment.embed_dim,
+            batch_size=-(-batch_size // num_replicas),
+            window=max(window, 2),
+        )
         self._check_same_on_every_device()
         self.body_slots = {
             name: {
@@ -57,11 +67,7 @@ class LanguageModel:
 
     def _check_same_on_every_device(self):
         """Raises ValueError if a layer would gather statistics of its own on each of several devices."""
-        statistics = [
-            name
-            for name, variable in self.encoder.variables.items()
-            if not variable.trainable and tf.as_dtype(variable.dtype).is_floating
-        ]
+        statistics = self.encoder.statistics
         if statistics and tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise ValueError(
                 "A body on several devices must not gather statistics, which would differ between them. Received: "
@@ -85,7 +91,10 @@ class LanguageModel:
                 slots={slot: v.read_value() for slot, v in slots.items()},
                 step=step,
             )
-            weights.assign(tf.where(keep, new_weights[0], weights))
+            new_weights = new_weights[0]
+            if variable.constraint is not None:
+                new_weights = variable.constraint(new_weights)
+            weights.assign(tf.where(keep, new_weights, weights))
             for slot, value in new_slots.items():
                 slots[slot].assign(tf.where(keep, value, slots[slot]))
 

@@ -40,8 +40,8 @@ def main(argv):
     from matplotlib import pyplot
 
     figure, (loss_axes, perplexity_axes) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for number, workdir in enumerate(Path(paths.expand(path)) for path in _WORKDIR.value):
-        name = workdir.name
+    workdirs = [Path(paths.expand(path)) for path in _WORKDIR.value]
+    for number, (workdir, name) in enumerate(zip(workdirs, _names(workdirs), strict=True)):
         train = _metrics(workdir / "train")
         epochs_per_step = train[-1]["epoch"] / train[-1]["step"]
         loss_tag = next(
@@ -80,6 +80,12 @@ def main(argv):
         figure.savefig(_OUTPUT.value, dpi=110)
     print(_OUTPUT.value)
     return 0
+
+
+def _names(workdirs):
+    """What the legend calls each: the directory's name, or its path where others have the same name."""
+    names = [Path(workdir).resolve().name for workdir in workdirs]
+    return [workdir if names.count(name) > 1 else name for workdir, name in zip(workdirs, names, strict=True)]
 
 
 def _plotted(value):

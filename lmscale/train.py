@@ -73,7 +73,7 @@ def main(argv):
                 workdir=workdir,
                 strategy=strategy,
                 config_text=config.text,
-                hparams=config.macros,
+                hparams=config.settings,
             )
         except trainer.StoppedEarlyError as stopped:
             print(f"{stopped}. Run the same command again to go on.", file=sys.stderr)

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import tensorflow as tf
 
+from lmscale import hparams_tab
 from lmscale.checkpoints import CheckpointItem, Checkpoints
 from lmscale.data.batches import ContiguousBatches, Prefetcher, ShuffledWindows
 from lmscale.data.token_files import PreparedData
@@ -133,6 +134,7 @@ class Trainer:
             name: tf.TensorArray(dtype, size=steps_per_call)
             for name, dtype in {
                 "loss": tf.float32,
+                "penalty": tf.float32,
                 "gradient_norm": tf.float32,
                 "is_finite": tf.bool,
                 "rows_touched": tf.int32,
@@ -173,6 +175,13 @@ class Trainer:
             tape.watch(inputs)
             hidden, new_state = self.model.encoder(inputs, state, dropout=dropout)
             hidden = tf.reshape(tf.cast(hidden, tf.float32), [-1, table.embed_dim])
+            # Regularisers of layers, and what they add to the loss: means over a replica's examples, or the same on
+            # each replica. The shares of the replicas add up.
+            penalties = [
+                tf.cast(penalty, tf.float32) / self.strategy.num_replicas_in_sync
+                for penalty in self.model.encoder.penalties()
+            ]
+            penalty = [tf.add_n(penalties)] if penalties else []
         num_tokens = experiment.global_batch_size * experiment.window
         loss = self.loss.value_and_gradients(
             hidden,
@@ -183,7 +192,9 @@ class Trainer:
             table=table,
         )
         input_gradient, body_gradients = tape.gradient(
-            hidden, (inputs, body_variables), output_gradients=loss.hidden
+            [hidden, *penalty],
+            (inputs, body_variables),
+            output_gradients=[loss.hidden, *(tf.ones([]) for _ in penalty)],
         )
         if input_gradient is None:
             input_gradient = tf.zeros_like(inputs)
@@ -195,12 +206,15 @@ class Trainer:
 
         # One push brings back the gradients of the three roles, merged before a single update of a row.
         merged = table.merge(window, window_gradients(window, input_gradient, loss), dense=loss.shard)
-        body_gradients, mean_loss = collectives.all_reduce_sum(
+        body_gradients, mean_loss, penalty = collectives.all_reduce_sum(
             [
                 {name: tf.cast(g, tf.float32) for name, g in body_gradients.items()},
                 tf.reduce_sum(loss.loss) / num_tokens,
+                penalty,
             ]
         )
+        mean_penalty = penalty[0] if penalty else tf.constant(0.0)
+        mean_loss += mean_penalty
         gradient_norm = tf.sqrt(
             merged.squared_norm
             + tf.add_n([tf.reduce_sum(tf.square(g)) for g in body_gradients.values()] or [0.0])
@@ -215,6 +229,7 @@ class Trainer:
             variable.assign(tf.where(is_finite, new, old))
         metrics = {
             "loss": mean_loss,
+            "penalty": mean_penalty,
             "gradient_norm": gradient_norm,
             "is_finite": is_finite,
             "rows_touched": merged.num_rows,
@@ -283,7 +298,7 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
       workdir: `Workdir`, opened for writing.
       strategy: `tf.distribute.Strategy`.
       config_text: the resolved configuration, written to the work directory and to TensorBoard.
-      hparams: {name: value} for TensorBoard.
+      hparams: {name: value} for TensorBoard's HParams tab.
 
     Returns:
       {"step", "validation_loss_nats", "best_step", ...}: the summary that marks the run finished.
@@ -300,37 +315,46 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
     checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints)
     with doing("restoring the newest checkpoint"):
         metadata = checkpoints.restore(trainer.checkpoint_items())
-    run = _Run(trainer, checkpoints=checkpoints)
+    run = _Run(trainer, checkpoints=checkpoints, workdir=workdir)
     if metadata is None:
-        _check_nothing_lost(workdir, save_every=experiment.save_every)
+        _check_nothing_lost(workdir)
     else:
         run.resume(metadata)
+        workdir.mark_saved(step=trainer.step)
         _logger.info("resuming at step %d", trainer.step)
     # From here on it is another run than the one that finished; a mistake in the settings was noticed before.
     workdir.clear_finished()
     workdir.write_config(config_text)
     # Without a checkpoint, whatever an earlier start has logged is void: step 0 included.
     resume_step = -1 if metadata is None else trainer.step
+    hparams_tab.list_run(workdir, settings=hparams)
     with (
         MetricsWriter(workdir.train_dir, resume_step=resume_step) as train_metrics,
         MetricsWriter(workdir.eval_dir, resume_step=resume_step) as eval_metrics,
         collect_stop_signals() as stop,
         progress(total=experiment.train_steps, initial=trainer.step, description="training") as show_step,
     ):
-        if metadata is None:
-            train_metrics.text("config", "\n".join("    " + line for line in config_text.splitlines()))
-            train_metrics.hparams(hparams)
+        # Of the first step that runs with it: a start that goes on from the same step replaces it.
+        code_block = "\n".join("    " + line for line in config_text.splitlines())
+        train_metrics.text("config", code_block, step=resume_step + 1)
         run.loop(train_metrics=train_metrics, eval_metrics=eval_metrics, stop=stop, show_step=show_step)
+    hparams_tab.mark_finished(workdir)
     return run.summary()
 
 
-def _check_nothing_lost(workdir, *, save_every):
-    """Raises ValueError where a run has got past its first save, and there is no checkpoint."""
-    steps = [line["step"] for line in read_metrics(workdir.train_dir)]
-    if steps and max(steps) >= save_every:
+def _check_nothing_lost(workdir):
+    """Without a checkpoint: raises ValueError where there was one; says so where an earlier start got nowhere."""
+    if workdir.has_saved():
         raise ValueError(
-            f"The run in {workdir.path} has logged step {max(steps)}, so it must have saved. Received: no checkpoint "
-            f"in {workdir.checkpoints_dir}. Put the checkpoints back, or start a new work directory."
+            f"The run in {workdir.path} has saved checkpoints, as saved.json or finished.json there tells. Received: "
+            f"none in {workdir.checkpoints_dir}. Put the checkpoints back, or start a new work directory."
+        )
+    steps = [line["step"] for line in read_metrics(workdir.train_dir)]
+    if steps:
+        _logger.warning(
+            "starting over: an earlier start in %s ended before its first checkpoint; it had logged step %d",
+            workdir.path,
+            max(steps),
         )
 
 
@@ -346,10 +370,11 @@ class _Pending:
 class _Run:
     """The loop around `Trainer.train_steps`: when to log, evaluate, save and stop."""
 
-    def __init__(self, trainer, *, checkpoints):
+    def __init__(self, trainer, *, checkpoints, workdir):
         self.trainer = trainer
         self.experiment = trainer.experiment
         self.checkpoints = checkpoints
+        self.workdir = workdir
         self.best_validation_loss = math.inf
         self.last_validation_loss = None
         self.skipped_steps = 0
@@ -428,6 +453,7 @@ class _Run:
             },
             validation_loss_nats=validation_loss,
         )
+        self.workdir.mark_saved(step=self.trainer.step)
 
     def _steps_of_next_call(self):
         """steps_per_call, or fewer up to the next step at which something is due."""
@@ -469,6 +495,8 @@ class _Run:
         finite = metrics["is_finite"]
         num_steps = len(finite)
         values = {name: metrics[name][finite] for name in ("loss", "gradient_norm")}
+        if np.any(metrics["penalty"]):
+            values["penalty_nats"] = metrics["penalty"][finite]
         for shard_id, rows in enumerate(metrics["rows_touched"][finite].T):
             values[f"rows_touched/shard_{shard_id}"] = rows
         step_secs = self._seconds / num_steps

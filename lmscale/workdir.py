@@ -16,6 +16,7 @@ class Workdir:
     config.gin       the configuration of the run, resolved
     checkpoints/     see `lmscale.checkpoints`
     train/ eval/     TensorBoard events and metrics.jsonl of the training and of the evaluations
+    saved.json       there since the run's first checkpoint
     finished.json    there when the run has done all its steps
     .lock            held by the process that writes here
 
@@ -78,6 +79,26 @@ class Workdir:
         """Writes config.gin, in one piece or not at all."""
         self._check_writer()
         replace_file(self.config_path, text=text)
+
+    @property
+    def saved_path(self) -> Path:
+        return self.path / "saved.json"
+
+    def mark_saved(self, *, step: int) -> None:
+        """Records that the run has a checkpoint: whoever finds none later knows that it was lost.
+
+        Call it when a checkpoint is on disk, not before: a run that dies in its first save has nothing to lose.
+
+        Args:
+          step: of that checkpoint. The first that is recorded stays.
+        """
+        self._check_writer()
+        if not self.saved_path.exists():
+            replace_file(self.saved_path, text=json.dumps({"first_step": step}) + "\n")
+
+    def has_saved(self) -> bool:
+        """Whether the run ever had a checkpoint."""
+        return self.saved_path.exists() or self.finished_path.exists()
 
     def mark_finished(self, *, step: int, summary: dict) -> None:
         """Records that the run has done its steps.

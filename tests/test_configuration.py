@@ -39,6 +39,10 @@ def text_length(text: str) -> int:
     return len(text)
 
 
+def measured_network(*, width, measure=text_length):
+    return "measured", width, measure
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
     steps: int
@@ -102,6 +106,72 @@ def test_bindings_win_over_files_and_later_ones_over_earlier(load):
     config = load(BASE, "STEPS = 11", "standin.network.depth = 4", "STEPS = 12")
     assert config.experiment.steps == 12
     assert config.experiment.network() == ("network", 3, 4, None, ())
+
+
+def test_settings_are_all_that_a_run_may_differ_in(load):
+    """Macros, what is set without one, and defaults: by the names that bindings have, each value told once."""
+    text = """
+MODE = 'skip'
+OTHER_STEPS = %STEPS
+RATE = @fast/standin.Rate()
+standin.Machine.mode = %MODE
+standin.Machine.ratio = %OTHER_STEPS
+standin.Machine.rate = %RATE
+standin.Machine.sizes = (1, %WIDTH)
+standin.Machine.apply = @standin.text_length
+standin.network.rate = @slow/standin.Slow()
+fast/standin.Rate.value = 2.5
+slow/standin.Slow.value = 1
+"""
+    settings = load(BASE + text, "standin.Machine.flag = True").settings
+    assert settings == {
+        "MODE": "skip",
+        "OTHER_STEPS": 10,
+        "RATE": "@fast/standin.Rate()",
+        "STEPS": 10,
+        "WIDTH": 3,
+        "fast/standin.Rate.decay": 0.0,
+        "fast/standin.Rate.value": 2.5,
+        "slow/standin.Slow.decay": 0.0,
+        "slow/standin.Slow.value": 1,
+        "standin.Machine.apply": "@standin.text_length",
+        "standin.Machine.flag": True,
+        "standin.Machine.name": "",
+        "standin.Machine.names": "()",
+        "standin.Machine.network": "@standin.network",
+        "standin.Machine.pair": "(0, '')",
+        "standin.Machine.rates": "()",
+        "standin.Machine.schedule": 0.1,
+        "standin.Machine.sizes": "(1, 3)",
+        "standin.network.depth": 1,
+        "standin.network.rate": "@slow/standin.Slow()",
+        "standin.network.tasks": "()",
+    }
+    assert {name: type(value) for name, value in settings.items() if value == 1 or value == 0} == {
+        "fast/standin.Rate.decay": float,
+        "slow/standin.Slow.decay": float,
+        "slow/standin.Slow.value": int,
+        "standin.Machine.flag": bool,
+        "standin.network.depth": int,
+    }
+
+
+def test_settings_of_two_runs_have_the_same_names(load):
+    """What one binds for all scopes, and the other leaves to its default, is compared under one name."""
+    text = """
+standin.Machine.rate = @fast/standin.Rate()
+fast/standin.Rate.value = 2.5
+"""
+    settings = [load(BASE + text, *bindings).settings for bindings in ((), ("standin.Rate.decay = 0.5",))]
+    assert settings[0].keys() == settings[1].keys()
+    assert [s["fast/standin.Rate.decay"] for s in settings] == [0.0, 0.5]
+
+
+def test_settings_hold_no_address(load):
+    """Functions among the defaults have no text that would be the same in the next process."""
+    settings = load(BASE.replace("standin.network", "standin.measured_network")).settings
+    assert settings["WIDTH"] == 3
+    assert not any(" at 0x" in str(value) for value in settings.values())
 
 
 def test_seed_sets_the_macro(load):

@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from boards import LOADERS, Board
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
-from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util import tensor_util
 
 from lmscale.metrics import (
@@ -125,27 +125,13 @@ def test_read_metrics_of_an_empty_directory(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-def test_text_and_hparams(tmp_path):
-    with MetricsWriter(tmp_path, resume_step=5) as writer:
-        writer.text("config", "    A = 1")
-        writer.hparams(
-            {"VOCAB_SIZE": 1003, "RATE": 0.5, "BODY": "lstm", "TIED": True, "CLIP": None, "SIZES": (1, 2)}
-        )
-    events = plugin_event_accumulator.EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert events.SummaryMetadata("config").plugin_data.plugin_name == "text"
-    assert tensor_util.make_ndarray(events.Tensors("config")[0].tensor_proto).item() == b"    A = 1"
-    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-    hparams = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
-    shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in hparams.items()}
-    assert shown == {
-        "VOCAB_SIZE": 1003,
-        "RATE": 0.5,
-        "BODY": "lstm",
-        "TIED": True,
-        "CLIP": "None",
-        "SIZES": "(1, 2)",
-    }
+def test_text_tells_what_runs_from_a_step_on(tmp_path):
+    """Three starts; the second and third from the same checkpoint."""
+    for resume_step, text in ((-1, "    A = 1"), (30, "    A = 2"), (30, "    A = 3")):
+        with MetricsWriter(tmp_path / "train", resume_step=resume_step) as writer:
+            writer.text("config", text, step=resume_step + 1)
+    for loader in LOADERS:
+        assert Board(tmp_path, loader=loader).texts("train") == [(0, "    A = 1"), (31, "    A = 3")]
 
 
 def test_format_log_line():

@@ -64,7 +64,9 @@ def test_paths_exist():
     words |= {
         word for _, block in BLOCKS for word in re.findall(r"(?:^|[\s=])((?:launch|configs)/[\w./-]+)", block)
     }
-    of_a_run = r"(runs|checkpoints|train|eval)/|(config\.gin|(metrics|metadata|finished|manifest)\.jsonl?)$"
+    of_a_run = (
+        r"(runs|checkpoints|train|eval)/|(config\.gin|(metrics|metadata|saved|finished|manifest)\.jsonl?)$"
+    )
     paths = {
         word
         for word in words

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -141,3 +142,20 @@ def test_a_full_disk_is_named(tmp_path):
     with pytest.raises(OSError, match="No space left") as caught:
         replace_file(tmp_path / "f", text="new")
     assert caught.value.filename == str(tmp_path / "f.tmp")
+
+
+def test_the_first_save_is_recorded_once(tmp_path):
+    with Workdir(tmp_path) as workdir:
+        assert not workdir.has_saved()
+        workdir.mark_saved(step=3)
+        workdir.mark_saved(step=6)
+    readonly = Workdir(tmp_path, readonly=True)
+    assert readonly.has_saved()
+    assert json.loads(readonly.saved_path.read_text()) == {"first_step": 3}
+
+
+def test_a_finished_run_has_saved(tmp_path):
+    """Also one that an earlier version ran, which did not record its first save."""
+    with Workdir(tmp_path) as workdir:
+        workdir.mark_finished(step=5, summary={})
+        assert workdir.has_saved()

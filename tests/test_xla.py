@@ -5,8 +5,8 @@ import numpy as np
 import tensorflow as tf
 
 from lmscale.losses.sampled import SampledSoftmax
-from lmscale.models.body import Encoder
 from lmscale.models.dropout import DropoutStream
+from lmscale.models.encoder import Encoder
 from lmscale.models.lstm import lstm_body
 from lmscale.vocabulary.row_optimizers import Adam
 from lmscale.vocabulary.samplers import LogUniformSampler

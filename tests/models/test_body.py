@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from lmscale.models.body import Body, Encoder, KerasBody, keras_body
+from lmscale.models.body import Body, KerasBody, keras_body
 from lmscale.models.dropout import DropoutStream
+from lmscale.models.encoder import Encoder
 from lmscale.models.lstm import lstm_body
 
 BATCH, TIME, EMBED_DIM = 3, 7, 5

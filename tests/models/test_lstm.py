@@ -7,8 +7,8 @@ import tensorflow as tf
 from references import lstm, lstm_weights
 
 from lmscale.models import lstm as lstm_module
-from lmscale.models.body import Encoder
 from lmscale.models.dropout import DropoutStream
+from lmscale.models.encoder import Encoder
 from lmscale.models.lstm import lstm_body
 
 BATCH, TIME, EMBED_DIM = 3, 7, 5

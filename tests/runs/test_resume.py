@@ -1,6 +1,8 @@
 """A run that is killed and started again ends as if nothing had happened."""
 
+import errno
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -12,6 +14,8 @@ from lmscale import configuration
 from lmscale.checkpoints import Checkpoints
 from lmscale.data.token_files import PreparedData
 from lmscale.trainer import Trainer
+from lmscale.trainer import train as train_run
+from lmscale.workdir import Workdir
 
 LAST_STEP = tiny_runs.TINY_MACROS["TRAIN_STEPS"]
 SAVE_EVERY = tiny_runs.TINY_MACROS["SAVE_EVERY"]
@@ -40,7 +44,7 @@ def kill_in_a_save(process, workdir):
 
 @pytest.fixture(scope="module")
 def killed_run(data_dir, in_background, tmp_path_factory):
-    """The future of a run on 2 devices, killed before its first save, between two saves and during a save."""
+    """The future of a run on 2 devices, killed during its first save, between two saves and during a later save."""
     directory = tmp_path_factory.mktemp("killed")
 
     def run():
@@ -48,13 +52,16 @@ def killed_run(data_dir, in_background, tmp_path_factory):
         arguments = tiny_runs.train_arguments(workdir=workdir, data_dir=data_dir, cpu_devices=2)
 
         process = tiny_runs.Process("lmscale.train", arguments, log=directory / "start_0")
-        process.wait_until(lambda: tiny_runs.steps_done(workdir) >= 7)
-        process.kill()
-        assert tiny_runs.checkpoint_steps(workdir) == [] or tiny_runs.steps_done(workdir) >= SAVE_EVERY
+        kill_in_a_save(process, workdir)
+        # Nothing was ever saved, though the log has got to where a save is due.
+        assert tiny_runs.checkpoint_steps(workdir) == []
+        assert tiny_runs.steps_done(workdir) == SAVE_EVERY
 
         process = tiny_runs.Process("lmscale.train", arguments, log=directory / "start_1")
         process.wait_until(lambda: tiny_runs.steps_done(workdir) >= 3 * SAVE_EVERY + 7)
         process.kill()
+        assert f"starting over: an earlier start in {workdir}" in process.stderr
+        assert "had logged step 20" in process.stderr
         assert tiny_runs.checkpoint_steps(workdir)[:3] == [20, 40, 60]
 
         process = tiny_runs.Process("lmscale.train", arguments, log=directory / "start_2")
@@ -165,6 +172,44 @@ def test_restores_every_tensor_exactly_on_other_numbers_of_devices(
     assert any(name.startswith("carried_state/") and np.any(value) for name, value in restored.items())
     Checkpoints(tmp_path / "checkpoints").save(LAST_STEP, items, metadata={})
     tiny_runs.assert_same_bits(tiny_runs.tensors(tmp_path, LAST_STEP), expected)
+
+
+def test_saving_more_often_after_an_early_end_starts_over(data_dir, mirrored, monkeypatch, tmp_path, caplog):
+    """A first save that meets a full disk, then SAVE_EVERY below what was logged; and checkpoints that are lost."""
+
+    def train(save_every):
+        arguments = {"DATA_DIR": str(data_dir)} | tiny_runs.TINY_MACROS
+        arguments |= {"TRAIN_STEPS": 4, "EVAL_EVERY": 4, "SAVE_EVERY": save_every}
+        bindings = [f"{name} = {value!r}" for name, value in arguments.items()]
+        config = configuration.load([str(tiny_runs.QUICKSTART)], bindings)
+        with Workdir(tmp_path / "run") as workdir:
+            return train_run(
+                config.experiment,
+                workdir=workdir,
+                strategy=mirrored(1),
+                config_text=config.text,
+                hparams=config.macros,
+            )
+
+    def full_disk(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            train(save_every=3)
+    assert [line["step"] for line in tiny_runs.metrics(tmp_path / "run")] == [1, 2, 3]
+    assert train(save_every=2)["step"] == 4
+    assert "starting over" in caplog.text
+    assert tiny_runs.checkpoint_steps(tmp_path / "run") == [2, 4]
+    assert [line["step"] for line in tiny_runs.metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = tiny_runs.snapshot(tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"has saved checkpoints.*Received: none in .*Put the checkpoints back"
+    ):
+        train(save_every=2)
+    assert tiny_runs.snapshot(tmp_path / "run") == before
 
 
 def test_damaged_newest_checkpoint_falls_back_loudly(reference_run, in_background, tmp_path):

@@ -1,0 +1,167 @@
+"""A body and the projection to the table's width: called as one, the variables named, the settings checked."""
+
+import collections
+import contextlib
+import re
+
+import keras
+import tensorflow as tf
+
+from lmscale.models import keras_layers
+from lmscale.models.causality import check_causal
+
+
+class Encoder:
+    """A body and, where its width is not the table's, the projection to it: [..., hidden] -> [..., embed_dim].
+
+    Attributes:
+      body: the `Body`.
+      projection: the Keras layer, or None.
+      embed_dim: width of the table.
+      compute_dtype: name of the narrowest type in which a layer takes its products.
+    """
+
+    def __init__(self, body, *, embed_dim, batch_size=1, window=2):
+        """Builds the layers and checks what can be checked before a step.
+
+        Args:
+          body: `Body`.
+          embed_dim: width of the table.
+          batch_size, window: of the inputs to build the body with, and to probe it for looking ahead
+            (`check_causal`): best those of the steps to come, for which it is traced anyway.
+
+        Raises:
+          ValueError: for a body of another shape than [batch, time, hidden], one that sees later inputs, one that
+            trains variables which its `layers` do not hold, and settings that would have no effect.
+        """
+        self.body = body
+        self.embed_dim = embed_dim
+        keras_layers.check_settings(body.layers)  # Before Keras fails at them in its own words.
+        state = body.initial_state(batch_size)
+        if not isinstance(state, list) or any(s.shape.rank == 0 or s.shape[0] != batch_size for s in state):
+            raise ValueError(
+                "The initial_state of a body must be a list of [batch_size, ...] tensors. Received, for a batch of "
+                f"{batch_size}: {state}."
+            )
+        inputs = tf.zeros([batch_size, window, embed_dim])
+        with tf.GradientTape() as tape:
+            example, _ = body(inputs, state, dropout=None)
+        _check_output(example, body=body, shape=inputs.shape.as_list())
+        self.projection = None
+        if example.shape[-1] != embed_dim:
+            self.projection = keras.layers.Dense(embed_dim, use_bias=False, name="projection")
+            self.projection.build(example.shape)
+        layers = body.layers + ([self.projection] if self.projection else [])
+        keras_layers.check_settings(layers)
+        keras_layers.freeze_what_is_frozen(layers)
+        self._check_all_listed(tape.watched_variables())
+        self.compute_dtype = (
+            "bfloat16"
+            if any(layer.compute_dtype == "bfloat16" for layer in keras_layers.flatten(layers))
+            else "float32"
+        )
+        self._call = _OneCall(layers)
+        if body.causal:
+            check_causal(self, batch_size=batch_size, window=window)
+
+    @property
+    def layers(self):
+        """The Keras layers: the body's, then the projection."""
+        return self.body.layers + ([self.projection] if self.projection else [])
+
+    @property
+    def variables(self):
+        """{name: Keras variable}, trained or not (seed generators of Keras layers included); names do not depend on
+        what else the process has built."""
+        named = {}
+        seen = collections.Counter()
+        for i, layer in enumerate(self.layers):
+            for variable in layer.variables:
+                path = variable.path.split("/", 1)[-1]
+                # Keras numbers layers over the whole process (dense_3), and repeats itself (seed_generator_state).
+                name = f"{i}/{re.sub(r'_[0-9]+(?=/|$)', '', path)}"
+                named[f"{name}_{seen[name]}" if seen[name] else name] = variable
+                seen[name] += 1
+        return named
+
+    @property
+    def trainable_variables(self):
+        """{name: Keras variable} of those that training updates."""
+        return {name: v for name, v in self.variables.items() if v.trainable}
+
+    @property
+    def statistics(self):
+        """Names of the variables that layers gather while they train, by themselves on each device."""
+        gathered = {id(variable) for variable in keras_layers.statistics(self.layers)}
+        return [name for name, variable in self.variables.items() if id(variable) in gathered]
+
+    def __call__(self, inputs, state, *, dropout):
+        """[batch, time, embed_dim] -> ([batch, time, embed_dim], new state); arguments as `Body.__call__`."""
+
+        def run():
+            hidden, new_state = self.body(inputs, state, dropout=dropout)
+            return (self.projection(hidden) if self.projection else hidden), new_state
+
+        return self._call(inputs, run=run, training=dropout is not None)
+
+    def penalties(self):
+        """What the layers of the last call add to the loss: regularisers and `add_loss`, as a list of scalars.
+
+        To be asked for within the same tape, and in the same replica, as the call.
+        """
+        return self._call.losses
+
+    def _check_all_listed(self, watched):
+        """Raises ValueError for a trainable variable that the body reads and does not list."""
+        strategy = tf.distribute.get_strategy()
+        listed = set()
+        for variable in self.variables.values():
+            listed |= {
+                id(part) for part in (variable.value, *strategy.experimental_local_results(variable.value))
+            }
+        missing = [variable.name for variable in watched if id(variable) not in listed]
+        if missing:
+            raise ValueError(
+                "A body must list all its layers, since what is not listed is neither trained nor saved. Received: "
+                f"{type(self.body).__name__}, which reads {', '.join(missing)}. Pass that layer to Body.__init__ too."
+            )
+
+
+class _OneCall(keras.layers.Layer):
+    """Makes a body's call one call to Keras, however many layers it calls, and however often.
+
+    Keras forgets the losses of a layer at its next outermost call, and lets layers inside a call inherit `training`.
+    """
+
+    def __init__(self, layers):
+        super().__init__(dtype="float32", autocast=False, name="body")
+        self.inner_layers = layers
+        self.built = True
+
+    def call(self, inputs, run, training):
+        del inputs, training  # Keras wants to see tensors, and hands `training` on.
+        return run()
+
+    def _open_name_scope(self):
+        return (
+            contextlib.nullcontext()
+        )  # Operations keep their names, by which TensorFlow orders its rewriting.
+
+
+def _check_output(example, *, body, shape):
+    layers = keras_layers.describe(body.layers) or type(body).__name__
+    if not tf.is_tensor(example):
+        raise ValueError(
+            "A body must return (hidden, new state), hidden a tensor. Received: "
+            f"{layers}, which returns {type(example).__name__} for hidden. Leave out return_state, say."
+        )
+    if len(example.shape) != 3 or example.shape[:2] != shape[:2]:
+        raise ValueError(
+            "A body must map [batch, time, embed_dim] to [batch, time, hidden]. Received: a body that maps "
+            f"{shape} to {example.shape.as_list()}."
+        )
+    if getattr(example, "_keras_mask", None) is not None:
+        raise ValueError(
+            "A body must not mask time steps: the loss counts every token. Received: "
+            f"{layers}, whose output has a mask. Leave out the Masking layer, or mask_zero."
+        )

@@ -1,0 +1,250 @@
+"""What a Keras layer is told counts in training, or is refused: regularisers, constraints, frozen layers, dropout."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_trainer import EMBED_DIM, trainer
+
+from lmscale.models.body import Body, keras_body
+from lmscale.vocabulary.row_optimizers import SGD, Adam
+
+LEARNING_RATE = 0.1
+REPLICAS = [1, 2, 3]
+
+
+def train(strategy, layer, *, num_steps=1, body_optimizer=None, **changes):
+    """(weights before, weights after, metrics of the steps) of a run with `layer` as its body."""
+    run = trainer(
+        strategy,
+        body=functools.partial(keras_body, layer=layer) if not isinstance(layer, type) else layer,
+        body_optimizer=body_optimizer or SGD(learning_rate=LEARNING_RATE),
+        **changes,
+    )
+    before = {name: v.numpy() for name, v in run.model.encoder.variables.items()}
+    metrics = [{name: m[0].numpy() for name, m in run.train_steps().items()} for _ in range(num_steps)]
+    return before, {name: v.numpy() for name, v in run.model.encoder.variables.items()}, metrics
+
+
+def gru(**settings):
+    return functools.partial(keras.layers.GRU, EMBED_DIM, return_sequences=True, name="gru", **settings)
+
+
+@pytest.mark.parametrize("num_replicas", REPLICAS)
+def test_penalty_of_weights_counts_in_loss_gradient_and_norm(mirrored, num_replicas):
+    """Against the run without it, whose gradient is known from its update."""
+    strength = 0.03
+    before, plain, (plain_metrics,) = train(mirrored(num_replicas), gru())
+    same, penalised, (metrics,) = train(
+        mirrored(num_replicas), gru(kernel_regularizer=keras.regularizers.L2(strength))
+    )
+    kernel = next(name for name in before if name.endswith("/kernel"))
+    np.testing.assert_array_equal(same[kernel], before[kernel])
+    weights = before[kernel].astype(np.float64)
+    penalty = strength * np.sum(weights**2)
+    assert metrics["penalty"] == pytest.approx(penalty, rel=1e-6)
+    assert plain_metrics["penalty"] == 0
+    assert metrics["loss"] - plain_metrics["loss"] == pytest.approx(penalty, rel=1e-5)
+    gradients = {name: (before[name].astype(np.float64) - plain[name]) / LEARNING_RATE for name in before}
+    for name, gradient in gradients.items():
+        expected = gradient + (2 * strength * weights if name == kernel else 0)
+        actual = (before[name].astype(np.float64) - penalised[name]) / LEARNING_RATE
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
+    squared = plain_metrics["gradient_norm"].astype(np.float64) ** 2 - np.sum(gradients[kernel] ** 2)
+    squared += np.sum((gradients[kernel] + 2 * strength * weights) ** 2)
+    assert metrics["gradient_norm"] == pytest.approx(np.sqrt(squared), rel=1e-5)
+
+
+class AddsLosses(keras.layers.Layer):
+    """y = x * scale; adds strength * mean(y ** 2) over the examples of a call, by add_loss."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=[shape[-1]], initializer="ones", name="scale")
+
+    def call(self, x):
+        y = x * self.scale
+        self.add_loss(0.5 * tf.reduce_mean(y**2))
+        return y
+
+
+class CalledTwice(Body):
+    """One layer, called twice: both losses count."""
+
+    def __init__(self):
+        super().__init__([AddsLosses(name="adds_losses")])
+
+    def __call__(self, inputs, state, *, dropout):
+        return self.layers[0](self.layers[0](inputs)), state
+
+
+@pytest.mark.parametrize("num_replicas", REPLICAS)
+def test_losses_that_layers_add_count(mirrored, num_replicas):
+    run = trainer(mirrored(num_replicas), body=CalledTwice)
+    ids = run.batches.at(0).window_ids
+    vocabulary = run.model.table.read_rows("embedding", 0, run.data.vocab_size).astype(np.float64)
+    x = vocabulary[ids[:, :-1]]
+    before = next(iter(run.model.encoder.variables.values())).numpy()
+    metrics = {name: m[0].numpy() for name, m in run.train_steps().items()}
+    # With scale = 1 either call's loss is 0.5 mean(x ** 2).
+    assert metrics["penalty"] == pytest.approx(np.mean(x**2), rel=1e-5)
+    # d/d scale_j of 0.5 mean(x^2 s^2) + 0.5 mean(x^2 s^4), beside the gradient of the run's own loss.
+    expected = 3 * np.sum(x**2, axis=(0, 1)) / x.size
+    other = trainer(mirrored(num_replicas), body=functools.partial(Silent, CalledTwice))
+    other.train_steps()
+    after, plain = (
+        next(iter(r.model.encoder.variables.values())).numpy().astype(np.float64) for r in (run, other)
+    )
+    np.testing.assert_allclose((plain - after) / LEARNING_RATE, expected, rtol=1e-3, atol=1e-6)
+    assert not np.array_equal(after, before)
+
+
+class Silent(Body):
+    """A body whose layers' losses are forgotten."""
+
+    def __init__(self, make):
+        self.inner = make()
+        super().__init__(self.inner.layers)
+
+    def __call__(self, inputs, state, *, dropout):
+        outputs = self.inner(inputs, state, dropout=dropout)
+        self.layers[0]._clear_losses()
+        return outputs
+
+
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_penalty_of_activities_counts(mirrored, num_replicas):
+    strength = 0.02
+
+    def dense(**settings):
+        return functools.partial(keras.layers.Dense, EMBED_DIM, use_bias=False, name="dense", **settings)
+
+    run = trainer(
+        mirrored(num_replicas),
+        body=functools.partial(keras_body, layer=dense(activity_regularizer=keras.regularizers.L1(strength))),
+    )
+    rows = run.model.table.read_rows("embedding", 0, run.data.vocab_size).astype(np.float64)
+    x = rows[run.batches.at(0).window_ids[:, :-1]]
+    y = x @ next(iter(run.model.encoder.variables.values())).numpy().astype(np.float64)
+    metrics = run.train_steps()
+    # Keras divides the penalty by the number of examples.
+    assert metrics["penalty"][0].numpy() == pytest.approx(strength * np.abs(y).sum() / len(y), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 3])
+@pytest.mark.parametrize("optimizer", [SGD(learning_rate=1.0), Adam(learning_rate=0.1)])
+def test_constraints_hold_after_every_update(mirrored, num_replicas, optimizer):
+    layer = gru(kernel_constraint="non_neg", recurrent_constraint=keras.constraints.UnitNorm(axis=0))
+    for num_steps in (1, 4):
+        before, after, _ = train(mirrored(num_replicas), layer, num_steps=num_steps, body_optimizer=optimizer)
+        kernel, recurrent = (
+            next(n for n in after if n.endswith(f"/{name}")) for name in ("kernel", "recurrent_kernel")
+        )
+        assert before[kernel].min() < 0 == after[kernel].min() < after[kernel].max()
+        np.testing.assert_allclose(np.sum(after[recurrent] ** 2, axis=0), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize("where", ["layer", "stack", "inner"])
+def test_frozen_layers_keep_their_weights(mirrored, num_replicas, where):
+    """`trainable=False` at a layer, at the sequence around it, and at one of two layers in it."""
+
+    def layer():
+        if where == "layer":
+            return gru(trainable=False)()
+        inner = [
+            keras.layers.Dense(4, name="frozen", trainable=where != "inner"),
+            keras.layers.Dense(EMBED_DIM, name="other"),
+        ]
+        return keras.Sequential(inner, trainable=where != "stack", name="stack")
+
+    before, after, _ = train(mirrored(num_replicas), layer, num_steps=2)
+    moved = {name for name in before if np.any(before[name] != after[name])}
+    assert moved == ({name for name in before if "other" in name} if where == "inner" else set())
+
+
+class Undecided(Body):
+    """Calls Keras's Dropout without saying whether it trains."""
+
+    def __init__(self):
+        super().__init__([keras.layers.Dropout(0.5, seed=3, name="dropout")])
+
+    def __call__(self, inputs, state, *, dropout):
+        return self.layers[0](inputs), state
+
+
+def test_keras_dropout_drops_in_training_only(mirrored):
+    run = trainer(mirrored(1), body=Undecided)
+    plain = trainer(mirrored(1), body=functools.partial(keras_body, layer=keras.layers.Identity))
+    assert run.train_steps()["loss"][0] != plain.train_steps()["loss"][0]
+    text = run.data.split("valid")
+    for r in (run, plain):  # Back to the rows that both began with.
+        r.model.table.write_rows("embedding", 0, np.ones([r.data.vocab_size, EMBED_DIM], np.float32) * 0.1)
+        r.model.table.write_rows("bias", 0, np.arange(r.data.vocab_size, dtype=np.float32))
+    assert run.evaluator.evaluate(text).loss_nats == plain.evaluator.evaluate(text).loss_nats
+
+
+def test_dropout_of_a_recurrent_layer_draws_anew_at_each_step(mirrored):
+    """With rates of 0 for learning, nothing but the masks changes between steps of the same windows."""
+    run = trainer(
+        mirrored(1),
+        body=functools.partial(keras_body, layer=gru(dropout=0.5, recurrent_dropout=0.3, seed=1)),
+        body_optimizer=SGD(learning_rate=1e-30),
+        row_optimizer=SGD(learning_rate=1e-30),
+    )
+    losses = []
+    for _ in range(3):
+        run.step = 0
+        losses.append(float(run.train_steps()["loss"][0]))
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stateful": True}, r"state of its own.*'gru' \(GRU\) with stateful=True"),
+        ({"dtype": "bfloat16"}, r"must be float32.*'gru.*dtype='bfloat16'.*mixed_bfloat16"),
+        ({"dtype": "float64"}, r"must be float32.*'gru.*dtype='float64'"),
+        ({"dtype": "mixed_float16"}, r"vanish in float16.*'gru.*dtype='mixed_float16'"),
+        ({"return_state": True}, r"must return \(hidden, new state\).*'gru' \(GRU\).*return_state"),
+    ],
+    ids=lambda value: (
+        "" if isinstance(value, str) else next(iter(value)) + "_" + str(next(iter(value.values())))
+    ),
+)
+def test_settings_without_effect_are_refused(mirrored, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(mirrored(1), gru(**settings))
+
+
+def test_products_in_bfloat16_leave_weights_in_float32(mirrored):
+    _, after, (metrics,) = train(mirrored(2), gru(dtype="mixed_bfloat16"))
+    _, _, (plain_metrics,) = train(mirrored(2), gru())
+    assert {value.dtype for name, value in after.items() if "seed" not in name} == {np.dtype(np.float32)}
+    assert 0 < abs(metrics["gradient_norm"] / plain_metrics["gradient_norm"] - 1) < 1e-2
+
+
+def test_masks_are_refused(mirrored):
+    def masked():
+        return keras.Sequential([keras.layers.Masking(), gru()()], name="masked")
+
+    with pytest.raises(ValueError, match=r"must not mask.*'masked' \(Sequential\)"):
+        train(mirrored(1), masked)
+
+
+class Unlisted(Body):
+    """Forgets one of its layers."""
+
+    def __init__(self):
+        super().__init__([keras.layers.Dense(4, name="listed")])
+        self.other = keras.layers.Dense(EMBED_DIM, name="unlisted")
+
+    def __call__(self, inputs, state, *, dropout):
+        return self.other(self.layers[0](inputs)), state
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_layers_that_are_not_listed_are_refused(mirrored, num_replicas):
+    with pytest.raises(ValueError, match=r"must list all its layers.*Unlisted, which reads unlisted/kernel"):
+        trainer(mirrored(num_replicas), body=Unlisted)
