@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from lmscale import paths
-from lmscale.command_line import define_path, run_main
+from lmscale.command_line import DEFINE_path, run_main
 
 _SECTIONS = ("step_time", "limits", "startup", "memory", "time_to_quality", "samples")
 
@@ -25,7 +25,7 @@ _FULL = flags.DEFINE_bool("full", False, "Every size and every section.")
 _SECTIONS_FLAG = flags.DEFINE_list(
     "sections", None, f"Of {', '.join(_SECTIONS)}; by default all with --full, else the first three."
 )
-_OUTPUT = define_path("output", "runs/bench", "Folder for results, report, plots and logs.")
+_OUTPUT = DEFINE_path("output", "runs/bench", "Folder for results, report, plots and logs.")
 _VOCAB_SIZES = flags.DEFINE_list(
     "vocab_sizes",
     None,
@@ -42,7 +42,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds of step_time and limits.",
 _LIMIT_GIB = flags.DEFINE_float(
     "limit_gib", 20.0, "Memory for the largest vocabulary, which --full measures.", lower_bound=1.0
 )
-_DATA_DIR = define_path("data_dir", "runs/data/wikitext-2", "Prepared data for time_to_quality and samples.")
+_DATA_DIR = DEFINE_path("data_dir", "runs/data/wikitext-2", "Prepared data for time_to_quality and samples.")
 
 _QUICK_SIZES, _FULL_SIZES = "10000 33278", "10000 33278 100000 267735 472706 793470 1000000 10000000"
 

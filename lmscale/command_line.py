@@ -78,12 +78,12 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
+def DEFINE_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
     """As `flags.DEFINE_string`, for a path: `~` is expanded, and it must not be empty."""
     return flags.DEFINE(_PathParser(), name, default, help)
 
 
-def define_multi_path(name: str, default: Sequence[str] | None, help: str) -> flags.FlagHolder:
+def DEFINE_multi_path(name: str, default: Sequence[str] | None, help: str) -> flags.FlagHolder:
     """As `flags.DEFINE_multi_string`, for paths."""
     return flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, default, help)
 

@@ -9,9 +9,9 @@ import os
 
 from absl import flags, logging
 
-from lmscale.command_line import define_path, run_main
+from lmscale.command_line import DEFINE_path, run_main
 
-_WORKDIR = define_path("workdir", None, "Work directory of the run.")
+_WORKDIR = DEFINE_path("workdir", None, "Work directory of the run.")
 _SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "What to evaluate on.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "A step, `latest` or `best`.")
 _CPU_DEVICES = flags.DEFINE_integer(

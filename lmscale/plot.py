@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from lmscale import paths
-from lmscale.command_line import define_path, run_main
+from lmscale.command_line import DEFINE_path, run_main
 
 _LARGEST_LOSS_NATS = 700  # exp of more overflows
 
@@ -20,7 +20,7 @@ _WORKDIR = flags.DEFINE_list("workdir", [], "Work directories of the runs to dra
 _EVALUATIONS = flags.DEFINE_list(
     "evaluations", [], "Files of JSON lines printed by lmscale.evaluate on the first run."
 )
-_OUTPUT = define_path("output", "curve.png", "Picture to write; the ending decides the format.")
+_OUTPUT = DEFINE_path("output", "curve.png", "Picture to write; the ending decides the format.")
 
 
 def main(argv):

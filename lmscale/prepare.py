@@ -34,12 +34,12 @@ _VALID_FRACTION = flags.DEFINE_float(
 )
 _TEST_FRACTION = flags.DEFINE_float("test_fraction", None, "With --input: fraction for test; unset: 0.05.")
 _BLOCK_LINES = flags.DEFINE_integer("block_lines", None, "With --input: lines dealt together; unset: 100.")
-_OUTPUT = command_line.define_path("output", None, "The directory to make.")
+_OUTPUT = command_line.DEFINE_path("output", None, "The directory to make.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a prepared directory at --output.")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", "whitespace", f"How lines become tokens: {', '.join(tokenizers.tokenizer_names())}."
 )
-_SENTENCEPIECE_MODEL = command_line.define_path(
+_SENTENCEPIECE_MODEL = command_line.DEFINE_path(
     "sentencepiece_model", None, "Model of --tokenizer=sentencepiece."
 )
 _VOCAB_SIZE = flags.DEFINE_integer(

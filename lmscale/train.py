@@ -11,13 +11,13 @@ import sys
 
 from absl import flags, logging
 
-from lmscale.command_line import define_multi_path, define_path, run_main
+from lmscale.command_line import DEFINE_multi_path, DEFINE_path, run_main
 
-_GIN_FILE = define_multi_path("gin_file", [], "Configuration file; may be given several times.")
+_GIN_FILE = DEFINE_multi_path("gin_file", [], "Configuration file; may be given several times.")
 _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "Override, such as LEARNING_RATE=0.001; may be repeated."
 )
-_WORKDIR = define_path("workdir", None, "Where the run writes: checkpoints, metrics, its configuration.")
+_WORKDIR = DEFINE_path("workdir", None, "Where the run writes: checkpoints, metrics, its configuration.")
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "Split the host CPU into this many devices. Without it: all GPUs, or else one CPU."
 )

@@ -20,8 +20,8 @@ from lmscale.doing import doing
 from lmscale.stop_signals import collect_stop_signals
 
 START = flags.DEFINE_integer("start", 3, "Where to start.")
-FILE = command_line.define_path("file", "a/b", "What to count.")
-FILES = command_line.define_multi_path("files", [], "More to count.")
+FILE = command_line.DEFINE_path("file", "a/b", "What to count.")
+FILES = command_line.DEFINE_multi_path("files", [], "More to count.")
 
 def main(argv):
     match START.value:

@@ -18,7 +18,7 @@ COMMANDS = ("prepare", "train", "evaluate", "bench", "plot")
 
 def defined_flags(command):
     source = (ROOT / "lmscale" / f"{command}.py").read_text(encoding="utf-8")
-    return set(re.findall(r"\b(?:DEFINE|define)_\w+\(\s*\"(\w+)\"", source))
+    return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source))
 
 
 def shell_commands():
