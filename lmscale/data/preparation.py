@@ -16,7 +16,9 @@ from lmscale.data.token_files import (
     PreparedData,
     PreparedDirectoryWriter,
     file_sha256,
+    is_empty,
     is_replaceable,
+    remove_abandoned_folders,
 )
 from lmscale.data.tokenizers import Tokenizer
 from lmscale.data.vocab import EOS, Vocabulary, build_vocabulary, check_limits
@@ -149,7 +151,7 @@ def prepare(
     """Makes a prepared directory, in bounded memory but for the types: each text is read as a stream.
 
     Every line is followed by one `<eos>`, a blank line too. The same text and options give the same bytes.
-    The directory appears complete or not at all.
+    The directory appears complete or not at all; one that is there already keeps its mode.
 
     Args:
       corpus: the text.
@@ -176,7 +178,8 @@ def prepare(
     check_limits(vocab_size=vocab_size, min_count=min_count)
     if output.exists():
         _check_replaceable(output)
-        if not overwrite and any(output.iterdir()):
+        remove_abandoned_folders(output)
+        if not overwrite and not is_empty(output):
             inputs = corpus.describe(on_bytes=_meter("checking", corpus.num_bytes(SPLITS), report))
             return _already_prepared(output, options=options, inputs=inputs), False
 
@@ -184,9 +187,12 @@ def prepare(
         inputs = corpus.describe(on_bytes=_meter("checking", corpus.num_bytes(SPLITS), report))
         if tokenizer.learns:
             text = corpus.blocks(["train"], on_bytes=_meter("learning", corpus.num_bytes(["train"]), report))
-            tokenizer.learn((block.lines for _, block in text), vocab_size=vocab_size)
+            tokenizer.learn((block.lines for _, block in text), vocab_size=vocab_size, min_count=min_count)
         counts = _count(corpus, tokenizer, report)
-        vocabulary = build_vocabulary(counts, vocab_size=vocab_size, min_count=min_count)
+        # What was learned keeps to min_count in its own way: a rare piece may spell part of a frequent word.
+        vocabulary = build_vocabulary(
+            counts, vocab_size=vocab_size, min_count=1 if tokenizer.learns else min_count
+        )
         num_types = len(counts) - (EOS in counts)
         del counts
         splits = _write_splits(corpus, tokenizer, vocabulary, writer, report)
