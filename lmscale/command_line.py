@@ -13,6 +13,25 @@ EXIT_TERMINATED = 143
 _HELP_ARGUMENTS = ("--help", "-help", "--helpshort", "-helpshort", "-?", "--?", "-h", "--h")
 _SEE_HELP = "Pass --help to see the flags."
 
+flags.disclaim_key_flags()  # Those defined below belong to the modules that call.
+
+
+class _PathsParser(flags.ListParser):
+    """Reads paths separated by commas; what is the path of something as it stands is one path."""
+
+    def parse(self, argument):
+        if isinstance(argument, str) and os.path.exists(argument):
+            return [argument]
+        return super().parse(argument)
+
+
+def DEFINE_paths(name: str, default: list[str] | None, help: str) -> flags.FlagHolder[list[str]]:
+    """Defines a flag of paths or globs, separated by commas.
+
+    A path with a comma needs nothing if it is given alone, and double quotes around it in a list, as in CSV.
+    """
+    return flags.DEFINE(_PathsParser(), name, default, help, serializer=flags.CsvListSerializer(","))
+
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
     """Parses the flags, calls `main(argv)` and exits with its result. Never returns.

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale.command_line import run_main
+from lmscale.command_line import DEFINE_paths, run_main
 
 _LARGEST_LOSS_NATS = 700  # exp of more overflows
 
-_WORKDIR = flags.DEFINE_list("workdir", [], "Work directories of the runs to draw.")
-_EVALUATIONS = flags.DEFINE_list(
+_WORKDIR = DEFINE_paths("workdir", [], "Work directories of the runs to draw.")
+_EVALUATIONS = DEFINE_paths(
     "evaluations", [], "Files of JSON lines printed by lmscale.evaluate on the first run."
 )
 _OUTPUT = flags.DEFINE_string("output", "curve.png", "Picture to write; the ending decides the format.")

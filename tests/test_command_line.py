@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lmscale import command_line
+
 ROOT = Path(__file__).parents[1]
 TOOL = '''"""Counts down.
 
@@ -113,3 +115,21 @@ def test_a_reader_that_leaves_is_no_error(tool, tmp_path):
         check=True,
     )
     assert (result.stdout, result.stderr) == ("x", "")
+
+
+def test_paths_with_commas(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.txt", 'quo"te, d.txt', "c.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "run, of 1").mkdir()
+    parser = command_line._PathsParser()
+    for value, expected in {
+        "a,b.txt": ["a,b.txt"],
+        'quo"te, d.txt': ['quo"te, d.txt'],
+        "run, of 1": ["run, of 1"],
+        '"a,b.txt",c.txt': ["a,b.txt", "c.txt"],
+        "c.txt, *.txt": ["c.txt", "*.txt"],
+        "a,c.txt": ["a", "c.txt"],
+        "": [],
+    }.items():
+        assert parser.parse(value) == expected
