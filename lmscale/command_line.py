@@ -88,6 +88,14 @@ def DEFINE_multi_path(name: str, default: Sequence[str] | None, help: str) -> fl
     return flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, default, help)
 
 
+def DEFINE_paths(name: str, default: list[str] | None, help: str) -> flags.FlagHolder[list[str]]:
+    """As `flags.DEFINE_list`, for paths or globs, separated by commas.
+
+    A path with a comma needs nothing if it is given alone, and double quotes around it in a list, as in CSV.
+    """
+    return flags.DEFINE(_PathsParser(), name, default, help, serializer=flags.CsvListSerializer(","))
+
+
 class _PathParser(flags.ArgumentParser):
     syntactic_help = "a path"
 
@@ -95,6 +103,15 @@ class _PathParser(flags.ArgumentParser):
         if not argument:
             raise ValueError("a path must not be empty. Received: ''. `.` is the current directory")
         return paths.expand(argument)
+
+
+class _PathsParser(flags.ListParser):
+    """Reads paths separated by commas; what is the path of something as it stands is one path."""
+
+    def parse(self, argument):
+        if isinstance(argument, str) and os.path.exists(paths.expand(argument)):
+            return [paths.expand(argument)]
+        return [paths.expand(path) for path in super().parse(argument)]
 
 
 def _open_standard_streams() -> None:

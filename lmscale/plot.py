@@ -9,15 +9,13 @@ import math
 import os
 from pathlib import Path
 
-from absl import flags
-
 from lmscale import paths
-from lmscale.command_line import DEFINE_path, run_main
+from lmscale.command_line import DEFINE_path, DEFINE_paths, run_main
 
 _LARGEST_LOSS_NATS = 700  # exp of more overflows
 
-_WORKDIR = flags.DEFINE_list("workdir", [], "Work directories of the runs to draw.")
-_EVALUATIONS = flags.DEFINE_list(
+_WORKDIR = DEFINE_paths("workdir", [], "Work directories of the runs to draw.")
+_EVALUATIONS = DEFINE_paths(
     "evaluations", [], "Files of JSON lines printed by lmscale.evaluate on the first run."
 )
 _OUTPUT = DEFINE_path("output", "curve.png", "Picture to write; the ending decides the format.")
@@ -40,7 +38,7 @@ def main(argv):
     from matplotlib import pyplot
 
     figure, (loss_axes, perplexity_axes) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    workdirs = [Path(paths.expand(path)) for path in _WORKDIR.value]
+    workdirs = [Path(path) for path in _WORKDIR.value]
     for number, (workdir, name) in enumerate(zip(workdirs, _names(workdirs), strict=True)):
         train = _metrics(workdir / "train")
         epochs_per_step = train[-1]["epoch"] / train[-1]["step"]
@@ -58,9 +56,7 @@ def main(argv):
         loss_axes.plot(epochs, valid, marker=".", label=f"{name}: valid, exact")
         perplexity_axes.plot(epochs, [math.exp(x) for x in valid], marker=".", label=f"{name}: valid, exact")
         if number == 0:
-            points = [
-                point for path in _EVALUATIONS.value for point in _evaluations(Path(paths.expand(path)))
-            ]
+            points = [point for path in _EVALUATIONS.value for point in _evaluations(Path(path))]
             for split in sorted({point["split"] for point in points}):
                 mine = sorted((p["step"], p["loss_nats"]) for p in points if p["split"] == split)
                 perplexity_axes.plot(

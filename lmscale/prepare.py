@@ -5,13 +5,15 @@ Either three texts or one which is split here:
   python -m lmscale.prepare --train=train.txt --valid=valid.txt --test=test.txt --output=DIR
   python -m lmscale.prepare --input='books/*.txt.xz' --output=DIR
 
-Each is a file, a glob or a comma-separated list of them: UTF-8, plain or compressed with gzip or xz.
+Each is a file, a glob or a comma-separated list of them: UTF-8, plain or compressed with gzip or xz. A name
+with a comma in it can be given alone, or in double quotes in a list.
 One `<eos>` stands at the end of each line. The vocabulary comes from the training text alone: all its
 tokens, unless --vocab_size or --min_count limits it; the others become `<unk>`. --input is dealt to the
 splits in blocks of --block_lines lines, each block to the split that is furthest behind its fraction.
 
 The same text and options give the same bytes. A directory which exists already is left alone if it was
-made of the same text with the same options, and refused otherwise, unless --overwrite is given.
+made of the same text with the same options, and refused otherwise, unless --overwrite is given. It keeps its
+mode, and may be a mount point or the current directory. What a killed preparation left behind is removed.
 """
 
 import contextlib
@@ -25,10 +27,12 @@ from absl import flags
 from lmscale import command_line
 from lmscale.data import preparation, token_files, tokenizers
 
-_TRAIN = flags.DEFINE_list("train", None, "Training text.")
-_VALID = flags.DEFINE_list("valid", None, "Validation text.")
-_TEST = flags.DEFINE_list("test", None, "Test text.")
-_INPUT = flags.DEFINE_list("input", None, "One text to be split, in place of --train, --valid and --test.")
+_TRAIN = command_line.DEFINE_paths("train", None, "Training text.")
+_VALID = command_line.DEFINE_paths("valid", None, "Validation text.")
+_TEST = command_line.DEFINE_paths("test", None, "Test text.")
+_INPUT = command_line.DEFINE_paths(
+    "input", None, "One text to be split, in place of --train, --valid and --test."
+)
 _VALID_FRACTION = flags.DEFINE_float(
     "valid_fraction", None, "With --input: fraction for validation; unset: 0.05."
 )
@@ -46,7 +50,7 @@ _VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", None, "Rows of the vocabulary at most, <unk> and <eos> included; unset: no limit."
 )
 _MIN_COUNT = flags.DEFINE_integer(
-    "min_count", 1, "Tokens seen fewer times in the training text become <unk>."
+    "min_count", 1, "Tokens (wordpiece: letters) seen fewer times in the training text become <unk>."
 )
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lmscale import command_line
+
 ROOT = Path(__file__).parents[1]
 TOOL = '''"""Counts down.
 
@@ -241,3 +243,24 @@ def test_a_terminal_that_has_gone_does_not_change_how_a_run_ends(tool, tmp_path,
     )
     assert result.stdout == "75\n", result.stderr
     assert (tmp_path / "notes").read_text() == number
+
+
+def test_paths_with_commas(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a,b.txt", 'quo"te, d.txt', "c.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "run, of 1").mkdir()
+    parser = command_line._PathsParser()
+    for value, expected in {
+        "a,b.txt": ["a,b.txt"],
+        'quo"te, d.txt': ['quo"te, d.txt'],
+        "run, of 1": ["run, of 1"],
+        '"a,b.txt",c.txt': ["a,b.txt", "c.txt"],
+        "c.txt, *.txt": ["c.txt", "*.txt"],
+        "a,c.txt": ["a", "c.txt"],
+        "~/a,b.txt": [f"{tmp_path}/a,b.txt"],
+        "~/c.txt,~/*.txt": [f"{tmp_path}/c.txt", f"{tmp_path}/*.txt"],
+        "": [],
+    }.items():
+        assert parser.parse(value) == expected

@@ -1,7 +1,10 @@
 """The command line of prepare, as a user meets it: separate processes, their output and exit codes."""
 
+import gzip
 import json
+import lzma
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +85,146 @@ def test_one_input(texts):
         "test": 8,
     }
     assert manifest["options"]["split"] == {"valid_fraction": 0.1, "test_fraction": 0.2, "block_lines": 2}
+
+
+def test_a_name_with_a_comma(texts):
+    (texts / "train.txt").rename(texts / "a, b.txt")
+    arguments = ["--train=a, b.txt", *THREE[1:], "--output=out"]
+    result = prepare(*arguments, cwd=texts)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (
+        json.loads((texts / "out" / "manifest.json").read_text())["inputs"]["train"][0]["file"] == "a, b.txt"
+    )
+    (texts / "more.txt").write_text("b b\n")
+    result = prepare('--train="a, b.txt",m*.txt', *THREE[1:], "--output=out", "--overwrite", cwd=texts)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[1].startswith("train 7 tokens, 2 lines")
+    result = prepare("--train=a,c.txt", *THREE[1:], "--output=out", cwd=texts)
+    assert result.stderr == "error: train: no such file. Received: 'a'. Give an existing file or a glob.\n"
+
+
+OUTPUT_FILES = ["manifest.json", "test.bin", "train.bin", "valid.bin", "vocab.txt"]
+
+
+def test_output_may_be_the_current_directory(texts):
+    here = texts / "here"
+    here.mkdir()
+    here.chmod(0o2750)
+    before = here.stat()
+    three = [argument.replace("=", "=../") for argument in THREE]
+    for arguments, message in [
+        ([], "Wrote ."),
+        ([], ". holds this already: nothing to do."),
+        (["--min_count=2", "--overwrite"], "Wrote ."),
+    ]:
+        result = prepare(*three, "--output=.", *arguments, cwd=here)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.splitlines()[-1] == message.replace("Wrote .", "Wrote ..")
+        assert sorted(path.name for path in here.iterdir()) == OUTPUT_FILES
+        assert (here.stat().st_ino, here.stat().st_mode) == (before.st_ino, before.st_mode)
+    failed = prepare(*three[:2], "--test=../nothing.txt", "--output=.", "--overwrite", cwd=here)
+    assert failed.returncode == 2
+    assert sorted(path.name for path in here.iterdir()) == OUTPUT_FILES
+    assert sorted(path.name for path in texts.iterdir()) == ["here", "test.txt", "train.txt", "valid.txt"]
+
+
+def test_output_may_be_a_mount_point(texts):
+    """In a mount namespace of its own, which ends with the process."""
+    (texts / "disk").mkdir()
+    command = (
+        "mount -t tmpfs -o mode=2770 none disk && mkdir disk/lost+found && "
+        f"for more in '' '--overwrite --min_count=2'; do "
+        f"{sys.executable} -m lmscale.prepare {' '.join(THREE)} --output=disk $more || exit; done && "
+        "stat --format=%a disk && mountpoint -q disk && ls -A disk"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(
+            [*unshare, "mount", "-t", "tmpfs", "none", str(texts / "disk")], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("no private mount namespace can be made here")
+    result = subprocess.run(
+        [*unshare, "sh", "-c", command],
+        cwd=texts,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-7:] == ["2770", "lost+found", *OUTPUT_FILES]
+
+
+def test_a_killed_preparation_is_tidied_up(texts):
+    (texts / ".out.partial-0123abcd").mkdir()
+    (texts / ".out.partial-0123abcd" / "train.bin").write_bytes(b"x")
+    result = prepare(*THREE, "--output=out", cwd=texts)
+    assert result.returncode == 0
+    assert "Removing" in result.stderr
+    assert ".out.partial-0123abcd, which a preparation that was killed has left behind." in result.stderr
+    assert sorted(path.name for path in texts.iterdir()) == ["out", "test.txt", "train.txt", "valid.txt"]
+
+
+def xz(*contents):
+    return b"".join(map(lzma.compress, contents))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.xz",
+            xz(b"a\n") + bytes(4) + xz(b"b\n")[:-1],
+            "a.xz: damaged behind line 2: the stream that begins at b",
+        ),
+        (
+            "a.xz",
+            xz(b"a\n") + bytes(3),
+            "must be a multiple of 4. Received: 3. Get the file again, and check it wit",
+        ),
+        (
+            "a.xz",
+            xz(b"a\n") + b"more",
+            "the file must end, or go on with b'\\xfd7zXZ\\x00'. Received: b'more'.",
+        ),
+        (
+            "a.gz",
+            gzip.compress(b"a\n") + b"more",
+            "the file must end, or go on with b'\\x1f\\x8b'. Received: b'mo'.",
+        ),
+        (
+            "a.gz",
+            gzip.compress(b"a\n")[:-2],
+            "a.gz: damaged behind line 1: the stream that begins at byte 0 must e",
+        ),
+        (
+            "a.txt",
+            "a b\n".encode("UTF-16LE"),
+            "a.txt: must be UTF-8. Received: what looks like UTF-16LE, from line",
+        ),
+        (
+            "a.txt",
+            "a b\n".encode("UTF-16"),
+            "a.txt: must be UTF-8. Received: the byte order mark of UTF-16. Conve",
+        ),
+    ],
+)
+def test_text_that_would_be_lost_is_refused(texts, name, content, message):
+    (texts / name).write_bytes(content)
+    before = sorted(texts.rglob("*"))
+    result = prepare(f"--train={name}", *THREE[1:], "--output=out", cwd=texts)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert sorted(texts.rglob("*")) == before
+
+
+def test_padded_streams_are_read_whole(texts):
+    (texts / "a.xz").write_bytes(xz(b"a\n") + bytes(8) + xz(b"b\n") + bytes(4))
+    result = prepare("--train=a.xz", *THREE[1:], "--output=out", cwd=texts)
+    assert result.stdout.splitlines()[1].startswith("train 4 tokens, 2 lines")
 
 
 @pytest.mark.parametrize(

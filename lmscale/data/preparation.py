@@ -16,7 +16,9 @@ from lmscale.data.token_files import (
     PreparedData,
     PreparedDirectoryWriter,
     file_sha256,
+    is_empty,
     is_replaceable,
+    remove_abandoned_folders,
 )
 from lmscale.data.tokenizers import Tokenizer
 from lmscale.data.vocab import EOS, Vocabulary, build_vocabulary, check_limits
@@ -150,7 +152,7 @@ def prepare(
     """Makes a prepared directory, in bounded memory but for the types: each text is read as a stream.
 
     Every line is followed by one `<eos>`, a blank line too. The same text and options give the same bytes.
-    The directory appears complete or not at all.
+    The directory appears complete or not at all; one that is there already keeps its mode.
 
     Args:
       corpus: the text.
@@ -177,7 +179,8 @@ def prepare(
     check_limits(vocab_size=vocab_size, min_count=min_count)
     if output.exists():
         _check_replaceable(output)
-        if not overwrite and any(output.iterdir()):
+        remove_abandoned_folders(output)
+        if not overwrite and not is_empty(output):
             inputs = corpus.describe(on_bytes=_meter("checking", corpus.num_bytes(SPLITS), report))
             return _already_prepared(output, options=options, inputs=inputs), False
 
@@ -186,11 +189,16 @@ def prepare(
         if tokenizer.learns:
             text = corpus.blocks(["train"], on_bytes=_meter("learning", corpus.num_bytes(["train"]), report))
             with doing("learning the tokenizer from the training text"):
-                tokenizer.learn((block.lines for _, block in text), vocab_size=vocab_size)
+                tokenizer.learn(
+                    (block.lines for _, block in text), vocab_size=vocab_size, min_count=min_count
+                )
         with doing("counting the tokens of the training text"):
             counts = _count(corpus, tokenizer, report)
         with doing(f"sorting the vocabulary, of {len(counts):,} types"):
-            vocabulary = build_vocabulary(counts, vocab_size=vocab_size, min_count=min_count)
+            # What was learned keeps to min_count in its own way: a rare piece may spell part of a frequent word.
+            vocabulary = build_vocabulary(
+                counts, vocab_size=vocab_size, min_count=1 if tokenizer.learns else min_count
+            )
         num_types = len(counts) - (EOS in counts)
         del counts
         with doing("writing the ids of the splits"):

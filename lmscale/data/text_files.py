@@ -1,21 +1,27 @@
 """Text as a stream of blocks of lines, from plain, gzip or xz files, in bounded memory."""
 
+import codecs
 import dataclasses
 import glob
-import gzip
-import lzma
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from lmscale.paths import expand
+from lmscale.data.compressed_files import GzipReader, XzReader
 
 BLOCK_BYTES = 1 << 20
 _BLANKS = (b" ", b"\t")
-_GZIP, _XZ = b"\x1f\x8b", b"\xfd7zXZ\x00"
-_MAGIC_OF_SUFFIX = {".gz": _GZIP, ".xz": _XZ}
-_UNREADABLE_SUFFIXES = (".bz2", ".zst", ".zip", ".7z", ".lz4", ".tar", ".tgz")
+_READERS = {".gz": GzipReader, ".xz": XzReader}
+_UNREADABLE_SUFFIXES = (".bz2", ".zst", ".zip", ".7z", ".lz4", ".tar", ".tgz", ".txz", ".lzma")
+_MARKS = {  # The longer ones first: that of UTF-32LE begins with that of UTF-16LE.
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_TAR_MAGIC_PLACE = 257
+_SAMPLE_BYTES = 1 << 16
+_ASCII_BLANKS = b" \n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,7 @@ def expand_patterns(patterns: Sequence[str], *, flag: str) -> list[Path]:
         file, or named twice.
     """
     paths: list[Path] = []
-    for pattern in map(expand, patterns):
+    for pattern in patterns:
         if Path(pattern).exists():
             paths.append(Path(pattern))
         elif glob.has_magic(pattern):
@@ -77,13 +83,14 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
 
     Lines end at line feeds only (a carriage return before one is dropped), and a last line without line feed
     counts as a line. A byte order mark at the start is skipped. Memory stays within a few MiB unless a single
-    stretch without any blank is longer than that.
+    stretch without any blank is longer than that. NUL and other control characters are text like any other.
 
     Args:
       path: a regular file.
       on_bytes: called with the number of bytes read from disk since the last call.
     Raises:
-      ValueError: if the file is damaged or empty, or not UTF-8, naming the line.
+      ValueError: if the file is damaged, naming the byte; or empty, an archive of files, or not UTF-8, naming
+        the line. Text of UTF-16 or UTF-32 is named as such, also where its bytes happen to be UTF-8.
     """
     with path.open("rb") as raw:
         stream = _decompressed(raw, path)
@@ -95,14 +102,19 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
         while not at_end:
             try:
                 data = stream.read(BLOCK_BYTES)
-            except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-                raise ValueError(f"{path}: damaged behind line {lines_before:,}: {error}.") from error
+            except (ValueError, OSError) as error:
+                message = str(error).rstrip(".")
+                raise ValueError(f"{path}: damaged behind line {lines_before:,}: {message}.") from error
             on_bytes(raw.tell() - position)
             position = raw.tell()
             at_end = not data
             data = rest + data
-            if at_start and data.startswith(b"\xef\xbb\xbf"):
-                data = data[3:]
+            if at_start:
+                _check_start(data, path)
+                data = data.removeprefix(codecs.BOM_UTF8)
+            if not at_end and b"\0" in data and (encoding := _wide_encoding(data)):
+                shown = f"what looks like {encoding}, from line {lines_before + 1:,} on"
+                raise _wide_encoding_error(path, encoding, shown)
             cut = len(data) if at_end else _last_cut(data)
             data, rest = data[:cut], data[cut:]
             if not data:
@@ -134,17 +146,56 @@ def _last_cut(data: bytes) -> int:
     return line_end or max(max(data.rfind(blank) for blank in _BLANKS), 0)
 
 
-def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+def _decompressed(raw: BinaryIO, path: Path):
     start = raw.read(6)
     raw.seek(0)
-    expected = _MAGIC_OF_SUFFIX.get(path.suffix)
-    if expected and not start.startswith(expected):
+    named = _READERS.get(path.suffix)
+    if named and not start.startswith(named.magic):
         raise ValueError(
             f"{path}: must be a {path.suffix} file by its name. Received: first bytes {start!r}. "
             "Rename or remake it."
         )
-    if start.startswith(_GZIP):
-        return gzip.open(raw)  # type: ignore[return-value]
-    if start.startswith(_XZ):
-        return lzma.open(raw)  # type: ignore[return-value]
+    for reader in _READERS.values():
+        if start.startswith(reader.magic):
+            return reader(raw)
     return raw
+
+
+def _check_start(data: bytes, path: Path):
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            raise _wide_encoding_error(path, encoding, f"the byte order mark of {encoding}")
+    if data.startswith(b"ustar", _TAR_MAGIC_PLACE):
+        raise ValueError(f"{path}: must be text. Received: a tar archive. Unpack it and give its files.")
+
+
+def _wide_encoding_error(path: Path, encoding: str, received: str) -> ValueError:
+    return ValueError(
+        f"{path}: must be UTF-8. Received: {received}. "
+        f"Convert the file: iconv -f {encoding} -t UTF-8 OLD > NEW."
+    )
+
+
+def _wide_encoding(data: bytes) -> str | None:
+    """UTF-16LE, UTF-16BE, UTF-32LE or UTF-32BE, if the zero bytes stand as they do in such text.
+
+    In UTF-32 two neighbours of each four bytes are zero. In UTF-16 every other byte is, in Latin script; in
+    other scripts still that of every blank and line feed, as these are zero-extended ASCII.
+    """
+    start = max(min(data.find(0), len(data) - _SAMPLE_BYTES), 0) // 4 * 4
+    data = data[start : start + _SAMPLE_BYTES]
+    quarter = max(len(data) // 4, 1)
+    zero = [data[place::4].count(0) > 0.9 * quarter for place in range(4)]
+    if zero[2] and zero[3] and not zero[0]:
+        return "UTF-32LE"
+    if zero[0] and zero[1] and not zero[3]:
+        return "UTF-32BE"
+    for encoding, high, low in (("UTF-16LE", data[1::2], data[::2]), ("UTF-16BE", data[::2], data[1::2])):
+        num_zeros = high.count(0)
+        if not num_zeros or low.count(0) > 0.1 * num_zeros or b"\n" in high:
+            continue
+        blanks = [byte for byte, above in zip(low, high, strict=False) if byte in _ASCII_BLANKS and not above]
+        num_blanks = sum(map(low.count, _ASCII_BLANKS))
+        if num_zeros > 0.5 * len(high) or len(blanks) > max(0.9 * num_blanks, 1):
+            return encoding
+    return None

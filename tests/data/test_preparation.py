@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 import lzma
 import tracemalloc
 from pathlib import Path
@@ -81,6 +82,77 @@ def test_tokenizers_and_their_files(tmp_path):
     assert tokens_of(characters, "valid") == [*"on▁on", "<eos>"]
 
 
+def test_invisible_characters_make_no_words(tmp_path):
+    texts = {
+        "train": "the cat\nthe\u00ad \ufeffcat \u200b\0\n",
+        "valid": "c\u2060at\n",
+        "test": "th\u200ee\n",
+    }
+    data = run(corpus_of(tmp_path / "in", texts), tmp_path / "out", tokenizer="words")
+    assert data.vocabulary.tokens == ("<eos>", "cat", "the", "<unk>")
+    assert [tokens_of(data, split) for split in ("train", "valid", "test")] == [
+        ["the", "cat", "<eos>"] * 2,
+        ["cat", "<eos>"],
+        ["the", "<eos>"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["words", "wordpiece"])
+def test_a_directory_of_older_words_holds_other_data(tmp_path, name):
+    """Those of 0.1.0 were cut by another rule; they say so by no version."""
+    corpus, output = corpus_of(tmp_path / "in"), tmp_path / "out"
+    data = run(corpus, output, tokenizer=name)
+    assert data.manifest["options"]["tokenizer_version"] == 2
+    manifest = json.loads((output / "manifest.json").read_text())
+    del manifest["options"]["tokenizer_version"]
+    (output / "manifest.json").write_text(json.dumps(manifest))
+    assert PreparedData.open(output).fingerprint == data.fingerprint
+    with pytest.raises(
+        ValueError, match=r"holds other data: tokenizer_version is None, wanted 2\. Pass --overw"
+    ):
+        run(corpus, output, tokenizer=name)
+    assert "tokenizer_version" not in run(corpus, tmp_path / "plain").manifest["options"]
+
+
+def test_wordpiece_min_count_is_of_letters_and_pieces_all_get_a_row(tmp_path):
+    texts = {"train": "abcab abc x\nabcc abab\n" + "q" * 70, "valid": "xab\n", "test": "zz\n"}
+    corpus = corpus_of(tmp_path / "in", texts)
+    data = run(corpus, tmp_path / "1", tokenizer="wordpiece", min_count=2)
+    splits = data.manifest["splits"]
+    assert [splits[name]["unk_tokens"] for name in ("train", "valid", "test")] == [1, 1, 2]
+    assert "x" not in data.vocabulary.tokens
+    assert tokens_of(data, "valid")[:2] == ["<unk>", "##ab"]
+    data = run(corpus, tmp_path / "2", tokenizer="wordpiece")
+    assert data.manifest["splits"]["train"]["unk_tokens"] == 0
+    assert run(corpus, tmp_path / "3", tokenizer="wordpiece").manifest == data.manifest
+
+
+def test_wordpiece_loses_no_letter_of_long_words_and_many_letters(tmp_path):
+    text = "\n".join(["ab" * 51, "x" * 51 + "y", *map(chr, range(0x4E00, 0x4E00 + 1200)), "ภาษาไทย" * 20])
+    corpus = corpus_of(tmp_path / "in", {"train": text, "valid": "ab\n", "test": "ภาษา\n"})
+    data = run(corpus, tmp_path / "out", tokenizer="wordpiece")
+    assert data.manifest["splits"]["train"]["unk_tokens"] == 0
+    spelt = "".join(token.removeprefix("##") for token in tokens_of(data, "train"))
+    assert spelt == text.replace("\n", "<eos>") + "<eos>"
+    corpus = corpus_of(tmp_path / "in")
+    with pytest.raises(
+        ValueError, match=r"vocab_size must be at least \d+ for wordpiece.*each of 14 letters"
+    ):
+        run(corpus, tmp_path / "small", tokenizer="wordpiece", vocab_size=20)
+
+
+@pytest.mark.parametrize("name", ["tiny-austen", "tiny-tang300"])
+def test_wordpiece_of_whole_books_has_no_unk(tmp_path, name):
+    folder = ROOT / "data" / name if name == "tiny-austen" else CORPORA / name
+    if not folder.is_dir():
+        pytest.skip(f"the corpus {name} is not at {folder}")
+    texts = {split: (folder / f"{split}.txt").read_text(encoding="utf-8") for split in ("valid", "test")}
+    texts["valid"] = texts["valid"].replace(" ", "") if name == "tiny-tang300" else texts["valid"]
+    corpus = corpus_of(tmp_path / "in", {"train": texts["valid"], **texts})
+    data = run(corpus, tmp_path / "out", tokenizer="wordpiece", vocab_size=6000)
+    assert data.manifest["splits"]["train"]["unk_tokens"] == 0
+
+
 def test_same_text_and_options_give_the_same_bytes(tmp_path):
     run(corpus_of(tmp_path / "in"), tmp_path / "1")
     run(corpus_of(tmp_path / "elsewhere"), tmp_path / "2")
@@ -95,7 +167,7 @@ def test_compressed_equals_plain(tmp_path, compress, suffix):
     assert compressed.manifest["inputs"]["train"][0]["file"] == f"train{suffix}"
 
 
-@pytest.mark.parametrize("tokenizer", ["whitespace", "words", "characters"])
+@pytest.mark.parametrize("tokenizer", ["whitespace", "words", "characters", "wordpiece"])
 def test_blocks_do_not_show_in_the_result(tmp_path, monkeypatch, tokenizer):
     rng = np.random.default_rng(0)
     lines = [" ".join(rng.choice([*"abcdefg", "né"], rng.integers(0, 200))) for _ in range(30)]
@@ -193,6 +265,20 @@ def test_existing_output(tmp_path):
         prepare(corpus, output=output, tokenizer=tokenizer, overwrite=True)
     assert (output / "mine.txt").read_text() == "keep me"
     assert {path.name for path in tmp_path.iterdir()} == {"in", "in2", "out"}
+
+
+def test_a_directory_half_replaced_is_prepared_again(tmp_path):
+    """As a process leaves it that is killed while it moves the files: no manifest, and the folder."""
+    corpus, output = corpus_of(tmp_path / "in"), tmp_path / "out"
+    data = run(corpus, output)
+    (output / ".out.partial-0123abcd").mkdir()
+    (output / "manifest.json").rename(output / ".out.partial-0123abcd" / "manifest.json")
+    assert run(corpus, output).fingerprint == data.fingerprint
+    assert sorted(contents(output)) == ["manifest.json", "test.bin", "train.bin", "valid.bin", "vocab.txt"]
+    (output / ".out.partial-0123abcd").mkdir()  # Killed before: the old data are whole.
+    _, made = prepare(corpus, output=output, tokenizer=make_tokenizer("whitespace", options={}))
+    assert not made
+    assert not (output / ".out.partial-0123abcd").exists()
 
 
 def test_failure_keeps_the_existing_output_and_leaves_nothing(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import lzma
 import random
+import tarfile
 
 import pytest
 
@@ -98,6 +99,85 @@ def test_damaged_archives_are_named(tmp_path, compress):
         list(read_blocks(path))
 
 
+@pytest.mark.parametrize("block_bytes", [10, 1 << 20])
+@pytest.mark.parametrize("padding", [0, 4, 12])
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
+def test_several_streams_are_one_text(tmp_path, monkeypatch, compress, padding, block_bytes):
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", block_bytes)
+    path = tmp_path / "text"
+    path.write_bytes(
+        compress(b"one\ntw") + bytes(padding) + compress(b"o\n") + bytes(padding) + compress(b"three")
+    )
+    assert lines_of(path) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
+def test_what_stands_behind_a_stream_is_not_passed_over(tmp_path, compress):
+    path = tmp_path / "text"
+    good = compress(b"one\ntwo\n")
+    for behind, message in [
+        (b"garbage", rf"behind line 2: at byte {len(good)} the file must end.* Received: b'ga"),
+        (
+            compress(b"three\n")[:-3],
+            rf"behind line [23]: the stream that begins at byte {len(good)} must end",
+        ),
+    ]:
+        path.write_bytes(good + behind)
+        with pytest.raises(ValueError, match=message):
+            list(read_blocks(path))
+
+
+def test_xz_padding_must_be_a_multiple_of_four(tmp_path):
+    path = tmp_path / "text.xz"
+    good = lzma.compress(b"one\n")
+    path.write_bytes(good + bytes(3) + good)
+    with pytest.raises(ValueError, match=rf"text.xz: damaged .* at byte {len(good)} must be a multiple of 4"):
+        list(read_blocks(path))
+
+
+def test_an_archive_of_files_is_not_text(tmp_path):
+    (tmp_path / "a").write_text("text\n")
+    for mode, name in (("w", "a.txt"), ("w:gz", "a.tar.gz"), ("w:xz", "a.tar.xz")):
+        with tarfile.open(tmp_path / name, mode) as archive:
+            archive.add(tmp_path / "a", "a")
+        with pytest.raises(ValueError, match=f"{name}: must be text. Received: a tar archive. Unpack it"):
+            list(read_blocks(tmp_path / name))
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("text", ["the cat sat\non a mat\n", "Чай, да\nЮля\n", "naïve café\n", "x"])
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
+def test_wide_encodings_are_named(tmp_path, encoding, text, compress):
+    path = tmp_path / "text"
+    path.write_bytes(compress(text.encode(encoding)))
+    message = f"text: must be UTF-8. Received: what looks like {encoding}, .* iconv -f {encoding} -t UTF-8"
+    with pytest.raises(ValueError, match=message):
+        list(read_blocks(path))
+    path.write_bytes(compress(f"\ufeff{text}".encode(encoding)))
+    marked = encoding[:-2]
+    with pytest.raises(
+        ValueError, match=f"Received: the byte order mark of {marked}. .* iconv -f {marked} -t UTF-8"
+    ):
+        list(read_blocks(path))
+
+
+def test_wide_encodings_are_found_further_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 100)
+    path = tmp_path / "text"
+    path.write_bytes(b"plain line\n" * 50 + ("wide line\n" * 50).encode("UTF-16LE"))
+    with pytest.raises(ValueError, match=r"what looks like UTF-16.., from line \d+ on"):
+        list(read_blocks(path))
+
+
+@pytest.mark.parametrize(
+    "text", ["one\0two\n", "a b\0c d\n\0", "x\n\0y\nz\n\0" * 3, "aaa\n\0bbb\n\0cc\n\0", "a" * 99 + "\0" * 400]
+)
+def test_stray_zero_bytes_are_text(tmp_path, text):
+    path = tmp_path / "text"
+    path.write_text(text)
+    assert "\n".join(lines_of(path)) == text.removesuffix("\n")
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
 def test_suffix_that_lies(tmp_path, suffix):
     path = tmp_path / f"text{suffix}"
@@ -142,9 +222,3 @@ def test_pattern_errors_name_what_was_received(tmp_path):
         expand_patterns([], flag="train")
     with pytest.raises(ValueError, match="a pipe or device"):
         expand_patterns(["/dev/null"], flag="train")
-
-
-def test_home_directories(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("a")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert expand_patterns(["~/*.txt"], flag="train") == [tmp_path / "a.txt"]

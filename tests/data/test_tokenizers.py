@@ -2,12 +2,16 @@
 
 # ruff: noqa: RUF001 (letters of other scripts that look like Latin ones)
 
+import random
 import struct
+from pathlib import Path
 
 import pytest
 
 from lmscale.data import tokenizers
 from lmscale.data.tokenizers import make_tokenizer, tokenizer_names
+
+ROOT = Path(__file__).parents[2]
 
 
 def tokens(name, line, **options):
@@ -34,17 +38,24 @@ def test_whitespace(line, expected):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("Don't stop, 3.5 km!", ["Don't", "stop", ",", "3", ".", "5", "km", "!"]),
+        ("Don't stop, 3.5 km!", ["Don't", "stop", ",", "3.5", "km", "!"]),
         ("‘Tis o’clock''", ["‘", "Tis", "o’clock", "'", "'"]),
         ("naïve nai\u0308ve", ["naïve", "nai\u0308ve"]),
         ("हिन्दी में।", ["हिन्दी", "में", "।"]),
         ("می\u200cخواهم", ["می\u200cخواهم"]),
-        ("日本語 x_1—y 😀", ["日本語", "x_1", "—", "y", "😀"]),
+        ("日本語 x_1—y 😀", ["日", "本", "語", "x_1", "—", "y", "😀"]),
+        ("co\u00adop \ufeffon\0 \u200b off", ["coop", "on", "off"]),
         (" \t\u00a0", []),
     ],
 )
 def test_words(line, expected):
     assert tokens("words", line) == expected
+
+
+def test_whitespace_and_characters_keep_invisible_characters():
+    line = "\ufeffa\u00adb \0 \u200b"
+    assert tokens("whitespace", line) == ["\ufeffa\u00adb", "\0", "\u200b"]
+    assert tokens("characters", line) == ["\ufeff", "a", "\u00ad", "b", "▁", "\0", "▁", "\u200b"]
 
 
 def test_characters():
@@ -77,44 +88,152 @@ def test_errors_name_what_was_received(tmp_path):
 WORDPIECE_TEXT = ["unthinkable think able", "", "thinking un , able unable !"] * 20 + ["rare words walked"]
 
 
+def learned(text, *, vocab_size=None, min_count=1):
+    """A tokenizer that learned from some lines, and its pieces."""
+    tokenizer = make_tokenizer("wordpiece", options={})
+    tokenizer.learn([text[:7], text[7:]], vocab_size=vocab_size, min_count=min_count)
+    return tokenizer, tokenizer.files()["tokenizer.wordpiece.txt"].decode().split("\n")[:-1]
+
+
+def joined(pieces):
+    """The words that pieces spell, without blanks."""
+    return "".join(piece.removeprefix("##") for piece in pieces)
+
+
 def longest_match(word, vocabulary):
-    """The definition: from the left, always the longest piece that fits."""
+    """The definition: from the left, always the longest piece that fits; `<unk>` for a letter that has none."""
     pieces, start = [], 0
     while start < len(word):
         prefix = "##" if start else ""
         ends = [end for end in range(len(word), start, -1) if prefix + word[start:end] in vocabulary]
-        if not ends:
-            return ["<unk>"]
-        pieces.append(prefix + word[start : ends[0]])
-        start = ends[0]
+        pieces.append(prefix + word[start : ends[0]] if ends else "<unk>")
+        start = ends[0] if ends else start + 1
     return pieces
 
 
 @pytest.mark.parametrize("vocab_size", [60, 64, 70, 100])
 def test_wordpiece_is_longest_match_over_the_learned_pieces(vocab_size):
-    tokenizer = make_tokenizer("wordpiece", options={})
-    tokenizer.learn([WORDPIECE_TEXT[:7], WORDPIECE_TEXT[7:]], vocab_size=vocab_size)
-    vocabulary = tokenizer.files()["tokenizer.wordpiece.txt"].decode().splitlines()
+    tokenizer, vocabulary = learned(WORDPIECE_TEXT, vocab_size=vocab_size)
     assert len(set(vocabulary)) == len(vocabulary) < vocab_size
-    lines = [*WORDPIECE_TEXT, "thunk unlikable able", "zebra think é"]
+    lines = [*WORDPIECE_TEXT, "thunk unlikable able", "zebra think éé"]
     words = make_tokenizer("words", options={}).tokenize(lines)
     expected = [[piece for word in line for piece in longest_match(word, set(vocabulary))] for line in words]
     assert tokenizer.tokenize(lines) == expected
-    assert expected[-1][0] == "<unk>"
+    assert expected[-1][:2] == ["<unk>", "##e"]
+    assert expected[-1][-2:] == ["<unk>", "<unk>"]  # As many as there are letters lost.
     for line_words, line_pieces in zip(words[:60], expected[:60], strict=True):
-        assert "".join(line_words) == "".join(piece.removeprefix("##") for piece in line_pieces)
+        assert "".join(line_words) == joined(line_pieces)
     if vocab_size == 100:
         assert len(expected[0]) < 8  # Words are not left in single characters where there is room for pieces.
 
 
+def test_wordpiece_file_is_read_by_tensorflow_text():
+    tf = pytest.importorskip("tensorflow")
+    tensorflow_text = pytest.importorskip("tensorflow_text")
+    tokenizer, vocabulary = learned([*WORDPIECE_TEXT, "ab" * 51], vocab_size=100)
+    words = sorted({word for line in WORDPIECE_TEXT for word in line.split()} | {"ab" * 51})
+    theirs = tensorflow_text.FastWordpieceTokenizer(
+        vocabulary, token_out_type=tf.string, no_pretokenization=True, max_bytes_per_word=1000
+    )
+    expected = [[p.decode() for p in pieces] for pieces in theirs.tokenize(tf.constant(words)).to_list()]
+    assert tokenizer.tokenize(words) == expected
+
+
 def test_wordpiece_vocab_size_too_small():
-    tokenizer = make_tokenizer("wordpiece", options={})
     letters = len(set("".join(WORDPIECE_TEXT)) - {" "})
     with pytest.raises(ValueError, match=rf"vocab_size must be at least {2 * letters + 2} .*vocab_size=9\."):
-        tokenizer.learn([WORDPIECE_TEXT], vocab_size=9)
-    tokenizer.learn([WORDPIECE_TEXT], vocab_size=2 * letters + 2)
+        learned(WORDPIECE_TEXT, vocab_size=9)
+    learned(WORDPIECE_TEXT, vocab_size=2 * letters + 2)
     with pytest.raises(ValueError, match="must hold a word"):
-        tokenizer.learn([["", " "]], vocab_size=99)
+        learned(["", " "], vocab_size=99)
+    with pytest.raises(
+        ValueError, match=r"must occur min_count=99 times. Received: the most frequent .* 2 times"
+    ):
+        learned(["aab"], min_count=99)
+
+
+THAI = [
+    "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ",
+    "ต่างมีเหตุผลและมโนธรรมและควรปฏิบัติต่อกันด้วยเจตนารมณ์แห่งภราดรภาพ",
+    "ทุกคนย่อมมีสิทธิและอิสรภาพทั้งปวงตามที่กำหนดไว้ในปฏิญญานี้โดยปราศจากความแตกต่างไม่ว่าชนิดใด",
+]
+CHINESE = [
+    "人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精神相对待。",
+    "人人有资格享有本宣言所载的一切权利和自由，不分种族、肤色、性别、语言、宗教、政治或其他见解。",
+    "人人有权享有生命、自由和人身安全。任何人不得使为奴隶或奴役。",
+]
+LONG = ["short words", "ab" * 51, "ab" * 5000, "x" * 30 + "q" * 30, "\u0916" * 60, "日" * 101, "a.z" * 200]
+
+
+@pytest.mark.parametrize("text", [THAI, CHINESE, LONG, [chr(c) for c in range(0x4E00, 0x4E00 + 1500)]])
+def test_wordpiece_spells_every_word_of_the_training_text(text):
+    tokenizer, vocabulary = learned(text)
+    lines = tokenizer.tokenize(text)
+    for line, pieces in zip(text, lines, strict=True):
+        assert joined(pieces) == line.replace(" ", "")
+    letters = set("".join(text)) - {" "}
+    assert letters | {f"##{letter}" for letter in letters} <= set(vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("words", "words_of_a_line"),  # Shorter and longer than the longest piece.
+    [
+        ("มนุษย์ ทั้งหลาย เกิด มา มี อิสระ และ เสมอภาค กัน ใน เกียรติ ศักดิ์ สิทธิ ต่าง เหตุผล มโนธรรม ควร ต่อ", 10),
+        (
+            "人人 生而 自由 在 尊严 和 权利 上 一律 平等 他们 赋有 理性 良心 并 应 以 兄弟 关系 的 精神 相对待",
+            50,
+        ),
+    ],
+)
+def test_wordpiece_learns_the_words_of_phrases_without_blanks(words, words_of_a_line):
+    rng = random.Random(0)
+    text = ["".join(rng.choices(words.split(), k=words_of_a_line)) for _ in range(1600 // words_of_a_line)]
+    tokenizer, _ = learned(text, vocab_size=400)
+    num_pieces = sum(map(len, tokenizer.tokenize(text)))
+    assert num_pieces < 1.7 * 1600
+
+
+def test_wordpiece_min_count_is_of_letters():
+    text = ["aaab caab", "bxa yyb", "日本語日本", "c" * 60]
+    tokenizer, vocabulary = learned(text, min_count=2)
+    assert set("abcy日本") | {f"##{letter}" for letter in "abcy日本"} <= set(vocabulary)
+    assert not {"x", "##x", "語", "##語"} & set(vocabulary)
+    lines = tokenizer.tokenize(text)
+    assert joined(lines[1]) == "b<unk>ayyb"
+    assert joined(lines[2]) == "日本<unk>日本"
+    assert [line.count("<unk>") for line in lines] == [0, 1, 1, 0]
+
+
+def test_wordpiece_spells_the_book_that_ships():
+    folder = ROOT / "data" / "tiny-austen"
+    text = (folder / "valid.txt").read_text(encoding="utf-8").split("\n")
+    tokenizer, vocabulary = learned(text, vocab_size=1500)
+    assert 0.9 * 1500 < len(vocabulary) < 1500
+    words = make_tokenizer("words", options={}).tokenize(text)
+    for line, pieces in zip(words, tokenizer.tokenize(text), strict=True):
+        spelt: list[str] = []
+        for piece in pieces:
+            if piece.startswith("##"):
+                spelt[-1] += piece[2:]
+            else:
+                spelt.append(piece)
+        assert spelt == line
+
+
+def test_wordpiece_learns_from_long_words_in_linear_time(monkeypatch):
+    """A word is counted by its stretches, of which one of n letters has n * (n + 1) / 2; in parts of 50, 26 * n."""
+    counts = {"ab" * 10_000: 1, "short": 3}
+    words = tokenizers._learned_words(counts, set("abshort"))
+    assert sorted(words[:2]) == [("ab" * 25, 204), ("ba" * 25, 204)]
+    assert max(len(word) for word, _ in words) == 50
+    assert sum(len(word) * count for word, count in words) < 1.03 * 20_000
+    monkeypatch.setattr(tokenizers, "_LEARNED_STRETCHES", 16)
+    assert tokenizers._learned_words({"short": 3, "ab": 2, "sh": 1}, set("abshort")) == [("short", 3)]
+
+
+def test_wordpiece_pieces_do_not_depend_on_the_order_of_the_text():
+    text = [*WORDPIECE_TEXT, *THAI]
+    assert learned(text, vocab_size=300)[1] == learned(text[::-1], vocab_size=300)[1]
 
 
 def sentencepiece_model(pieces):
@@ -156,6 +275,12 @@ def test_sentencepiece(tmp_path):
         ["▁ab", "▁a", "a"],
         [],
         ["▁ab", "ab", "▁", "<unk>", "b"],
+    ]
+    # Of what this model does not know it loses nothing without a word.
+    assert tokenizer.tokenize(["ab\0ab", "a\u00adb", "\u200b"]) == [
+        ["▁ab", "<unk>", "ab"],
+        ["▁a", "<unk>", "b"],
+        ["▁", "<unk>"],
     ]
     assert tokenizer.files() == {"tokenizer.sentencepiece.model": model}
     assert tokenizer.describe()["sentencepiece_model"] == "m.model"
