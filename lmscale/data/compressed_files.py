@@ -12,9 +12,8 @@ import lzma
 import zlib
 from typing import BinaryIO, ClassVar
 
-_INPUT_BYTES = (
-    1 << 14
-)  # Behind each stream up to this much is read twice: small, for files of many small streams.
+# Behind each stream up to this much is read twice: small, for files of many small streams.
+_INPUT_BYTES = 1 << 14
 
 
 class _Reader(abc.ABC):

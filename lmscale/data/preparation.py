@@ -9,17 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale.data.text_files import Block, expand_patterns, read_blocks
-from lmscale.data.token_files import (
-    SPLITS,
-    VOCAB_FILE,
-    PreparedData,
+from lmscale.data.prepared_directory import (
     PreparedDirectoryWriter,
-    file_sha256,
     is_empty,
     is_replaceable,
     remove_abandoned_folders,
 )
+from lmscale.data.text_files import Block, expand_patterns, read_blocks
+from lmscale.data.token_files import SPLITS, VOCAB_FILE, PreparedData, file_sha256
 from lmscale.data.tokenizers import Tokenizer
 from lmscale.data.vocab import EOS, Vocabulary, build_vocabulary, check_limits
 from lmscale.doing import doing

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from lmscale.data.token_files import SPLITS, PreparedDirectoryWriter
+from lmscale.data.prepared_directory import PreparedDirectoryWriter
+from lmscale.data.token_files import SPLITS
 from lmscale.data.vocab import EOS, UNK, Vocabulary
 
 REPOSITORY = Path(__file__).parents[2]
