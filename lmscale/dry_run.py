@@ -7,7 +7,7 @@ from rich.table import Table
 
 from lmscale import keras_settings
 from lmscale.data.token_files import PreparedData
-from lmscale.models.encoder import Encoder
+from lmscale.model import make_encoder
 from lmscale.trainer import training_batches
 from lmscale.vocabulary.full_softmax import default_block_rows
 from lmscale.vocabulary.placement import Placement
@@ -31,7 +31,7 @@ def print_report(experiment, *, num_devices):
     data = PreparedData.open(experiment.data_dir)
     loss = experiment.loss(vocab_size=data.vocab_size, counts=data.counts)
     keras_settings.reset(seed=experiment.seed, compute_dtype=experiment.compute_dtype)
-    encoder = Encoder(experiment.body(), embed_dim=experiment.embed_dim, window=max(experiment.window, 2))
+    encoder = make_encoder(experiment, num_replicas=num_devices)
     batches = training_batches(experiment, body=encoder.body, tokens=data.split("train"))
     placement = Placement(vocab_size=data.vocab_size, num_shards=num_devices)
     console = Console(width=110)

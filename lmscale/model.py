@@ -38,18 +38,11 @@ class LanguageModel:
         )
         if experiment.initial_bias == "log_frequency" and counts is not None:
             self.table.write_rows("bias", 0, _log_frequency(counts))
-        # The body is probed by inputs of the shape that it will see, so that it is traced for that shape only.
-        batch_size, window = experiment.global_batch_size, experiment.window
-        if not trainable:
-            batch_size, window = experiment.eval_batch_size, experiment.eval_window
-        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        self.encoder = Encoder(
-            experiment.body(),
-            embed_dim=experiment.embed_dim,
-            batch_size=-(-batch_size // num_replicas),
-            window=max(window, 2),
+        self.encoder = make_encoder(
+            experiment,
+            num_replicas=tf.distribute.get_strategy().num_replicas_in_sync,
+            trainable=trainable,
         )
-        self._check_same_on_every_device()
         self.body_slots = {
             name: {
                 slot_name: tf.Variable(
@@ -64,15 +57,6 @@ class LanguageModel:
             for name, variable in self.encoder.trainable_variables.items()
             if trainable
         }
-
-    def _check_same_on_every_device(self):
-        """Raises ValueError if a layer would gather statistics of its own on each of several devices."""
-        statistics = self.encoder.statistics
-        if statistics and tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            raise ValueError(
-                "A body on several devices must not gather statistics, which would differ between them. Received: "
-                f"{', '.join(statistics)}. Use LayerNormalization in place of BatchNormalization, say, or one device."
-            )
 
     def apply_body_gradients(self, gradients, *, step, scale, keep):
         """Updates this replica's copy of the body; every replica is given the same gradients. In `strategy.run`.
@@ -115,6 +99,24 @@ class LanguageModel:
         for name, slots in self.body_slots.items():
             replicated.update({f"body_slots/{name}/{slot}": variable for slot, variable in slots.items()})
         return items + [_replicated_item(name, variable) for name, variable in replicated.items()]
+
+
+def make_encoder(experiment, *, num_replicas, trainable=True):
+    """The encoder of an experiment on so many devices, built for the steps of training or of evaluations alone.
+
+    Either way it is probed by inputs of the shape on which perplexities are measured.
+    """
+    evaluated = -(-experiment.eval_batch_size // num_replicas), experiment.eval_window
+    trained = -(-experiment.global_batch_size // num_replicas), experiment.window
+    batch_size, window = trained if trainable else evaluated
+    return Encoder(
+        experiment.body(),
+        embed_dim=experiment.embed_dim,
+        batch_size=batch_size,
+        window=window,
+        probe_shape=evaluated,
+        num_replicas=num_replicas,
+    )
 
 
 def _log_frequency(counts):

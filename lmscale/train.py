@@ -98,8 +98,9 @@ _MAY_CHANGE = {
 
 
 def _check_same_run(config, workdir):
-    """Raises ValueError if the work directory has checkpoints of a run of other settings."""
-    if not workdir.config_path.exists() or not any(workdir.checkpoints_dir.glob("step_*")):
+    """Raises ValueError if the work directory is that of a run of other settings, which has saved."""
+    has_saved = workdir.has_saved() or any(workdir.checkpoints_dir.glob("step_*"))
+    if not workdir.config_path.exists() or not has_saved:
         return
     differences = config.differences(workdir.config_path.read_text(encoding="utf-8"))
     refused = [line for line in differences if line.split(":")[0] not in _MAY_CHANGE]

@@ -170,6 +170,10 @@ class Trainer:
         window = table.pull(ids, None if candidates is None else candidates.sampled_ids)
         dropout = DropoutStream(seed=experiment.seed, step=step, first_example=first)
         body_variables = self.model.encoder.trainable_variables
+        # Keras changes these within the call: what a bad step makes of them is taken back.
+        statistics = [
+            (variable, tf.identity(variable.value)) for variable in self.model.encoder.statistics.values()
+        ]
         with tf.GradientTape() as tape:
             inputs = tf.identity(window.embedding[:, :-1])
             tape.watch(inputs)
@@ -177,11 +181,9 @@ class Trainer:
             hidden = tf.reshape(tf.cast(hidden, tf.float32), [-1, table.embed_dim])
             # Regularisers of layers, and what they add to the loss: means over a replica's examples, or the same on
             # each replica. The shares of the replicas add up.
-            penalties = [
-                tf.cast(penalty, tf.float32) / self.strategy.num_replicas_in_sync
-                for penalty in self.model.encoder.penalties()
-            ]
-            penalty = [tf.add_n(penalties)] if penalties else []
+            penalties = self.model.encoder.penalties()
+            penalty = [tf.add_n(penalties) / self.strategy.num_replicas_in_sync] if penalties else []
+        self.model.encoder.check_all_listed(tape.watched_variables())
         num_tokens = experiment.global_batch_size * experiment.window
         loss = self.loss.value_and_gradients(
             hidden,
@@ -227,6 +229,8 @@ class Trainer:
         self.model.apply_body_gradients(body_gradients, step=step, scale=scale, keep=is_finite)
         for variable, new, old in zip(carried, new_state, state, strict=True):
             variable.assign(tf.where(is_finite, new, old))
+        for variable, old in statistics:
+            variable.assign(tf.where(is_finite, variable.value, old))
         metrics = {
             "loss": mean_loss,
             "penalty": mean_penalty,

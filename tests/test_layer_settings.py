@@ -248,3 +248,64 @@ class Unlisted(Body):
 def test_layers_that_are_not_listed_are_refused(mirrored, num_replicas):
     with pytest.raises(ValueError, match=r"must list all its layers.*Unlisted, which reads unlisted/kernel"):
         trainer(mirrored(num_replicas), body=Unlisted)
+
+
+class UnlistedInTraining(Unlisted):
+    """Uses the layer that it forgot in training only."""
+
+    def __call__(self, inputs, state, *, dropout):
+        hidden = inputs if dropout is None else self.other(inputs)
+        return self.layers[0](hidden), state
+
+
+def test_layers_that_are_not_listed_and_used_in_training_only_are_refused(mirrored):
+    run = trainer(mirrored(2), body=UnlistedInTraining)
+    with pytest.raises(
+        ValueError, match=r"must list all its layers.*UnlistedInTraining, which reads unlisted/"
+    ):
+        run.train_steps()
+
+
+class AddsVector(keras.layers.Layer):
+    """Adds a loss that is no scalar, which Keras would sum."""
+
+    def call(self, x):
+        self.add_loss(tf.reduce_mean(x**2, axis=[0, 1]))
+        return x
+
+
+def test_a_loss_that_is_no_scalar_is_summed(mirrored):
+    run = trainer(mirrored(2), body=functools.partial(keras_body, layer=AddsVector))
+    rows = run.model.table.read_rows("embedding", 0, run.data.vocab_size).astype(np.float64)
+    x = rows[run.batches.at(0).window_ids[:, :-1]]
+    expected = np.sum(np.mean(x**2, axis=(0, 1)))
+    assert run.train_steps()["penalty"][0].numpy() == pytest.approx(expected, rel=1e-5)
+
+
+class NotANumberAtTheSecondStep(keras.layers.Layer):
+    """Counts its calls in training, and returns NaN in the second one."""
+
+    def build(self, shape):
+        self.calls = self.add_weight(shape=[], dtype="int32", initializer="zeros", trainable=False)
+
+    def call(self, x, training=False):
+        if training:
+            self.calls.assign_add(1)
+            x = tf.where(self.calls.value == 2, np.float32("nan"), x)
+        return x
+
+
+def test_statistics_of_a_skipped_step_are_taken_back(mirrored):
+    def layer():
+        normalization = keras.layers.BatchNormalization(name="normalization")
+        return keras.Sequential([NotANumberAtTheSecondStep(), normalization])
+
+    run = trainer(mirrored(1), body=functools.partial(keras_body, layer=layer), on_bad_step="skip")
+    means = []
+    for finite in (True, False, True):
+        assert run.train_steps()["is_finite"].numpy() == [finite]
+        statistics = run.model.encoder.statistics
+        means.append(next(v.numpy() for name, v in statistics.items() if "moving_mean" in name))
+    assert np.isfinite(means).all()
+    np.testing.assert_array_equal(means[1], means[0])
+    assert np.any(means[2] != means[1])

@@ -33,6 +33,7 @@ def trainer(strategy, *, body, **changes):
         "train_steps": 100,
         "global_batch_size": 6,
         "window": 5,
+        "eval_window": 5,
         "embed_dim": EMBED_DIM,
         "body": body,
         "loss": functools.partial(

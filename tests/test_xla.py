@@ -22,7 +22,10 @@ def _make_step(*, jit_compile):
         vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, optimizer=Adam(learning_rate=0.01), seed=0
     )
     encoder = Encoder(
-        lstm_body(num_layers=2, hidden_dim=9, dropout=0.2, dropout_over_time=True), embed_dim=EMBED_DIM
+        lstm_body(num_layers=2, hidden_dim=9, dropout=0.2, dropout_over_time=True),
+        embed_dim=EMBED_DIM,
+        batch_size=BATCH,
+        window=WINDOW,
     )
     loss = SampledSoftmax(
         vocab_size=VOCAB_SIZE,

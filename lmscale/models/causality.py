@@ -1,57 +1,90 @@
 """A probe for bodies that see the future, whose losses would look excellent and mean nothing."""
 
+import logging
+import math
+
 import keras
 import numpy as np
 import tensorflow as tf
 
 from lmscale.models.keras_layers import describe
 
-# Relative to the largest output. Rounding stays far below it, an output that sees the future far above.
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
+_logger = logging.getLogger(__name__)
+
+# Relative to the largest value of the same feature. The same operations on the same numbers give the same bits; only
+# where all time steps go through sums together (a Fourier transform) is there rounding.
+_TOLERANCE = 1e-5
+# A body may be as noisy as that, in the same unit (on GPUs, sums in varying order); what counts is ten times its noise.
+_NOISE = 1e-2
 
 
 def check_causal(encoder, *, batch_size, window):
     """Checks that no output depends on later inputs, nor on those of another example.
 
     Replaces the inputs from a time step on by others, for several time steps and for the near as well as the far
-    future, and requires the outputs before it unchanged but for rounding. Where weights start as constants (a branch
-    that begins as zero hides what it will see), once more with weights that are moved at random and then put back.
+    future, and requires the outputs before it unchanged but for rounding. Once with the weights as they are, and once
+    with random ones, since a branch whose gate starts as nothing hides what it will see. The weights are put back.
 
     Args:
       encoder: `Encoder`, built.
-      batch_size, window: shape of the inputs to probe with: those of the steps to come, whose traces it shares.
+      batch_size, window: shape of the inputs to probe with. The body is traced once for it.
 
     Raises:
       ValueError: naming the layer.
     """
-    _check(encoder, batch_size=batch_size, window=window)
+    body = encoder.body
+    shape = [batch_size, window, encoder.embed_dim]
+
+    @tf.function(autograph=False)
+    def outputs(inputs):
+        hidden, _ = encoder(inputs, body.initial_state(batch_size), dropout=None)
+        return tf.cast(hidden, tf.float32)
+
+    _check(outputs, shape, body=body)
     weights = [v for v in encoder.variables.values() if tf.as_dtype(v.dtype).is_floating]
     before = [v.numpy() for v in weights]
-    if any(value.ndim > 1 and np.ptp(value) == 0 for value in before):
-        generator = np.random.default_rng(1)
-        try:
-            for variable, value in zip(weights, before, strict=True):
-                variable.assign(value + 0.1 * generator.random(value.shape).astype(np.float32))
-            _check(encoder, batch_size=batch_size, window=window)
-        finally:
-            for variable, value in zip(weights, before, strict=True):
-                variable.assign(value)
+    generator = np.random.default_rng(1)
+    try:
+        for variable in weights:
+            variable.assign(_random_weights(variable.shape, generator))
+        _check(outputs, shape, body=body)
+    finally:
+        for variable, value in zip(weights, before, strict=True):
+            variable.assign(value)
 
 
-def _check(encoder, *, batch_size, window):
-    body = encoder.body
+def _random_weights(shape, generator):
+    """Kernels that neither shrink nor blow up; gates, biases and statistics about 1."""
+    if len(shape) < 2:
+        return generator.uniform(0.5, 1.5, size=shape).astype(np.float32)
+    return generator.normal(size=shape).astype(np.float32) / math.sqrt(math.prod(shape[:-1]))
 
-    def outputs(inputs):
-        state = body.initial_state(batch_size)
-        return encoder(tf.constant(inputs), state, dropout=None)[0]
 
-    shape = [batch_size, window, encoder.embed_dim]
-    tolerance = _TOLERANCE.get(encoder.compute_dtype, _TOLERANCE["float32"])
-    if batch_size > 1 and _mixes_examples(outputs, shape, tolerance=tolerance):
+def _check(outputs, shape, *, body):
+    inputs = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    try:
+        unchanged = outputs(inputs).numpy()
+    except (ValueError, tf.errors.InvalidArgumentError) as error:
+        raise ValueError(
+            f"A body must take inputs of the shape {shape}, as evaluations have them. Received: {_named(body)}, which "
+            "fails there (--verbosity=1 shows how). Set experiment.Experiment.eval_window to the length that it is "
+            "made for, or mend it."
+        ) from error
+    if not np.isfinite(unchanged).any():
+        _logger.warning("The body cannot be probed for looking ahead: none of its outputs is finite.")
+        return
+    noise = _difference(outputs(inputs).numpy(), unchanged, scale=_scale(unchanged)).max()
+    if noise > _NOISE:
+        raise ValueError(
+            "A body must give the same outputs for the same inputs in evaluations. Received: "
+            f"{_named(body)}, whose outputs vary by {noise:.2g} of their size. Draw noise in training only."
+        )
+    tolerance = max(_TOLERANCE, 10 * noise)
+    if _mixes_examples(outputs, inputs, unchanged, tolerance=tolerance):
         raise ValueError(
             "The examples of a batch must not see each other. Received: "
-            f"{describe(body.layers) or type(body).__name__}, whose output for one example changes with another one. "
-            "Normalise over the features of an example, say, not over the batch."
+            f"{_named(body)}, whose output for one example changes with another one. Normalise over the features of "
+            "an example, say, not over the batch."
         )
     seen = _first_look_ahead(outputs, shape, tolerance=tolerance)
     if seen is not None:
@@ -64,40 +97,59 @@ def _check(encoder, *, batch_size, window):
         )
 
 
+def _scale(outputs):
+    """[features], the largest finite value of each."""
+    return np.max(
+        np.abs(outputs), axis=tuple(range(outputs.ndim - 1)), where=np.isfinite(outputs), initial=0.0
+    )
+
+
+def _difference(outputs, expected, *, scale):
+    """[..., time]: the largest difference of any feature in units of `scale`; infinite where one of them alone is."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        difference = np.abs(outputs - expected) / scale
+    both = np.isfinite(outputs) & np.isfinite(expected)
+    same = (outputs == expected) | (np.isnan(outputs) & np.isnan(expected))
+    return np.where(same, 0.0, np.where(both, difference, np.inf)).max(axis=-1)
+
+
 def _first_look_ahead(outputs, shape, *, tolerance):
     """(time step, later step that it sees), both from 0, of the first difference found; None if there is none."""
     batch_size, window, _ = shape
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(2)
     present, future = generator.normal(size=(2, 1, *shape[1:])).astype(np.float32)
-    cuts = sorted({1, 2, 3, window // 3, window // 2, window - 2, window - 1} & set(range(1, window)))
-    # The last one is never changed.
-    cuts_of_rows = np.array([*cuts, window])
+    chosen = {1, 2, 3, window // 3, window // 2, window - 2, window - 1} & set(range(1, window))
+    others = generator.permutation(sorted(set(range(1, window)) - chosen)).tolist()
+    # And as many more as the same calls have room for.
+    room = batch_size * math.ceil((len(chosen) + 1) / batch_size) - 1
+    cuts = sorted({*chosen, *others[: room - len(chosen)]})
+    cuts_of_rows = np.array([*cuts, window])  # The last one is never changed.
     rows = np.where((np.arange(window) < cuts_of_rows[:, None])[:, :, None], present, future)
     results = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         filled = np.concatenate([part, np.repeat(present, batch_size - len(part), axis=0)])
-        results.append(tf.cast(outputs(filled), tf.float32).numpy()[: len(part)])
-    results = np.concatenate(results)
-    unchanged = results[-1]
-    allowed = tolerance * np.max(np.abs(unchanged))
-    if not np.isfinite(allowed):
-        return None  # Nothing can be told; training will say what it meets.
-    for result, cut in zip(results, cuts, strict=False):
-        different = np.abs(result - unchanged).max(axis=-1)[:cut] > allowed
+        results.append(outputs(filled).numpy()[: len(part)])
+    *results, unchanged = np.concatenate(results)
+    for result, cut in zip(results, cuts, strict=True):
+        different = _difference(result, unchanged, scale=_scale(unchanged))[:cut] > tolerance
         if different.any():
             return int(different.argmax()), cut
     return None
 
 
-def _mixes_examples(outputs, shape, *, tolerance):
-    """Whether the outputs of the first examples change with the last one."""
-    generator = np.random.default_rng(0)
-    inputs = generator.normal(size=shape).astype(np.float32)
-    before = tf.cast(outputs(inputs), tf.float32).numpy()[:-1]
-    inputs[-1] = 10 * generator.normal(size=shape[1:])
-    after = tf.cast(outputs(inputs), tf.float32).numpy()[:-1]
-    return bool(np.any(np.abs(after - before) > tolerance * np.max(np.abs(before))))
+def _mixes_examples(outputs, inputs, unchanged, *, tolerance):
+    """Whether the output of any example changes with any other one."""
+    examples = np.arange(len(inputs))
+    others = 3 * np.random.default_rng(3).normal(size=inputs.shape).astype(np.float32)
+    # Of any two examples, some bit of their numbers differs: one is changed there, and the other is not.
+    for bit in range((len(inputs) - 1).bit_length()):
+        for value in (0, 1):
+            changed = (examples >> bit) & 1 == value
+            result = outputs(np.where(changed[:, None, None], others, inputs)).numpy()
+            if np.any(_difference(result, unchanged, scale=_scale(unchanged))[~changed] > tolerance):
+                return True
+    return False
 
 
 def _culprit(body, shape, *, tolerance):
@@ -106,13 +158,18 @@ def _culprit(body, shape, *, tolerance):
     if len(layers) == 1 and isinstance(layers[0], keras.Sequential):
         for i, layer in enumerate(layers[0].layers):
 
+            @tf.function(autograph=False)
             def outputs(x, last=i):
                 for inner in layers[0].layers[: last + 1]:
                     x = inner(x)
-                return x
+                return tf.cast(x, tf.float32)
 
-            if outputs(tf.zeros(shape)).shape[:2] != shape[:2]:
+            if outputs(np.zeros(shape, np.float32)).shape[:2] != shape[:2]:
                 break
             if _first_look_ahead(outputs, shape, tolerance=tolerance) is not None:
                 return describe([layer])
-    return describe(layers) or type(body).__name__
+    return _named(body)
+
+
+def _named(body):
+    return describe(body.layers) or type(body).__name__

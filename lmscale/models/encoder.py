@@ -18,21 +18,24 @@ class Encoder:
       body: the `Body`.
       projection: the Keras layer, or None.
       embed_dim: width of the table.
-      compute_dtype: name of the narrowest type in which a layer takes its products.
     """
 
-    def __init__(self, body, *, embed_dim, batch_size=1, window=2):
+    def __init__(self, body, *, embed_dim, batch_size, window, probe_shape=None, num_replicas=1):
         """Builds the layers and checks what can be checked before a step.
 
         Args:
           body: `Body`.
           embed_dim: width of the table.
-          batch_size, window: of the inputs to build the body with, and to probe it for looking ahead
-            (`check_causal`): best those of the steps to come, for which it is traced anyway.
+          batch_size, window: of the inputs that the layers are built for: those of the steps to come.
+          probe_shape: (batch size, window) of the inputs by which the body is probed for looking ahead
+            (`check_causal`): those of the evaluations to come, say. None, and for a body that carries a state, which
+            takes windows of any length: as the layers are built for.
+          num_replicas: devices that will each have a copy.
 
         Raises:
-          ValueError: for a body of another shape than [batch, time, hidden], one that sees later inputs, one that
-            trains variables which its `layers` do not hold, and settings that would have no effect.
+          ValueError: for a body of another shape than [batch, time, hidden], one that sees later inputs or other
+            examples, one that reads variables which its `layers` do not hold, one that gathers statistics on several
+            devices, and settings that would have no effect.
         """
         self.body = body
         self.embed_dim = embed_dim
@@ -54,15 +57,13 @@ class Encoder:
         layers = body.layers + ([self.projection] if self.projection else [])
         keras_layers.check_settings(layers)
         keras_layers.freeze_what_is_frozen(layers)
-        self._check_all_listed(tape.watched_variables())
-        self.compute_dtype = (
-            "bfloat16"
-            if any(layer.compute_dtype == "bfloat16" for layer in keras_layers.flatten(layers))
-            else "float32"
-        )
+        self.check_all_listed(tape.watched_variables())
+        self._check_same_on_every_device(num_replicas)
         self._call = _OneCall(layers)
         if body.causal:
-            check_causal(self, batch_size=batch_size, window=window)
+            if probe_shape is None or (body.stateful and window > 1):
+                probe_shape = batch_size, window
+            check_causal(self, batch_size=probe_shape[0], window=probe_shape[1])
 
     @property
     def layers(self):
@@ -75,8 +76,12 @@ class Encoder:
         what else the process has built."""
         named = {}
         seen = collections.Counter()
+        known = set()
         for i, layer in enumerate(self.layers):
             for variable in layer.variables:
+                if id(variable) in known:  # Shared by two layers: it is trained and saved once.
+                    continue
+                known.add(id(variable))
                 path = variable.path.split("/", 1)[-1]
                 # Keras numbers layers over the whole process (dense_3), and repeats itself (seed_generator_state).
                 name = f"{i}/{re.sub(r'_[0-9]+(?=/|$)', '', path)}"
@@ -91,9 +96,9 @@ class Encoder:
 
     @property
     def statistics(self):
-        """Names of the variables that layers gather while they train, by themselves on each device."""
+        """{name: Keras variable} of those that layers gather while they train, by themselves on each device."""
         gathered = {id(variable) for variable in keras_layers.statistics(self.layers)}
-        return [name for name, variable in self.variables.items() if id(variable) in gathered]
+        return {name: variable for name, variable in self.variables.items() if id(variable) in gathered}
 
     def __call__(self, inputs, state, *, dropout):
         """[batch, time, embed_dim] -> ([batch, time, embed_dim], new state); arguments as `Body.__call__`."""
@@ -109,21 +114,42 @@ class Encoder:
 
         To be asked for within the same tape, and in the same replica, as the call.
         """
-        return self._call.losses
+        return [tf.reduce_sum(tf.cast(loss, tf.float32)) for loss in self._call.losses]
 
-    def _check_all_listed(self, watched):
-        """Raises ValueError for a trainable variable that the body reads and does not list."""
+    def check_all_listed(self, watched):
+        """Checks that the body lists every variable that it reads.
+
+        Args:
+          watched: the `watched_variables()` of a tape around a call.
+
+        Raises:
+          ValueError: for a trainable variable that the body reads and does not list.
+        """
         strategy = tf.distribute.get_strategy()
         listed = set()
         for variable in self.variables.values():
             listed |= {
                 id(part) for part in (variable.value, *strategy.experimental_local_results(variable.value))
             }
-        missing = [variable.name for variable in watched if id(variable) not in listed]
+        # The last two parts of the name are the layer's and the variable's.
+        missing = [
+            "/".join(variable.name.removesuffix(":0").split("/")[-2:])
+            for variable in watched
+            if id(variable) not in listed
+        ]
         if missing:
             raise ValueError(
                 "A body must list all its layers, since what is not listed is neither trained nor saved. Received: "
                 f"{type(self.body).__name__}, which reads {', '.join(missing)}. Pass that layer to Body.__init__ too."
+            )
+
+    def _check_same_on_every_device(self, num_replicas):
+        """Raises ValueError if a layer would gather statistics of its own on each of several devices."""
+        if num_replicas > 1 and self.statistics:
+            raise ValueError(
+                "A body on several devices must not gather statistics, which would differ between them. Received: "
+                f"{', '.join(self.statistics)}. Use LayerNormalization in place of BatchNormalization, say, or one "
+                "device."
             )
 
 

@@ -43,7 +43,12 @@ class _Constant(Body):
 
 
 def test_body_of_the_width_of_the_table_has_no_projection():
-    encoder = Encoder(lstm_body(num_layers=2, hidden_dim=8, last_hidden_dim=EMBED_DIM), embed_dim=EMBED_DIM)
+    encoder = Encoder(
+        lstm_body(num_layers=2, hidden_dim=8, last_hidden_dim=EMBED_DIM),
+        embed_dim=EMBED_DIM,
+        batch_size=BATCH,
+        window=TIME,
+    )
     assert encoder.projection is None
     state = encoder.body.initial_state(BATCH)
     hidden, new_state = encoder(_inputs(), state, dropout=None)
@@ -53,7 +58,9 @@ def test_body_of_the_width_of_the_table_has_no_projection():
 
 
 def test_body_of_another_width_is_projected_without_bias():
-    encoder = Encoder(lstm_body(num_layers=1, hidden_dim=8), embed_dim=EMBED_DIM)
+    encoder = Encoder(
+        lstm_body(num_layers=1, hidden_dim=8), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME
+    )
     state = encoder.body.initial_state(BATCH)
     hidden, new_state = encoder(_inputs(), state, dropout=None)
     inside, expected_state = encoder.body(_inputs(), state, dropout=None)
@@ -67,7 +74,7 @@ def test_body_of_another_width_is_projected_without_bias():
 
 def test_any_keras_layer_is_a_body():
     layer = keras.layers.Conv1D(6, 3, padding="causal", activation="relu")
-    encoder = Encoder(keras_body(layer=lambda: layer), embed_dim=EMBED_DIM)
+    encoder = Encoder(keras_body(layer=lambda: layer), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME)
     assert not encoder.body.stateful
     assert encoder.body.initial_state(BATCH) == []
     hidden, state = encoder(_inputs(), [], dropout=None)
@@ -80,7 +87,9 @@ def test_any_keras_layer_is_a_body():
 
 
 def test_keras_layer_is_told_whether_it_trains():
-    encoder = Encoder(KerasBody(keras.layers.Dropout(0.5)), embed_dim=EMBED_DIM)
+    encoder = Encoder(
+        KerasBody(keras.layers.Dropout(0.5)), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME
+    )
     inputs = tf.ones([BATCH, TIME, EMBED_DIM])
     np.testing.assert_array_equal(encoder(inputs, [], dropout=None)[0], inputs)
     stream = DropoutStream(seed=0, step=tf.constant(0), first_example=0)
@@ -93,9 +102,9 @@ def test_keras_layer_is_told_whether_it_trains():
     ids=["lstm", "keras"],
 )
 def test_names_do_not_depend_on_what_else_was_built(make_body):
-    first = Encoder(make_body(), embed_dim=EMBED_DIM)
+    first = Encoder(make_body(), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME)
     _stack()(_inputs())
-    second = Encoder(make_body(), embed_dim=EMBED_DIM)
+    second = Encoder(make_body(), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME)
     assert list(first.variables) == list(second.variables)
     for name, variable in first.variables.items():
         assert second.variables[name].shape == variable.shape
@@ -103,7 +112,7 @@ def test_names_do_not_depend_on_what_else_was_built(make_body):
 
 def test_every_variable_has_a_name_and_the_trainable_ones_are_marked():
     layer = _stack()
-    encoder = Encoder(KerasBody(layer), embed_dim=EMBED_DIM)
+    encoder = Encoder(KerasBody(layer), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME)
     # Two generators of random numbers among them: without either a resumed run draws other masks.
     assert [id(v) for v in encoder.variables.values()] == [id(v) for v in layer.variables]
     assert [id(v) for v in encoder.trainable_variables.values()] == [id(v) for v in layer.trainable_variables]
@@ -119,7 +128,7 @@ def test_variables_that_share_a_name_are_kept_apart():
         def call(self, inputs):
             return inputs * self.first[0] * self.second[0]
 
-    encoder = Encoder(KerasBody(Twice()), embed_dim=EMBED_DIM)
+    encoder = Encoder(KerasBody(Twice()), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME)
     assert [v.shape for v in encoder.variables.values()] == [(2,), (3,)]
 
 
@@ -127,4 +136,30 @@ def test_variables_that_share_a_name_are_kept_apart():
 def test_body_that_changes_batch_or_time_is_refused(shape):
     message = f"a body that maps [1, 2, {EMBED_DIM}] to {shape}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        Encoder(_Constant(shape), embed_dim=EMBED_DIM)
+        Encoder(_Constant(shape), embed_dim=EMBED_DIM, batch_size=1, window=2)
+
+
+class _Tied(keras.layers.Layer):
+    """Multiplies by the transpose of another layer's kernel, which it holds."""
+
+    def __init__(self, other):
+        super().__init__(name="tied")
+        self.other = other
+
+    def call(self, x):
+        return tf.matmul(x, self.other.kernel, transpose_b=True)
+
+
+def test_a_variable_of_two_layers_is_there_once():
+    dense = keras.layers.Dense(EMBED_DIM, use_bias=False, name="dense")
+
+    class Both(Body):
+        def __init__(self):
+            super().__init__([dense, _Tied(dense), dense])
+
+        def __call__(self, inputs, state, *, dropout):
+            return self.layers[1](self.layers[0](inputs)), state
+
+    encoder = Encoder(Both(), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME)
+    assert list(encoder.variables) == ["0/kernel"]
+    assert encoder.variables["0/kernel"] is dense.kernel

@@ -196,7 +196,7 @@ def test_a_frozen_layer_runs_as_before_and_is_not_trained():
     np.testing.assert_array_equal(after, before)
     assert all(
         name.startswith("1/")
-        for name in Encoder(body, embed_dim=EMBED_DIM).trainable_variables
+        for name in Encoder(body, embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME).trainable_variables
         if "lstm" in name
     )
 
