@@ -22,8 +22,8 @@ def check_causal(encoder, *, batch_size, window):
     """Checks that no output depends on later inputs, nor on those of another example.
 
     Replaces the inputs from a time step on by others, for several time steps and for the near as well as the far
-    future, and requires the outputs before it unchanged but for rounding. Once with the weights as they are, and once
-    with random ones, since a branch whose gate starts as nothing hides what it will see. The weights are put back.
+    future, and requires the outputs before it unchanged but for rounding. With the weights as they are, and with
+    random ones, since a branch whose gate starts as nothing hides what it will see. The weights are put back.
 
     Args:
       encoder: `Encoder`, built.
@@ -40,17 +40,18 @@ def check_causal(encoder, *, batch_size, window):
         hidden, _ = encoder(inputs, body.initial_state(batch_size), dropout=None)
         return tf.cast(hidden, tf.float32)
 
-    _check(outputs, shape, body=body)
     weights = [v for v in encoder.variables.values() if tf.as_dtype(v.dtype).is_floating]
     before = [v.numpy() for v in weights]
     generator = np.random.default_rng(1)
     try:
         for variable in weights:
             variable.assign(_random_weights(variable.shape, generator))
-        _check(outputs, shape, body=body)
+        tolerance = _check_examples(outputs, shape, body=body)
+        _check_time(outputs, shape, body=body, tolerance=tolerance)
     finally:
         for variable, value in zip(weights, before, strict=True):
             variable.assign(value)
+    _check_time(outputs, shape, body=body, tolerance=tolerance)
 
 
 def _random_weights(shape, generator):
@@ -60,7 +61,8 @@ def _random_weights(shape, generator):
     return generator.normal(size=shape).astype(np.float32) / math.sqrt(math.prod(shape[:-1]))
 
 
-def _check(outputs, shape, *, body):
+def _check_examples(outputs, shape, *, body):
+    """Checks that outputs depend on the inputs of their example alone. Returns the tolerance for differences."""
     inputs = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     try:
         unchanged = outputs(inputs).numpy()
@@ -70,9 +72,6 @@ def _check(outputs, shape, *, body):
             "fails there (--verbosity=1 shows how). Set experiment.Experiment.eval_window to the length that it is "
             "made for, or mend it."
         ) from error
-    if not np.isfinite(unchanged).any():
-        _logger.warning("The body cannot be probed for looking ahead: none of its outputs is finite.")
-        return
     noise = _difference(outputs(inputs).numpy(), unchanged, scale=_scale(unchanged)).max()
     if noise > _NOISE:
         raise ValueError(
@@ -86,6 +85,11 @@ def _check(outputs, shape, *, body):
             f"{_named(body)}, whose output for one example changes with another one. Normalise over the features of "
             "an example, say, not over the batch."
         )
+    return tolerance
+
+
+def _check_time(outputs, shape, *, body, tolerance):
+    """Checks that outputs depend on no later inputs."""
     seen = _first_look_ahead(outputs, shape, tolerance=tolerance)
     if seen is not None:
         raise ValueError(
@@ -131,6 +135,8 @@ def _first_look_ahead(outputs, shape, *, tolerance):
         filled = np.concatenate([part, np.repeat(present, batch_size - len(part), axis=0)])
         results.append(outputs(filled).numpy()[: len(part)])
     *results, unchanged = np.concatenate(results)
+    if not np.isfinite(unchanged).any():
+        _logger.warning("The body cannot be probed for looking ahead: none of its outputs is finite.")
     for result, cut in zip(results, cuts, strict=True):
         different = _difference(result, unchanged, scale=_scale(unchanged))[:cut] > tolerance
         if different.any():
