@@ -37,7 +37,8 @@ def check_causal(encoder, *, batch_size, window):
 
     @tf.function(autograph=False)
     def outputs(inputs):
-        hidden, _ = encoder(inputs, body.initial_state(batch_size), dropout=None)
+        # Functions that are run eagerly, for debugging, get arrays.
+        hidden, _ = encoder(tf.convert_to_tensor(inputs), body.initial_state(batch_size), dropout=None)
         return tf.cast(hidden, tf.float32)
 
     weights = [v for v in encoder.variables.values() if tf.as_dtype(v.dtype).is_floating]
@@ -166,6 +167,7 @@ def _culprit(body, shape, *, tolerance):
 
             @tf.function(autograph=False)
             def outputs(x, last=i):
+                x = tf.convert_to_tensor(x)
                 for inner in layers[0].layers[: last + 1]:
                     x = inner(x)
                 return tf.cast(x, tf.float32)
