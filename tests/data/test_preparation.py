@@ -271,14 +271,16 @@ def test_a_directory_half_replaced_is_prepared_again(tmp_path):
     """As a process leaves it that is killed while it moves the files: no manifest, and the folder."""
     corpus, output = corpus_of(tmp_path / "in"), tmp_path / "out"
     data = run(corpus, output)
-    (output / ".out.partial-0123abcd").mkdir()
-    (output / "manifest.json").rename(output / ".out.partial-0123abcd" / "manifest.json")
+    hidden = output / ".lmscale-partial-0123abcd"
+    hidden.mkdir()
+    (output / "manifest.json").rename(hidden / "manifest.json")
+    (hidden / "moving.json").write_text('["vocab.txt", "train.bin", "valid.bin", "test.bin"]')
     assert run(corpus, output).fingerprint == data.fingerprint
     assert sorted(contents(output)) == ["manifest.json", "test.bin", "train.bin", "valid.bin", "vocab.txt"]
-    (output / ".out.partial-0123abcd").mkdir()  # Killed before: the old data are whole.
+    hidden.mkdir()  # Killed before: the old data are whole.
     _, made = prepare(corpus, output=output, tokenizer=make_tokenizer("whitespace", options={}))
     assert not made
-    assert not (output / ".out.partial-0123abcd").exists()
+    assert not hidden.exists()
 
 
 def test_failure_keeps_the_existing_output_and_leaves_nothing(tmp_path):
