@@ -96,9 +96,10 @@ def test_a_name_with_a_comma(texts):
         json.loads((texts / "out" / "manifest.json").read_text())["inputs"]["train"][0]["file"] == "a, b.txt"
     )
     (texts / "more.txt").write_text("b b\n")
-    result = prepare('--train="a, b.txt",m*.txt', *THREE[1:], "--output=out", "--overwrite", cwd=texts)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines()[1].startswith("train 7 tokens, 2 lines")
+    for value in ('--train="a, b.txt",m*.txt', '--train=more.txt , "a, b.txt"'):
+        result = prepare(value, *THREE[1:], "--output=out", "--overwrite", cwd=texts)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.splitlines()[1].startswith("train 7 tokens, 2 lines")
     result = prepare("--train=a,c.txt", *THREE[1:], "--output=out", cwd=texts)
     assert result.stderr == "error: train: no such file. Received: 'a'. Give an existing file or a glob.\n"
 
@@ -289,6 +290,12 @@ def test_padded_streams_are_read_whole(texts):
             ["--output=out", *THREE, "--sentencepiece_model=m"],
             "sentencepiece_model does not apply to tokenizer=whites",
         ),
+        (
+            ["--output=out", "--train=train.txt,", *THREE[1:]],
+            "may be empty. Received: 'train.txt,'. Remove a comma",
+        ),
+        (["--output=out", '--train="train.txt', *THREE[1:]], "a name with a comma be in double quotes"),
+        (["--output=out", *THREE, "--min_count=0"], "Received: min_count=0. Use 1 to keep all."),
         (["--output=out", *THREE, "--vocab_size=2"], "vocab_size must be at least 3"),
         (["--output=out", *THREE, "--vocab_size=many"], "--vocab_size=many"),
         (["--output=out", *THREE, "--vocabulary=9"], "Unknown command line flag 'vocabulary'"),

@@ -24,6 +24,7 @@ _MARKS = {  # The longer ones first: that of UTF-32LE begins with that of UTF-16
 _TAR_MAGIC_PLACE = 257
 _SAMPLE_BYTES = 1 << 16
 _ASCII_BLANKS = b" \n"
+_LEADS_NOWHERE = "a link that leads to no file. Mend or remove it."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,10 @@ def expand_patterns(patterns: Sequence[str], *, flag: str) -> list[Path]:
       ValueError: if there is none, a glob matches nothing, or a file is missing, empty, not a regular
         file, or named twice.
     """
+    if "" in patterns:
+        raise ValueError(
+            f"{flag}: no name in the list may be empty. Received: {','.join(patterns)!r}. Remove a comma."
+        )
     paths: list[Path] = []
     for pattern in patterns:
         if Path(pattern).exists():
@@ -59,14 +64,22 @@ def expand_patterns(patterns: Sequence[str], *, flag: str) -> list[Path]:
             paths.extend(match for match in matches if not match.is_dir())
             if not any(not match.is_dir() for match in matches):
                 raise ValueError(f"{flag}: no file matches. Received: {pattern!r}. Quote globs in the shell.")
+        elif Path(pattern).is_symlink():
+            raise ValueError(f"{flag} must name regular files. Received: {pattern!r}, {_LEADS_NOWHERE}")
         else:
             raise ValueError(f"{flag}: no such file. Received: {pattern!r}. Give an existing file or a glob.")
     if not paths:
-        raise ValueError(f"{flag} must name at least one file. Received: {','.join(patterns)!r}.")
+        raise ValueError(
+            f"{flag} must name at least one file. Received: {','.join(patterns)!r}. Give a file or a glob."
+        )
     for path in paths:
         if not path.is_file():
-            kind = "a directory" if path.is_dir() else "a pipe or device, and text is read twice"
-            raise ValueError(f"{flag} must name regular files. Received: {str(path)!r}, {kind}.")
+            kind = "a pipe or device, and text is read twice. Make a file of it."
+            if path.is_dir():
+                kind = "a directory. Name the files in it, with a glob for instance."
+            elif not path.exists():
+                kind = _LEADS_NOWHERE
+            raise ValueError(f"{flag} must name regular files. Received: {str(path)!r}, {kind}")
         if path.stat().st_size == 0:
             raise ValueError(f"{flag}: {str(path)!r} is empty (0 bytes). Remove it from the list or fill it.")
         if path.suffix in _UNREADABLE_SUFFIXES:
@@ -76,7 +89,9 @@ def expand_patterns(patterns: Sequence[str], *, flag: str) -> list[Path]:
     resolved = [path.resolve() for path in paths]
     for position, path in enumerate(resolved):
         if path in resolved[:position]:
-            raise ValueError(f"{flag} must name each file once. Received twice: {str(paths[position])!r}.")
+            raise ValueError(
+                f"{flag} must name each file once. Received twice: {str(paths[position])!r}. Remove one."
+            )
     return paths
 
 

@@ -83,7 +83,9 @@ def make_tokenizer(name: str, *, options: Mapping[str, Any]) -> Tokenizer:
       ValueError: if the name is unknown, or the tokenizer does not take an option or needs one more.
     """
     if name not in _TOKENIZERS:
-        raise ValueError(f"tokenizer must be one of {', '.join(tokenizer_names())}. Received: {name!r}.")
+        raise ValueError(
+            f"tokenizer must be one of {', '.join(tokenizer_names())}. Received: {name!r}. Choose one of them."
+        )
     cls = _TOKENIZERS[name]
     fields: tuple[dataclasses.Field, ...] = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     given = {key: value for key, value in options.items() if value is not None}
@@ -95,7 +97,9 @@ def make_tokenizer(name: str, *, options: Mapping[str, Any]) -> Tokenizer:
         )
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
     if missing:
-        raise ValueError(f"tokenizer={name} needs {missing[0]}. Received none.")
+        raise ValueError(
+            f"tokenizer={name} needs {missing[0]}. Received none. Set {missing[0]}, or choose another tokenizer."
+        )
     return cls(**given)
 
 

@@ -253,18 +253,28 @@ def test_pattern_errors_name_what_was_received(tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "a").write_text("x\n")
     (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "a.bz2").write_text("x\n")
     for patterns, message in [
         (["missing"], "train: no such file. Received: '.*missing'"),
         (["*.nothing"], r"train: no file matches. Received: '.*\*.nothing'"),
         (["empty"], "empty' is empty"),
-        ([""], "regular files. Received: '.*', a directory"),
+        ([""], "regular files. Received: '.*', a directory. Name the files in it"),
+        (["nowhere"], "regular files. Received: '.*nowhere', a link that leads to no file. Mend"),
+        (["no*"], "regular files. Received: '.*nowhere', a link that leads to no file. Mend"),
+        (["loop"], "regular files. Received: '.*loop', a link that leads to no file. Mend"),
+        (["loop/x"], "train: no such file. Received: '.*loop/x'"),
         (["a", "a"], "once. Received twice: '.*a'"),
         (["a", "link"], "once. Received twice: '.*link'"),
         (["a.bz2"], ".bz2 is not read"),
     ]:
         with pytest.raises(ValueError, match=message):
             expand_patterns([f"{tmp_path}/{pattern}" for pattern in patterns], flag="train")
+    with pytest.raises(
+        ValueError, match=r"train: no name in the list may be empty. Received: 'a,'. Remove a comma"
+    ):
+        expand_patterns(["a", ""], flag="train")
     with pytest.raises(ValueError, match="train must name at least one file"):
         expand_patterns([], flag="train")
     with pytest.raises(ValueError, match="a pipe or device"):

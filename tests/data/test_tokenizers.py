@@ -78,11 +78,13 @@ def test_a_new_tokenizer_is_one_class(monkeypatch):
 
 
 def test_errors_name_what_was_received(tmp_path):
-    with pytest.raises(ValueError, match=r"one of characters, sentencepiece, .*, words. Received: 'bpe'"):
+    with pytest.raises(
+        ValueError, match=r"one of characters, sentencepiece, .*, words. Received: 'bpe'. Choose"
+    ):
         make_tokenizer("bpe", options={})
     with pytest.raises(ValueError, match="sentencepiece_model does not apply to tokenizer=words"):
         make_tokenizer("words", options={"sentencepiece_model": "m"})
-    with pytest.raises(ValueError, match="tokenizer=sentencepiece needs sentencepiece_model"):
+    with pytest.raises(ValueError, match=r"sentencepiece needs sentencepiece_model. Received none. Set s"):
         make_tokenizer("sentencepiece", options={"sentencepiece_model": None})
     with pytest.raises(ValueError, match=r"must be a file. Received: '.*nothing'"):
         make_tokenizer("sentencepiece", options={"sentencepiece_model": str(tmp_path / "nothing")})
