@@ -137,12 +137,13 @@ class WordsTokenizer(Tokenizer):
     `1,000`), elsewhere they are tokens. Hyphens cut. Emoji stay whole, with skin tones, joiners and flags.
 
     Chinese characters and Hiragana come one by one, and so do Thai, Lao, Khmer and Burmese letters, with their marks:
-    only a dictionary could tell words there. Runs of Katakana and of Hangul hold together.
+    only a dictionary could tell words there. Runs of Katakana and of Hangul hold together, and so do keycaps in a row.
 
     Invisible characters (Unicode's Default_Ignorable_Code_Point and format characters: soft hyphen, byte order mark,
     direction marks, word joiner) are left out, and do not cut: the word with and without them is the same token. They
-    stay where they carry a meaning: joiners behind letters of cursive and Indic scripts (Persian, Hindi), Mongolian
-    selectors, and all in emoji. The zero-width space, NUL and other control characters separate like a blank.
+    stay where they carry a meaning: joiners behind letters of cursive scripts and of those with conjuncts (Persian,
+    Hindi), Mongolian selectors, and all in emoji. The zero-width space, NUL and other control characters separate like
+    a blank. Cutting the tokens again, with blanks between them, gives the same tokens.
     """
 
     def __init__(self):

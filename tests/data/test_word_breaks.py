@@ -200,6 +200,7 @@ def test_emoji_stay_whole(emoji):
 
 def test_emoji_beside_each_other():
     assert WordCutter().cut("🇩🇪🇫🇷🇬😀😀❤️👍🏽x") == ["🇩🇪", "🇫🇷", "🇬", "😀", "😀", "❤️", "👍🏽", "x"]
+    assert WordCutter().cut("1️⃣2️⃣ 3️⃣") == ["1️⃣2️⃣", "3️⃣"]  # By UAX 29 digits with marks.
 
 
 @pytest.mark.parametrize(
@@ -215,6 +216,11 @@ def test_joiners_and_selectors_that_shape_letters_stay(word):
     [
         ("می\u200c", ["می"]),
         ("Auf\u200clage", ["Auflage"]),
+        ("ก\u200cข", ["ก", "ข"]),
+        ("ກ\u200dຂ", ["ກ", "ຂ"]),
+        ("ཀ\u200cཁ", ["ཀཁ"]),
+        ("ក\u200cខ", ["ក", "ខ"]),
+        ("က\u200cခ", ["က", "ခ"]),
         ("a\u200db \u200d x\u200d", ["ab", "x"]),
         ("می\u200c\u200cخواهم", ["می\u200cخواهم"]),
         ("😀\u200d x\ufe0f 1\ufe0f", ["😀", "x", "1"]),
@@ -256,6 +262,16 @@ def test_no_token_is_empty_or_invisible_and_nothing_visible_is_lost(letters_of_c
         assert all(map(visible, tokens)), ascii(text)
         assert visible("".join(tokens)) == visible(text), ascii(text)
         assert all(token.split() == [token] for token in tokens), ascii(text)
+
+
+@pytest.mark.parametrize("keep_phrases", [False, True])
+def test_tokens_are_cut_into_themselves(letters_of_classes, keep_phrases):
+    cut = WordCutter(keep_phrases=keep_phrases).cut
+    rng = random.Random(0)
+    mixed = "aبمیकष्ကខกཀ日カ한א1.,:'\"_\u200c\u200d\ufe0f\u20e3\u180b\u0300😀👍🏽🇩🇪\u00ad\u200bᠬ"
+    texts = ["".join(rng.choices(mixed, k=rng.randint(1, 12))) for _ in range(5000)]
+    for text in [*random_texts(letters_of_classes, num=3000), *texts]:
+        assert cut(" ".join(cut(text))) == cut(text), text.encode("unicode_escape")
 
 
 def test_memory_of_chunks_is_bounded(monkeypatch):
