@@ -30,8 +30,8 @@ from lmscale.data.token_files import (
 # folder beside one directory is an entry of the parent, and must not be taken for a folder inside of that.
 _BESIDE = ".partial-"
 _INSIDE = ".lmscale-partial-"
-# In a folder inside: the files of the directory that may be removed while there is no manifest. It is written before
-# the old manifest goes.
+# In a folder inside: the files of the directory that may be removed while there is no manifest, {name: inodes} of the
+# old file and the new one. It is written before the old manifest goes.
 _MOVING_FILE = "moving.json"
 _FIXED_NAMES = (MANIFEST_FILE, VOCAB_FILE, *map(token_file_name, SPLITS))
 
@@ -120,7 +120,13 @@ class PreparedDirectoryWriter:
                     f"{self._final}: must not be filled by others while it is prepared. Received: {foreign}, which "
                     "are left alone. Choose another output."
                 )
-            (self.folder / _MOVING_FILE).write_text(json.dumps(sorted({*names, *old_names})))
+            moving = {
+                name: [
+                    path.stat().st_ino for path in (self.folder / name, self._final / name) if path.exists()
+                ]
+                for name in {*names, *old_names}
+            }
+            (self.folder / _MOVING_FILE).write_text(json.dumps(moving))
             self._old_names = old_names
             self._names = [*(name for name in names if name != MANIFEST_FILE), MANIFEST_FILE]
             self._move_in()
@@ -272,7 +278,7 @@ def _entries(directory: Path) -> list[Path]:
 
 def _our_names(directory: Path) -> set[str]:
     """The names of files in a folder that are of this module: of the manifest there, or of a move that was killed."""
-    manifest = _manifest(directory)
+    manifest = _json_object(directory / MANIFEST_FILE)
     if manifest.get("format") != FORMAT:
         return set().union(*map(_moving_names, filter(_is_inside_folder, _entries(directory))))
     entries = manifest.get("tokenizer_files")
@@ -284,27 +290,30 @@ def _our_names(directory: Path) -> set[str]:
 
 def _moving_names(folder: Path) -> set[str]:
     """What a process that was killed while it moved files out of a hidden folder may have left in the directory."""
-    try:
-        names = json.loads((folder / _MOVING_FILE).read_bytes())
-    except (OSError, ValueError):
-        return set()
-    return {name for name in names if name in _FIXED_NAMES or _is_tokenizer_file(name)}
+    moving = _json_object(folder / _MOVING_FILE)
+    names = {name for name in moving if name in _FIXED_NAMES or _is_tokenizer_file(name)}
+    return {
+        name
+        for name in names & set(os.listdir(folder.parent))
+        if isinstance(moving[name], list) and (folder.parent / name).lstat().st_ino in moving[name]
+    }
 
 
 def _is_tokenizer_file(name) -> bool:
     return isinstance(name, str) and name.startswith(TOKENIZER_FILE_PREFIX) and "/" not in name
 
 
-def _manifest(directory: Path) -> dict:
+def _json_object(path: Path) -> dict:
+    """What a file holds; empty if it is not there or holds anything else."""
     try:
-        manifest = json.loads((directory / MANIFEST_FILE).read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return manifest if isinstance(manifest, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _has_our_manifest(directory: Path) -> bool:
-    return _manifest(directory).get("format") == FORMAT
+    return _json_object(directory / MANIFEST_FILE).get("format") == FORMAT
 
 
 def _pattern(prefix: str) -> str:

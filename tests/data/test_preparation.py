@@ -274,7 +274,8 @@ def test_a_directory_half_replaced_is_prepared_again(tmp_path):
     hidden = output / ".lmscale-partial-0123abcd"
     hidden.mkdir()
     (output / "manifest.json").rename(hidden / "manifest.json")
-    (hidden / "moving.json").write_text('["vocab.txt", "train.bin", "valid.bin", "test.bin"]')
+    moving = {path.name: [path.stat().st_ino] for path in output.iterdir() if path != hidden}
+    (hidden / "moving.json").write_text(json.dumps(moving))
     assert run(corpus, output).fingerprint == data.fingerprint
     assert sorted(contents(output)) == ["manifest.json", "test.bin", "train.bin", "valid.bin", "vocab.txt"]
     hidden.mkdir()  # Killed before: the old data are whole.

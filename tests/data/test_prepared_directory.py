@@ -246,6 +246,18 @@ def test_a_folder_left_behind_does_not_make_the_files_around_it_ours(tmp_path, h
     assert {"tokenizer.json", "vocab.txt"} <= set(names_in(tmp_path))
 
 
+def test_a_file_that_came_after_a_killed_move_is_left_alone(tmp_path):
+    tmp_path = tmp_path / "data"
+    tmp_path.mkdir()
+    assert run_killed(tmp_path, 1) == -signal.SIGKILL
+    (moved,) = [name for name in names_in(tmp_path) if not name.startswith(".")]
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "mine").replace(tmp_path / moved)
+    assert not is_replaceable(tmp_path)
+    remove_abandoned_folders(tmp_path)
+    assert names_in(tmp_path) == [moved]
+
+
 def test_folders_of_other_directories_are_left_alone(tmp_path):
     others = [
         ".a.partial-0123abcd.partial-0123abcd",
