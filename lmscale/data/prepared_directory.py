@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -113,8 +114,9 @@ class PreparedDirectoryWriter:
             (self.folder / MANIFEST_FILE).write_bytes(content.encode("utf-8", "backslashreplace"))
         if self._in_place:
             names = os.listdir(self.folder)
-            old_names = sorted(_our_names(self._final) & set(os.listdir(self._final)))
-            foreign = [name for name in names if name not in old_names and (self._final / name).exists()]
+            present = set(os.listdir(self._final))
+            old_names = sorted(_our_names(self._final) & present)
+            foreign = sorted(present.intersection(names).difference(old_names))
             if foreign:
                 raise ValueError(
                     f"{self._final}: must not be filled by others while it is prepared. Received: {foreign}, which "
@@ -249,7 +251,8 @@ def remove_abandoned_folders(directory: Path, *, besides: Path | None = None) ->
         folders = [path for path in _entries(final) if _is_inside_folder(path)]
     else:
         pattern = re.compile(_pattern(f".{final.name}{_BESIDE}"))
-        folders = [path for path in final.parent.iterdir() if pattern.fullmatch(path.name)]
+        beside = final.parent.glob(f".{glob.escape(final.name)}{_BESIDE}*")  # None where it cannot be listed.
+        folders = [path for path in beside if pattern.fullmatch(path.name)]
     for folder in folders:
         if folder == besides or not folder.is_dir():
             continue

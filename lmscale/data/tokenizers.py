@@ -119,9 +119,8 @@ class WhitespaceTokenizer(Tokenizer):
 class CharactersTokenizer(Tokenizer):
     """Every code point is a token, invisible ones too; one of white space is U+2581, so that words stay apart."""
 
-    _blanks: ClassVar[dict[int, str]] = {
-        code: "\u2581" for code in range(0x3001) if chr(code).isspace()
-    }  # U+3000 is the last code point of white space.
+    # U+3000 is the last code point of white space.
+    _blanks: ClassVar[dict[int, str]] = {code: "\u2581" for code in range(0x3001) if chr(code).isspace()}
 
     def tokenize(self, lines):
         return [list(line.translate(self._blanks)) for line in lines]
@@ -405,14 +404,8 @@ def _pieces_at_threshold(
             for start in ends[:-1]:
                 stretch = _JOINER + text[start:]
                 counts[stretch] = counts.get(stretch, 0) + count
-        previous, kept = (
-            kept,
-            {
-                stretch: count
-                for stretch, count in counts.items()
-                if count >= threshold and stretch not in letters
-            },
-        )
+        previous = kept
+        kept = {key: count for key, count in counts.items() if count >= threshold and key not in letters}
         if kept.keys() == previous.keys():
             break
         pieces = letters | kept.keys()
