@@ -1,5 +1,6 @@
 """How every entry point starts and fails: flags, help, a user's mistake in one line and exit code 2."""
 
+import csv
 import errno
 import io
 import os
@@ -111,7 +112,15 @@ class _PathsParser(flags.ListParser):
     def parse(self, argument):
         if isinstance(argument, str) and os.path.exists(paths.expand(argument)):
             return [paths.expand(argument)]
-        return [paths.expand(path) for path in super().parse(argument)]
+        if not isinstance(argument, str) or not argument:
+            return [paths.expand(path) for path in super().parse(argument)]
+        try:
+            (names,) = csv.reader([argument], strict=True, skipinitialspace=True)
+        except (csv.Error, ValueError) as error:
+            raise ValueError(
+                f"names must be separated by commas, and a name with a comma be in double quotes: {error}"
+            ) from error
+        return [paths.expand(name.strip()) for name in names]
 
 
 def _open_standard_streams() -> None:

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
             report=report,
         )
     print(_summary(data))
-    print(f"Wrote {_OUTPUT.value}." if made else f"{_OUTPUT.value} holds this already: nothing to do.")
+    print(f"Wrote {_OUTPUT.value!r}." if made else f"{_OUTPUT.value!r} holds this already: nothing to do.")
     return 0
 
 

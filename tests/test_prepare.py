@@ -44,7 +44,7 @@ def test_prepare_then_again(texts):
         "train 4 tokens, 1 lines, 3 types, 0 <unk> (0.00%)",
         "valid 2 tokens, 1 lines, 2 types, 0 <unk> (0.00%)",
         "test  2 tokens, 1 lines, 2 types, 1 <unk> (50.00%)",
-        "Wrote out.",
+        "Wrote 'out'.",
     ]
     assert sorted(path.name for path in (texts / "out").iterdir()) == [
         "manifest.json",
@@ -55,7 +55,7 @@ def test_prepare_then_again(texts):
     ]
     again = prepare(*THREE, "--output=out", cwd=texts)
     assert (again.returncode, again.stderr) == (0, "")
-    assert again.stdout.splitlines()[-1] == "out holds this already: nothing to do."
+    assert again.stdout.splitlines()[-1] == "'out' holds this already: nothing to do."
     other = prepare(*THREE, "--output=out", "--vocab_size=3", cwd=texts)
     assert other.returncode == 2
     assert other.stderr == (
@@ -96,9 +96,10 @@ def test_a_name_with_a_comma(texts):
         json.loads((texts / "out" / "manifest.json").read_text())["inputs"]["train"][0]["file"] == "a, b.txt"
     )
     (texts / "more.txt").write_text("b b\n")
-    result = prepare('--train="a, b.txt",m*.txt', *THREE[1:], "--output=out", "--overwrite", cwd=texts)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines()[1].startswith("train 7 tokens, 2 lines")
+    for value in ('--train="a, b.txt",m*.txt', '--train=more.txt , "a, b.txt"'):
+        result = prepare(value, *THREE[1:], "--output=out", "--overwrite", cwd=texts)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.splitlines()[1].startswith("train 7 tokens, 2 lines")
     result = prepare("--train=a,c.txt", *THREE[1:], "--output=out", cwd=texts)
     assert result.stderr == "error: train: no such file. Received: 'a'. Give an existing file or a glob.\n"
 
@@ -113,13 +114,13 @@ def test_output_may_be_the_current_directory(texts):
     before = here.stat()
     three = [argument.replace("=", "=../") for argument in THREE]
     for arguments, message in [
-        ([], "Wrote ."),
-        ([], ". holds this already: nothing to do."),
-        (["--min_count=2", "--overwrite"], "Wrote ."),
+        ([], "Wrote '.'."),
+        ([], "'.' holds this already: nothing to do."),
+        (["--min_count=2", "--overwrite"], "Wrote '.'."),
     ]:
         result = prepare(*three, "--output=.", *arguments, cwd=here)
         assert (result.returncode, result.stderr) == (0, "")
-        assert result.stdout.splitlines()[-1] == message.replace("Wrote .", "Wrote ..")
+        assert result.stdout.splitlines()[-1] == message
         assert sorted(path.name for path in here.iterdir()) == OUTPUT_FILES
         assert (here.stat().st_ino, here.stat().st_mode) == (before.st_ino, before.st_mode)
     failed = prepare(*three[:2], "--test=../nothing.txt", "--output=.", "--overwrite", cwd=here)
@@ -156,6 +157,38 @@ def test_output_may_be_a_mount_point(texts):
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[-7:] == ["2770", "lost+found", *OUTPUT_FILES]
+
+
+def test_files_of_the_user_beside_a_killed_preparation_are_left_alone(texts):
+    for name in ("vocab.txt", "tokenizer.json"):
+        (texts / "bert" / name).parent.mkdir(exist_ok=True)
+        (texts / "bert" / name).write_text("mine")
+    (texts / "bert" / ".out.partial-0123abcd").mkdir()
+    three = [argument.replace("=", "=../") for argument in THREE]
+    for arguments in ([], ["--overwrite"]):
+        result = prepare(*three, "--output=.", *arguments, cwd=texts / "bert")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert (
+            "output must be new, empty or made by this command. Received: '.', which holds" in result.stderr
+        )
+        assert {path.read_text() for path in (texts / "bert").iterdir() if path.is_file()} == {"mine"}
+        assert len(list((texts / "bert").iterdir())) == 3
+
+
+def test_links_that_go_in_a_circle_are_mistakes(texts):
+    (texts / "loop").symlink_to("loop")
+    before = sorted(texts.rglob("*"))
+    for arguments in (
+        [*THREE, "--output=loop"],
+        [*THREE, "--output=loop/x"],
+        ["--train=loop", *THREE[1:], "--output=out"],
+        ["--train=loop/x", *THREE[1:], "--output=out"],
+        ["--train=loo*", *THREE[1:], "--output=out"],
+    ):
+        result = prepare(*arguments, cwd=texts)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "loop" in result.stderr
+    assert sorted(texts.rglob("*")) == before
 
 
 def test_a_killed_preparation_is_tidied_up(texts):
@@ -257,13 +290,22 @@ def test_padded_streams_are_read_whole(texts):
             ["--output=out", *THREE, "--sentencepiece_model=m"],
             "sentencepiece_model does not apply to tokenizer=whites",
         ),
+        (
+            ["--output=out", "--train=train.txt,", *THREE[1:]],
+            "may be empty. Received: 'train.txt,'. Remove a comma",
+        ),
+        (["--output=out", '--train="train.txt', *THREE[1:]], "a name with a comma be in double quotes"),
+        (["--output=out", *THREE, "--min_count=0"], "Received: min_count=0. Use 1 to keep all."),
         (["--output=out", *THREE, "--vocab_size=2"], "vocab_size must be at least 3"),
         (["--output=out", *THREE, "--vocab_size=many"], "--vocab_size=many"),
         (["--output=out", *THREE, "--vocabulary=9"], "Unknown command line flag 'vocabulary'"),
         (["--output=out", *THREE[:2], "--test=tset.txt"], "test: no such file. Received: 'tset.txt'"),
         (["--output=out", *THREE[:2], "--test=*.md"], "test: no file matches. Received: '*.md'"),
         (["--output=train.txt", *THREE], "output must be a directory. Received: 'train.txt'"),
-        (["--output=train.txt/out", *THREE], "train.txt/out: the output cannot be written there"),
+        (
+            ["--output=train.txt/out", *THREE],
+            "train.txt/out: the output cannot be written there: train.txt is a file. Choose another output.",
+        ),
         (["--output=.", *THREE, "--overwrite"], "holds other files"),
         (["out", *THREE], "flags only. Received also: out."),
     ],

@@ -46,10 +46,12 @@ class LineBlockSplit:
         if not (all(0 < fraction < 1 for fraction in fractions) and sum(fractions) < 1):
             raise ValueError(
                 "valid_fraction and test_fraction must be above 0 and sum to less than 1. Received: "
-                f"valid_fraction={self.valid_fraction}, test_fraction={self.test_fraction}."
+                f"valid_fraction={self.valid_fraction}, test_fraction={self.test_fraction}. Use 0.05 for each, say."
             )
         if self.block_lines < 1:
-            raise ValueError(f"block_lines must be at least 1. Received: block_lines={self.block_lines}.")
+            raise ValueError(
+                f"block_lines must be at least 1. Received: block_lines={self.block_lines}. Use 100, say."
+            )
 
     def split_of_blocks(self) -> Iterator[str]:
         """The split of line block 0, 1, 2 and so on."""
@@ -87,7 +89,8 @@ class Corpus:
                 other = owners.setdefault(path.resolve(), name)
                 if other != name:
                     raise ValueError(
-                        f"A file may be in one split only. Received: {str(path)!r} in {other} and {name}."
+                        f"A file may be in one split only. Received: {str(path)!r} in {other} and {name}. "
+                        "Take it out of one of them."
                     )
 
     def blocks(
@@ -258,7 +261,7 @@ def _write_splits(
             )
     if not np.array_equal(counts["train"], vocabulary.counts):
         raise ValueError(
-            "The text must not change while it is read. Received: other tokens at the second reading."
+            "The text must not change while it is read. Received: other tokens at the second reading. Prepare it again."
         )
     return {
         split: {
@@ -285,7 +288,7 @@ def _tokens(block: Block, tokenizer: Tokenizer) -> list[str]:
 
 def _check_replaceable(output: Path):
     if not output.is_dir():
-        raise ValueError(f"output must be a directory. Received: {str(output)!r}, which is a file.")
+        raise ValueError(f"output must be a directory. Received: {str(output)!r}, a file. Choose another.")
     if not is_replaceable(output):
         raise ValueError(
             f"output must be new, empty or made by this command. Received: {str(output)!r}, which holds "

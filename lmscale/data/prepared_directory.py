@@ -7,9 +7,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +27,14 @@ from lmscale.data.token_files import (
     token_file_name,
 )
 
-_PARTIAL = ".partial-"
+# Hidden folders beside a new directory, which end in its place, and those inside of a directory that is there. A
+# folder beside one directory is an entry of the parent, and must not be taken for a folder inside of that.
+_BESIDE = ".partial-"
+_INSIDE = ".lmscale-partial-"
+# In a folder inside: the files of the directory that may be removed while there is no manifest, {name: inodes} of the
+# old file and the new one. It is written before the old manifest goes.
+_MOVING_FILE = "moving.json"
+_FIXED_NAMES = (MANIFEST_FILE, VOCAB_FILE, *map(token_file_name, SPLITS))
 
 _logger = logging.getLogger(__name__)
 
@@ -51,24 +60,24 @@ class PreparedDirectoryWriter:
           ValueError: if the directory holds data and `replace` is not set, or another process prepares it.
           OSError: if the folder cannot be made.
         """
-        self._final = directory.resolve()
+        self._final = _resolved(directory)
         self._in_place = self._final.is_dir()
         self._names: list[str] = []
+        self._old_names: list[str] = []
         self._finished = False
+        self._lock: int | None = None
         if self._in_place and not replace and not is_empty(self._final):
             raise ValueError(f"{directory}: must be new or empty. Received: {sorted(os.listdir(directory))}.")
         self._made_parents = [p for p in self._final.parents if not p.exists()]
+        self.folder = _partial_folder(self._final)
         try:
             self._final.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = _new_partial_folder(self._final)
-        except OSError as error:
-            self._remove_made_parents()
-            raise OSError(f"{directory}: the output cannot be written there: {error.strerror}.") from error
-        self._lock = _try_to_lock(self.folder)
-        try:
+            self._make_folder()
             remove_abandoned_folders(directory, besides=self.folder)
-        except BaseException:
+        except BaseException as error:
             self._remove()
+            if isinstance(error, OSError):
+                raise _cannot_be_written(directory, error) from error
             raise
 
     def __enter__(self):
@@ -105,6 +114,22 @@ class PreparedDirectoryWriter:
             (self.folder / MANIFEST_FILE).write_bytes(content.encode("utf-8", "backslashreplace"))
         if self._in_place:
             names = os.listdir(self.folder)
+            present = set(os.listdir(self._final))
+            old_names = sorted(_our_names(self._final) & present)
+            foreign = sorted(present.intersection(names).difference(old_names))
+            if foreign:
+                raise ValueError(
+                    f"{self._final}: must not be filled by others while it is prepared. Received: {foreign}, which "
+                    "are left alone. Choose another output."
+                )
+            moving = {
+                name: [
+                    path.stat().st_ino for path in (self.folder / name, self._final / name) if path.exists()
+                ]
+                for name in {*names, *old_names}
+            }
+            (self.folder / _MOVING_FILE).write_text(json.dumps(moving))
+            self._old_names = old_names
             self._names = [*(name for name in names if name != MANIFEST_FILE), MANIFEST_FILE]
             self._move_in()
         else:
@@ -115,15 +140,41 @@ class PreparedDirectoryWriter:
         """Moves the files out of the folder. Called again after an interruption, it does the rest."""
         if (self.folder / MANIFEST_FILE).exists():
             (self._final / MANIFEST_FILE).unlink(missing_ok=True)
-            for path in _entries(self._final):
-                if path.name not in self._names and _is_ours(path) and path.is_file():
-                    path.unlink()
+            for name in self._old_names:
+                if name not in self._names:
+                    (self._final / name).unlink(missing_ok=True)
             for name in self._names:
                 if (self.folder / name).exists():
                     (self.folder / name).replace(self._final / name)
+        (self.folder / _MOVING_FILE).unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             self.folder.rmdir()
         self._finish()
+
+    def _make_folder(self):
+        """Makes the hidden folder and locks it.
+
+        A plain folder, unlike a temporary one, has the mode of the user and the group of the parent. Another process
+        may take it for one that was left behind, until it is locked: then the next one.
+        """
+        while True:
+            try:
+                self.folder.mkdir()
+                self._lock = _lock(self.folder)
+            except (FileExistsError, BlockingIOError, FileNotFoundError):
+                if not self.folder.parent.is_dir():
+                    raise
+            except OSError:
+                if not self.folder.is_dir():
+                    raise
+                return  # A file system without locks.
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(self._lock), self.folder.stat()):
+                        return
+                _unlock(self._lock)
+                self._lock = None
+            self.folder = _partial_folder(self._final)
 
     def _finish(self):
         self._finished = True
@@ -182,11 +233,8 @@ def is_empty(directory: Path) -> bool:
 
 def is_replaceable(directory: Path) -> bool:
     """Whether a folder is empty, or was made by this module and holds nothing else: safe to replace."""
-    entries = _entries(directory)
-    if not all(map(_is_ours, entries)):
-        return False
-    # Who is killed while files are moved leaves no manifest, but its hidden folder.
-    return not entries or any(map(_is_partial_folder, entries)) or _has_our_manifest(directory)
+    names = _our_names(directory)
+    return all(_is_inside_folder(p) or (p.name in names and p.is_file()) for p in _entries(directory))
 
 
 def remove_abandoned_folders(directory: Path, *, besides: Path | None = None) -> None:
@@ -198,11 +246,15 @@ def remove_abandoned_folders(directory: Path, *, besides: Path | None = None) ->
     Raises:
       ValueError: if the process of such a folder is alive.
     """
-    final = directory.resolve()
-    in_place = final.is_dir()
-    folders = _entries(final) if in_place else final.parent.glob(f"{glob.escape(_partial_prefix(final))}*")
+    final = _resolved(directory)
+    if final.is_dir():
+        folders = [path for path in _entries(final) if _is_inside_folder(path)]
+    else:
+        pattern = re.compile(_pattern(f".{final.name}{_BESIDE}"))
+        beside = final.parent.glob(f".{glob.escape(final.name)}{_BESIDE}*")  # None where it cannot be listed.
+        folders = [path for path in beside if pattern.fullmatch(path.name)]
     for folder in folders:
-        if not _is_partial_folder(folder) or folder == besides:
+        if folder == besides or not folder.is_dir():
             continue
         try:
             lock = _lock(folder)
@@ -214,11 +266,10 @@ def remove_abandoned_folders(directory: Path, *, besides: Path | None = None) ->
         except OSError:  # A file system without locks: nobody knows.
             continue
         _logger.warning("Removing %s, which a preparation that was killed has left behind.", folder)
-        if in_place and besides is None and is_replaceable(final) and not _has_our_manifest(final):
-            # Moved out of the folder already; the manifest would have come last.
-            for path in _entries(final):
-                if path.is_file():
-                    path.unlink()
+        if _is_inside_folder(folder) and not _has_our_manifest(final):
+            # Moved out of the folder already, or not yet removed; the manifest would have come last.
+            for name in _moving_names(folder):
+                (final / name).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         _unlock(lock)
 
@@ -228,34 +279,78 @@ def _entries(directory: Path) -> list[Path]:
     return [p for p in directory.iterdir() if p.name != "lost+found" and not p.name.startswith(".nfs")]
 
 
-def _is_ours(path: Path) -> bool:
-    if path.is_dir():
-        return _is_partial_folder(path)
-    ours = {MANIFEST_FILE, VOCAB_FILE, *map(token_file_name, SPLITS)}
-    return path.is_file() and (path.name in ours or path.name.startswith(TOKENIZER_FILE_PREFIX))
+def _our_names(directory: Path) -> set[str]:
+    """The names of files in a folder that are of this module: of the manifest there, or of a move that was killed."""
+    manifest = _json_object(directory / MANIFEST_FILE)
+    if manifest.get("format") != FORMAT:
+        return set().union(*map(_moving_names, filter(_is_inside_folder, _entries(directory))))
+    entries = manifest.get("tokenizer_files")
+    if not isinstance(entries, list):
+        entries = []
+    files: list[Any] = [entry.get("file") for entry in entries if isinstance(entry, dict)]
+    return {*_FIXED_NAMES, *filter(_is_tokenizer_file, files)}
+
+
+def _moving_names(folder: Path) -> set[str]:
+    """What a process that was killed while it moved files out of a hidden folder may have left in the directory."""
+    moving = _json_object(folder / _MOVING_FILE)
+    names = {name for name in moving if name in _FIXED_NAMES or _is_tokenizer_file(name)}
+    return {
+        name
+        for name in names & set(os.listdir(folder.parent))
+        if isinstance(moving[name], list) and (folder.parent / name).lstat().st_ino in moving[name]
+    }
+
+
+def _is_tokenizer_file(name) -> bool:
+    return isinstance(name, str) and name.startswith(TOKENIZER_FILE_PREFIX) and "/" not in name
+
+
+def _json_object(path: Path) -> dict:
+    """What a file holds; empty if it is not there or holds anything else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _has_our_manifest(directory: Path) -> bool:
-    try:
-        return json.loads((directory / MANIFEST_FILE).read_bytes())["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return _json_object(directory / MANIFEST_FILE).get("format") == FORMAT
 
 
-def _partial_prefix(final: Path) -> str:
-    return f".{final.name}{_PARTIAL}"
+def _pattern(prefix: str) -> str:
+    return re.escape(prefix) + "[0-9a-f]{8}"
 
 
-def _is_partial_folder(path: Path) -> bool:
-    return path.name.startswith(".") and _PARTIAL in path.name and path.is_dir()
+def _is_inside_folder(path: Path) -> bool:
+    return re.fullmatch(_pattern(_INSIDE), path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
-def _new_partial_folder(final: Path) -> Path:
-    """Makes it. A plain folder, unlike a temporary one, has the mode of the user and the group of the parent."""
-    parent = final if final.is_dir() else final.parent
-    folder = parent / f"{_partial_prefix(final)}{secrets.token_hex(4)}"
-    folder.mkdir()
-    return folder
+def _partial_folder(final: Path) -> Path:
+    """A hidden folder that is to be made."""
+    end = secrets.token_hex(4)
+    return final / f"{_INSIDE}{end}" if final.is_dir() else final.parent / f".{final.name}{_BESIDE}{end}"
+
+
+def _resolved(directory: Path) -> Path:
+    """The final place without links. `Path.resolve` differs between versions of Python where links go in a circle."""
+    final = Path(os.path.realpath(directory))
+    for path in (final, *final.parents):
+        if path.is_symlink():
+            raise ValueError(
+                f"{directory}: the output must lead to a place. Received: {path}, a link that leads back to itself. "
+                "Choose another output, or remove the link."
+            )
+    return final
+
+
+def _cannot_be_written(directory: Path, error: OSError) -> OSError:
+    reason = error.strerror
+    for path in directory.parents:
+        if path.exists() and not path.is_dir():
+            reason = f"{path} is a file. Choose another output"
+    return OSError(f"{directory}: the output cannot be written there: {reason}.")
 
 
 def _lock(folder: Path) -> int:
@@ -274,13 +369,6 @@ def _lock(folder: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _try_to_lock(folder: Path) -> int | None:
-    try:
-        return _lock(folder)
-    except OSError:
-        return None
 
 
 def _unlock(descriptor: int | None) -> None:

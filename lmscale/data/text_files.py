@@ -1,8 +1,10 @@
 """Text as a stream of blocks of lines, from plain, gzip or xz files, in bounded memory."""
 
 import codecs
+import contextlib
 import dataclasses
 import glob
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +24,7 @@ _MARKS = {  # The longer ones first: that of UTF-32LE begins with that of UTF-16
 _TAR_MAGIC_PLACE = 257
 _SAMPLE_BYTES = 1 << 16
 _ASCII_BLANKS = b" \n"
+_LEADS_NOWHERE = "a link that leads to no file. Mend or remove it."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,10 @@ def expand_patterns(patterns: Sequence[str], *, flag: str) -> list[Path]:
       ValueError: if there is none, a glob matches nothing, or a file is missing, empty, not a regular
         file, or named twice.
     """
+    if "" in patterns:
+        raise ValueError(
+            f"{flag}: no name in the list may be empty. Received: {','.join(patterns)!r}. Remove a comma."
+        )
     paths: list[Path] = []
     for pattern in patterns:
         if Path(pattern).exists():
@@ -57,14 +64,22 @@ def expand_patterns(patterns: Sequence[str], *, flag: str) -> list[Path]:
             paths.extend(match for match in matches if not match.is_dir())
             if not any(not match.is_dir() for match in matches):
                 raise ValueError(f"{flag}: no file matches. Received: {pattern!r}. Quote globs in the shell.")
+        elif Path(pattern).is_symlink():
+            raise ValueError(f"{flag} must name regular files. Received: {pattern!r}, {_LEADS_NOWHERE}")
         else:
             raise ValueError(f"{flag}: no such file. Received: {pattern!r}. Give an existing file or a glob.")
     if not paths:
-        raise ValueError(f"{flag} must name at least one file. Received: {','.join(patterns)!r}.")
+        raise ValueError(
+            f"{flag} must name at least one file. Received: {','.join(patterns)!r}. Give a file or a glob."
+        )
     for path in paths:
         if not path.is_file():
-            kind = "a directory" if path.is_dir() else "a pipe or device, and text is read twice"
-            raise ValueError(f"{flag} must name regular files. Received: {str(path)!r}, {kind}.")
+            kind = "a pipe or device, and text is read twice. Make a file of it."
+            if path.is_dir():
+                kind = "a directory. Name the files in it, with a glob for instance."
+            elif not path.exists():
+                kind = _LEADS_NOWHERE
+            raise ValueError(f"{flag} must name regular files. Received: {str(path)!r}, {kind}")
         if path.stat().st_size == 0:
             raise ValueError(f"{flag}: {str(path)!r} is empty (0 bytes). Remove it from the list or fill it.")
         if path.suffix in _UNREADABLE_SUFFIXES:
@@ -74,7 +89,9 @@ def expand_patterns(patterns: Sequence[str], *, flag: str) -> list[Path]:
     resolved = [path.resolve() for path in paths]
     for position, path in enumerate(resolved):
         if path in resolved[:position]:
-            raise ValueError(f"{flag} must name each file once. Received twice: {str(paths[position])!r}.")
+            raise ValueError(
+                f"{flag} must name each file once. Received twice: {str(paths[position])!r}. Remove one."
+            )
     return paths
 
 
@@ -96,27 +113,35 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
         stream = _decompressed(raw, path)
         position = 0
         lines_before = 0
-        rest = b""
+        held: list[bytes] = []  # What was read behind the last cut; it is not searched again.
+        before = b""  # The last bytes that were read before, whether cut off or not.
         at_start = True
         at_end = False
+        damage: Exception | None = None
         while not at_end:
-            try:
-                data = stream.read(BLOCK_BYTES)
-            except (ValueError, OSError) as error:
-                message = str(error).rstrip(".")
-                raise ValueError(f"{path}: damaged behind line {lines_before:,}: {message}.") from error
+            if damage is None:
+                data, damage = _read_full(stream, max(BLOCK_BYTES, tarfile.BLOCKSIZE if at_start else 1))
+            else:
+                data = b""
+            if damage is not None and not data:  # What came before is handed out first.
+                message = str(damage).rstrip(".")
+                raise ValueError(f"{path}: damaged behind line {lines_before:,}: {message}.") from damage
             on_bytes(raw.tell() - position)
             position = raw.tell()
             at_end = not data
-            data = rest + data
-            if at_start:
+            if at_start and not held:
                 _check_start(data, path)
                 data = data.removeprefix(codecs.BOM_UTF8)
-            if not at_end and b"\0" in data and (encoding := _wide_encoding(data)):
+            if b"\0" in data and (encoding := _wide_encoding(before + data)):
                 shown = f"what looks like {encoding}, from line {lines_before + 1:,} on"
                 raise _wide_encoding_error(path, encoding, shown)
+            before = (before + data[-_SAMPLE_BYTES:])[-_SAMPLE_BYTES:]
             cut = len(data) if at_end else _last_cut(data)
-            data, rest = data[:cut], data[cut:]
+            if cut is None or (cut == 0 and not held):
+                held.append(data)
+                continue
+            held.append(data[:cut])
+            data, held = b"".join(held), [data[cut:]] if cut < len(data) else []
             if not data:
                 continue
             at_start = False
@@ -140,10 +165,24 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
             raise ValueError(f"{path}: holds no text. Remove it from the list or fill it.")
 
 
-def _last_cut(data: bytes) -> int:
-    """Where to cut: behind the last line end; in a longer line, before its last blank; if neither, at 0."""
+def _read_full(stream, size: int) -> tuple[bytes, Exception | None]:
+    """Reads until there are `size` bytes, the end or an error, as decoders may give little at a time."""
+    pieces: list[bytes] = []
+    missing = size
+    try:
+        while missing and (piece := stream.read(missing)):
+            pieces.append(piece)
+            missing -= len(piece)
+    except (ValueError, OSError) as error:
+        return b"".join(pieces), error
+    return b"".join(pieces), None
+
+
+def _last_cut(data: bytes) -> int | None:
+    """Where to cut: behind the last line end; in a longer line, before its last blank; None if there is neither."""
     line_end = data.rfind(b"\n") + 1
-    return line_end or max(max(data.rfind(blank) for blank in _BLANKS), 0)
+    blank = max(map(data.rfind, _BLANKS))
+    return line_end or (blank if blank >= 0 else None)
 
 
 def _decompressed(raw: BinaryIO, path: Path):
@@ -166,7 +205,9 @@ def _check_start(data: bytes, path: Path):
         if data.startswith(mark):
             raise _wide_encoding_error(path, encoding, f"the byte order mark of {encoding}")
     if data.startswith(b"ustar", _TAR_MAGIC_PLACE):
-        raise ValueError(f"{path}: must be text. Received: a tar archive. Unpack it and give its files.")
+        with contextlib.suppress(tarfile.HeaderError):  # Text that has the word there; it has no checksum.
+            tarfile.TarInfo.frombuf(data[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+            raise ValueError(f"{path}: must be text. Received: a tar archive. Unpack it and give its files.")
 
 
 def _wide_encoding_error(path: Path, encoding: str, received: str) -> ValueError:
@@ -180,7 +221,8 @@ def _wide_encoding(data: bytes) -> str | None:
     """UTF-16LE, UTF-16BE, UTF-32LE or UTF-32BE, if the zero bytes stand as they do in such text.
 
     In UTF-32 two neighbours of each four bytes are zero. In UTF-16 every other byte is, in Latin script; in
-    other scripts still that of every blank and line feed, as these are zero-extended ASCII.
+    other scripts still that of every blank and line feed, as these are zero-extended ASCII; the low bytes of a few
+    letters are those of blanks, too.
     """
     start = max(min(data.find(0), len(data) - _SAMPLE_BYTES), 0) // 4 * 4
     data = data[start : start + _SAMPLE_BYTES]
@@ -192,10 +234,10 @@ def _wide_encoding(data: bytes) -> str | None:
         return "UTF-32BE"
     for encoding, high, low in (("UTF-16LE", data[1::2], data[::2]), ("UTF-16BE", data[::2], data[1::2])):
         num_zeros = high.count(0)
-        if not num_zeros or low.count(0) > 0.1 * num_zeros or b"\n" in high:
+        if not num_zeros or low.count(0) > 0.1 * num_zeros:
             continue
         blanks = [byte for byte, above in zip(low, high, strict=False) if byte in _ASCII_BLANKS and not above]
         num_blanks = sum(map(low.count, _ASCII_BLANKS))
-        if num_zeros > 0.5 * len(high) or len(blanks) > max(0.9 * num_blanks, 1):
+        if num_zeros > 0.5 * len(high) or len(blanks) > max(0.7 * num_blanks, 1):
             return encoding
     return None

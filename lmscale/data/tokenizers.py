@@ -10,8 +10,10 @@ import abc
 import dataclasses
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -81,7 +83,9 @@ def make_tokenizer(name: str, *, options: Mapping[str, Any]) -> Tokenizer:
       ValueError: if the name is unknown, or the tokenizer does not take an option or needs one more.
     """
     if name not in _TOKENIZERS:
-        raise ValueError(f"tokenizer must be one of {', '.join(tokenizer_names())}. Received: {name!r}.")
+        raise ValueError(
+            f"tokenizer must be one of {', '.join(tokenizer_names())}. Received: {name!r}. Choose one of them."
+        )
     cls = _TOKENIZERS[name]
     fields: tuple[dataclasses.Field, ...] = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     given = {key: value for key, value in options.items() if value is not None}
@@ -93,7 +97,9 @@ def make_tokenizer(name: str, *, options: Mapping[str, Any]) -> Tokenizer:
         )
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
     if missing:
-        raise ValueError(f"tokenizer={name} needs {missing[0]}. Received none.")
+        raise ValueError(
+            f"tokenizer={name} needs {missing[0]}. Received none. Set {missing[0]}, or choose another tokenizer."
+        )
     return cls(**given)
 
 
@@ -113,9 +119,8 @@ class WhitespaceTokenizer(Tokenizer):
 class CharactersTokenizer(Tokenizer):
     """Every code point is a token, invisible ones too; one of white space is U+2581, so that words stay apart."""
 
-    _blanks: ClassVar[dict[int, str]] = {
-        code: "\u2581" for code in range(0x3001) if chr(code).isspace()
-    }  # U+3000 is the last code point of white space.
+    # U+3000 is the last code point of white space.
+    _blanks: ClassVar[dict[int, str]] = {code: "\u2581" for code in range(0x3001) if chr(code).isspace()}
 
     def tokenize(self, lines):
         return [list(line.translate(self._blanks)) for line in lines]
@@ -131,12 +136,13 @@ class WordsTokenizer(Tokenizer):
     `1,000`), elsewhere they are tokens. Hyphens cut. Emoji stay whole, with skin tones, joiners and flags.
 
     Chinese characters and Hiragana come one by one, and so do Thai, Lao, Khmer and Burmese letters, with their marks:
-    only a dictionary could tell words there. Runs of Katakana and of Hangul hold together.
+    only a dictionary could tell words there. Runs of Katakana and of Hangul hold together, and so do keycaps in a row.
 
     Invisible characters (Unicode's Default_Ignorable_Code_Point and format characters: soft hyphen, byte order mark,
     direction marks, word joiner) are left out, and do not cut: the word with and without them is the same token. They
-    stay where they carry a meaning: joiners behind letters of cursive and Indic scripts (Persian, Hindi), Mongolian
-    selectors, and all in emoji. The zero-width space, NUL and other control characters separate like a blank.
+    stay where they carry a meaning: joiners behind letters of cursive scripts and of those with conjuncts (Persian,
+    Hindi), Mongolian selectors, and all in emoji. The zero-width space, NUL and other control characters separate like
+    a blank. Cutting the tokens again, with blanks between them, gives the same tokens.
     """
 
     def __init__(self):
@@ -154,15 +160,18 @@ class WordpieceTokenizer(Tokenizer):
     """Pieces of words, learned from the training text: `un`, `##think`, `##able`.
 
     The words are those of `words`; but letters which that leaves one by one (Chinese, Thai) stay together as a phrase.
-    Every letter of the training text is a piece, at a word's start and inside, so that pieces spell every word of it,
-    of whatever length. Only a letter that is seen fewer than `min_count` times has none: it is one `<unk>` wherever it
-    stands, and the rest of its word is spelt. There are `vocab_size` pieces at most, `<eos>` included, and 32,000 if
-    none is set; somewhat fewer come out. Those of several letters, 50 at most, are learned from the most frequent
-    words. The pieces go to `tokenizer.wordpiece.txt`, in the form that TensorFlow Text reads; those that the training
-    text does not use get no row.
+    Every letter of the training text is a piece, at a word's start and inside, wherever it occurs, so that pieces spell
+    every word of it, of whatever length. Only a letter that is seen fewer than `min_count` times has none: it is one
+    `<unk>` wherever it stands, and the rest of its word is spelt. There are `vocab_size` rows at most, 32,000 if none
+    is set. Fewer come out: the pieces are those seen at least a threshold of times, which is searched for until at
+    least 95% of the room are used, or a text is too short for that; and pieces that the training text does not use get
+    no row. Those of several letters, 16 at most, are learned from the most frequent words, and longer words in parts of
+    16. The pieces go to `tokenizer.wordpiece.txt`, in the form that TensorFlow Text reads.
 
-    Source: Schuster and Nakajima 2012; the steps of learning are tensorflow_text's. Words are cut from the left, always
-    by the longest piece that fits.
+    Memory is bounded, whatever the text: of very many different words the rarest are forgotten while it is read.
+
+    Source: Schuster and Nakajima 2012; the pieces are those that tensorflow_text learns at the same threshold. Words
+    are cut from the left, always by the longest piece that fits.
     """
 
     learns = True
@@ -173,19 +182,32 @@ class WordpieceTokenizer(Tokenizer):
         self._pieces_of_word: dict[str, list[str]] = {}
 
     def learn(self, lines, *, vocab_size, min_count=1):
-        word_counts: Counter[str] = Counter()
+        part_counts: Counter[str] = Counter()
+        letter_counts: Counter[str] = Counter()
+        places: set[str] = set()
         for block in lines:
-            for line in block:
-                word_counts.update(self._words.cut(line))
-        if not word_counts:
-            raise ValueError("The training text must hold a word to learn from. Received none.")
+            words = Counter(chain.from_iterable(map(self._words.cut, block)))
+            for word, count in words.items():
+                for part in _parts(word):
+                    part_counts[part] += count
+                for letter in word:
+                    letter_counts[letter] += count
+                places.add(word[0])
+                places.update(map(_JOINER.__add__, word[1:]))
+            if len(part_counts) > _COUNTED_PARTS:
+                part_counts = _most_frequent_half(part_counts)
+        if not part_counts:
+            raise ValueError(
+                "The training text must hold a word to learn from. Received none. Give a text with words."
+            )
+        letters = _frequent_letters(letter_counts, min_count)
         self._vocabulary = _learn_wordpieces(
-            word_counts, max_pieces=(vocab_size or 32_000) - 1, min_count=min_count
+            _learned_words(part_counts, letters),
+            letters={place for place in places if place.removeprefix(_JOINER) in letters},
+            max_pieces=(vocab_size or 32_000) - 1,
         )
-        pieces = set(self._vocabulary[1:])  # Without `[UNK]`.
-        self._inside = {piece.removeprefix(_JOINER) for piece in pieces if piece.startswith(_JOINER)}
-        self._at_start = {piece for piece in pieces if not piece.startswith(_JOINER)}
-        self._longest = max(map(len, pieces))
+        self._pieces = set(self._vocabulary[1:])  # Without `[UNK]`.
+        self._longest = max(map(len, self._pieces))
 
     def describe(self):
         return {"tokenizer_version": 2}
@@ -196,24 +218,26 @@ class WordpieceTokenizer(Tokenizer):
         for line in lines:
             pieces_of_lines.append([])
             for word in self._words.cut(line):
-                if word not in known:
-                    known[word] = self._spell(word)
-                pieces_of_lines[-1] += known[word]
+                pieces = known.get(word)
+                if pieces is None:
+                    pieces = self._spell(word)
+                    if len(word) <= _LONGEST_CACHED_WORD:
+                        if len(known) >= _CACHED_WORDS:
+                            known.clear()
+                        known[word] = pieces
+                pieces_of_lines[-1] += pieces
         return pieces_of_lines
 
     def files(self):
         return {"tokenizer.wordpiece.txt": "".join(f"{piece}\n" for piece in self._vocabulary).encode()}
 
     def _spell(self, word):
-        pieces = []
-        start, joiner, fitting = 0, "", self._at_start
-        while start < len(word):
-            end = min(start + self._longest, len(word))
-            while end > start and word[start:end] not in fitting:
-                end -= 1
-            pieces.append(joiner + word[start:end] if end > start else UNK)
-            start, joiner, fitting = max(end, start + 1), _JOINER, self._inside
-        return pieces
+        spelt, start, mark = [], 0, ""
+        for end in _ends(word, mark, self._pieces, self._longest):
+            piece = mark + word[start:end]
+            spelt.append(piece if piece in self._pieces else UNK)
+            start, mark = end, _JOINER
+        return spelt
 
 
 @register("sentencepiece")
@@ -272,65 +296,30 @@ class SentencepieceTokenizer(Tokenizer):
 
 _WORDPIECE_UNK = "[UNK]"
 _JOINER = "##"
-_LONGEST_PIECE = 50
-# Bounds the time and memory of learning. It takes each stretch of each different word: 45 of one of nine letters.
-_LEARNED_STRETCHES = 12_000_000
+_LONGEST_PIECE = 16
+_ITERATIONS = 4
+_SLACK = 0.05
+# These bound the time and memory of learning, and the memory of spelling.
+_LEARNED_LETTERS = 3_000_000
+_COUNTED_PARTS = 4_000_000
+_CACHED_WORDS = 1 << 18
+_LONGEST_CACHED_WORD = 64
 
 
-def _learn_wordpieces(word_counts: Mapping[str, int], *, max_pieces: int, min_count: int) -> list[str]:
-    """At most `max_pieces` pieces, `[UNK]` first, of the words counted.
-
-    The learner keeps the pieces that occur at least a threshold of times. It is searched for here, because
-    the search that comes with the learner may end on a vocabulary above its limit. Halving the ratio of the
-    bounds, not their difference, suits Zipf's law: few steps are needed, and each is slow. The limits that come
-    with it (letters of a word, letters of the alphabet, words) would lose text, so that it is given none to apply.
-    """
-    from tensorflow_text.tools.wordpiece_vocab import wordpiece_tokenizer_learner_lib as learner
-
-    letters = _frequent_letters(word_counts, min_count)
-    smallest = 1 + 2 * len(letters)
-    if smallest > max_pieces:
-        raise ValueError(
-            f"vocab_size must be at least {smallest + 1} for wordpiece: {EOS}, {UNK}, and each of {len(letters):,} "
-            f"letters at the start of words and inside. Received: vocab_size={max_pieces + 1}. Use a larger one, or "
-            "a larger min_count."
-        )
-    # Each letter by itself, counted zero times: it becomes a piece, and changes nothing else.
-    words = [*_learned_words(word_counts, letters), *((letter, 0) for letter in sorted(letters))]
-    params = learner.Params(
-        upper_thresh=None,
-        lower_thresh=None,
-        num_iterations=4,
-        max_input_tokens=None,
-        max_token_length=_LONGEST_PIECE,
-        max_unique_chars=None,
-        vocab_size=max_pieces,
-        slack_ratio=0.05,
-        include_joiner_token=True,
-        joiner=_JOINER,
-        reserved_tokens=[_WORDPIECE_UNK],
-    )
-    # From a threshold of 1 on, whole phrases that are seen once would be pieces, of which nothing can be learned.
-    # Above the sum of all counts nothing but the letters is left, and they fit.
-    too_low, fits = 1, sum(count for _, count in words) + 1
-    vocabulary = None
-    while fits - too_low > 1 and (
-        vocabulary is None or len(vocabulary) < (1 - params.slack_ratio) * max_pieces
-    ):
-        threshold = min(max(math.isqrt(too_low * fits), too_low + 1), fits - 1)
-        candidate = learner.learn_with_thresh(words, threshold, params)
-        if len(candidate) <= max_pieces:
-            fits, vocabulary = threshold, candidate
-        else:
-            too_low = threshold
-    return vocabulary or learner.learn_with_thresh(words, fits, params)
+def _parts(word: str) -> list[str]:
+    """A word cut into parts as long as the longest piece; the later ones begin with the mark of a word's inside."""
+    if len(word) <= _LONGEST_PIECE:
+        return [word]
+    starts = range(_LONGEST_PIECE, len(word), _LONGEST_PIECE)
+    return [word[:_LONGEST_PIECE], *(_JOINER + word[start : start + _LONGEST_PIECE] for start in starts)]
 
 
-def _frequent_letters(word_counts: Mapping[str, int], min_count: int) -> set[str]:
-    counts: Counter[str] = Counter()
-    for word, count in word_counts.items():
-        for letter in word:
-            counts[letter] += count
+def _most_frequent_half(counts: Counter[str]) -> Counter[str]:
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return Counter(dict(ranked[: len(ranked) // 2]))
+
+
+def _frequent_letters(counts: Mapping[str, int], min_count: int) -> set[str]:
     letters = {letter for letter, count in counts.items() if count >= min_count}
     if not letters:
         raise ValueError(
@@ -340,19 +329,97 @@ def _frequent_letters(word_counts: Mapping[str, int], min_count: int) -> set[str
     return letters
 
 
-def _learned_words(word_counts: Mapping[str, int], letters: Set[str]) -> list[tuple[str, int]]:
-    """The most frequent words as (word, count), without rare letters; long ones in parts, as each stretch counts."""
-    counts: Counter[str] = Counter()
-    for word, count in word_counts.items():
-        known = "".join(letter if letter in letters else " " for letter in word)
-        for stretch in known.split():
-            # Parts share a letter, so that the learner takes what follows it for the inside of a word.
-            for start in range(0, max(len(stretch) - 1, 1), _LONGEST_PIECE - 1):
-                counts[stretch[start : start + _LONGEST_PIECE]] += count
-    words, room = [], _LEARNED_STRETCHES
-    for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        room -= len(word) * (len(word) + 1) // 2
+def _learned_words(part_counts: Mapping[str, int], letters: Set[str]) -> list[tuple[str, str, int]]:
+    """The most frequent parts of words without rare letters, as (`##` if inside of a word or nothing, part, count)."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for part, count in part_counts.items():
+        text = part.removeprefix(_JOINER)
+        known = "".join(letter if letter in letters else " " for letter in text)
+        for stretch in re.finditer("[^ ]+", known):
+            at_start = stretch.start() == 0 and text == part
+            counts["" if at_start else _JOINER, stretch.group()] += count
+    words, room = [], _LEARNED_LETTERS
+    for (mark, text), count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        room -= len(text)
         if room < 0:
             break
-        words.append((word, count))
+        words.append((mark, text, count))
     return words
+
+
+def _learn_wordpieces(
+    words: Sequence[tuple[str, str, int]], *, letters: Set[str], max_pieces: int
+) -> list[str]:
+    """At most `max_pieces` pieces, `[UNK]` first.
+
+    Args:
+      words: as of `_learned_words`.
+      letters: the pieces of one letter, each of which must be there.
+      max_pieces: `[UNK]` included.
+    Raises:
+      ValueError: if there is no room for the letters.
+    """
+    room = max_pieces - 1 - len(letters)
+    if room < 0:
+        inside = sum(letter.startswith(_JOINER) for letter in letters)
+        raise ValueError(
+            f"vocab_size must be at least {len(letters) + 2} for wordpiece: {EOS}, {UNK}, {len(letters) - inside:,} "
+            f"letters at the start of words and {inside:,} inside. Received: vocab_size={max_pieces + 1}. Use a larger "
+            "one, or a larger min_count."
+        )
+    # From a threshold of 1 on, whole phrases that are seen once would be pieces, of which nothing can be learned.
+    # Above the sum of all counts nothing but the letters is left, and they fit. Halving the ratio of the bounds, not
+    # their difference, suits Zipf's law.
+    too_low, fits = 1, sum(count for _, _, count in words) + 1
+    pieces: list[str] = []
+    while fits - too_low > 1 and len(letters) + len(pieces) < (1 - _SLACK) * max_pieces:
+        threshold = min(max(math.isqrt(too_low * fits), too_low + 1), fits - 1)
+        candidate = _pieces_at_threshold(words, letters, threshold)
+        if len(candidate) <= room:
+            fits, pieces = threshold, candidate
+        else:
+            too_low = threshold
+    return [_WORDPIECE_UNK, *sorted(letters), *pieces]
+
+
+def _pieces_at_threshold(
+    words: Sequence[tuple[str, str, int]], letters: Set[str], threshold: int
+) -> list[str]:
+    """The pieces of several letters that occur at least `threshold` times, falling by count.
+
+    tensorflow_text's `learn_with_thresh` counts each stretch of each word, and then takes off, from the longest on, the
+    count of each stretch from that of all its beginnings. What is left of a stretch are its occurrences at the end of
+    words. They are counted here to begin with: the same pieces, in a time that grows with the letters of a word, not
+    with their cube.
+    """
+    kept: dict[str, int] = {}
+    pieces: Set[str] = letters
+    longest = 1
+    for iteration in range(_ITERATIONS):
+        counts: dict[str, int] = {}
+        for mark, text, count in words:
+            # From the second time on stretches start where pieces do.
+            ends = range(1, len(text) + 1) if iteration == 0 else _ends(text, mark, pieces, longest)
+            counts[mark + text] = counts.get(mark + text, 0) + count
+            for start in ends[:-1]:
+                stretch = _JOINER + text[start:]
+                counts[stretch] = counts.get(stretch, 0) + count
+        previous = kept
+        kept = {key: count for key, count in counts.items() if count >= threshold and key not in letters}
+        if kept.keys() == previous.keys():
+            break
+        pieces = letters | kept.keys()
+        longest = max(map(len, pieces))
+    return sorted(kept, key=lambda piece: (-kept[piece], piece))
+
+
+def _ends(text: str, mark: str, pieces: Set[str], longest: int) -> Sequence[int]:
+    """Where the pieces of a text end, each the longest that fits; a letter that has none stands by itself."""
+    ends, start = [], 0
+    while start < len(text):
+        end = min(start + longest, len(text))
+        while end > start + 1 and mark + text[start:end] not in pieces:
+            end -= 1
+        ends.append(end)
+        start, mark = end, _JOINER
+    return ends

@@ -98,7 +98,7 @@ def check_limits(*, vocab_size: int | None, min_count: int) -> None:
             f"Received: vocab_size={vocab_size}. Use a larger one, or none for no limit."
         )
     if min_count < 1:
-        raise ValueError(f"min_count must be at least 1. Received: min_count={min_count}.")
+        raise ValueError(f"min_count must be at least 1. Received: min_count={min_count}. Use 1 to keep all.")
 
 
 def build_vocabulary(
@@ -124,6 +124,11 @@ def build_vocabulary(
     )
     if vocab_size is not None:
         del ranked[vocab_size - 2 :]
+    if not counts.keys() - {UNK, EOS}:
+        raise ValueError(
+            f"The training text must hold a token. Received: nothing but {counts.get(EOS, 0):,} {EOS} and "
+            f"{counts.get(UNK, 0):,} {UNK}, as of blank lines. Give another text."
+        )
     if not ranked:
         raise ValueError(
             f"At least one token must occur min_count={min_count} times. Received: {len(counts):,} types, "

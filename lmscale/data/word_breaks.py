@@ -17,6 +17,7 @@ _SEPARATORS = r"[\p{Cc}\u200b\u2800]"  # Controls, the zero-width space, the bla
 _INVISIBLE = r"[[\p{Default_Ignorable_Code_Point}\p{Cf}]--[\p{Prepended_Concatenation_Mark}]]"
 # Those that mean something in some places: joiners, Mongolian selectors, emoji selectors, tags of flags.
 _JOINERS = r"[\u200c\u200d]"
+_NON_JOINER = "\u200c"
 _MONGOLIAN = r"[\u180b-\u180f]"
 _SOMETIMES_NEEDED = rf"[{_JOINERS}{_MONGOLIAN}\ufe0e\ufe0f\U000e0020-\U000e007f]"
 _EMOJI_ELEMENT = (
@@ -24,10 +25,17 @@ _EMOJI_ELEMENT = (
     r"(?:\p{Emoji_Modifier}|\ufe0f\u20e3?|\ufe0e|[\U000e0020-\U000e007e]+\U000e007f)?"
 )
 _EMOJI = rf"{_EMOJI_ELEMENT}(?:\u200d{_EMOJI_ELEMENT})*|[0-9#*]\ufe0f\u20e3"
-# Letters and marks that joiners shape: of cursive scripts (Arabic) and of Indic ones.
-_SHAPED = (
-    r"[[\p{jt=D}\p{jt=R}\p{jt=L}\p{jt=C}[\p{L}\p{M}--\p{InSC=Other}]]--\p{Default_Ignorable_Code_Point}]"
+# The scripts in which Unicode has a virama, that is, letters in conjuncts (UAX 31, A1 and A2).
+_CONJUNCT_SCRIPTS = (
+    "Balinese Bengali Bhaiksuki Brahmi Chakma Devanagari Dives_Akuru Dogra Grantha Gujarati Gunjala_Gondi Gurmukhi "
+    "Javanese Kaithi Kannada Kharoshthi Khmer Khojki Malayalam Masaram_Gondi Meetei_Mayek Modi Myanmar Nandinagari "
+    "Newa Oriya Saurashtra Sharada Siddham Sinhala Soyombo Sundanese Syloti_Nagri Tai_Tham Takri Tamil Telugu Tirhuta "
+    "Zanabazar_Square"
 )
+_CONJUNCT = "".join(rf"\p{{Script={name}}}" for name in _CONJUNCT_SCRIPTS.split())
+# Letters and marks that joiners shape: of cursive scripts (Arabic) and of those.
+_CURSIVE = r"\p{jt=D}\p{jt=R}\p{jt=L}\p{jt=C}"
+_SHAPED = rf"[[{_CURSIVE}[[\p{{L}}\p{{M}}]&&[{_CONJUNCT}]]]--\p{{Default_Ignorable_Code_Point}}]"
 _MARKS = r"\p{M}{0,8}"  # Bounded, so that no input is slow.
 _SHAPING = (
     rf"(?<={_SHAPED}{_MARKS})(?:\u200d|\u200c(?={_JOINERS}*{_SHAPED}))"
@@ -86,7 +94,8 @@ class _TokensOfChunks(dict):
         text = self._separators.sub(" ", chunk)
         text = self._never_needed.sub("", text)
         text = self._sometimes_needed.sub(r"\1", text)
-        return [token for part in text.split() for token in self._find(part)]
+        # A non-joiner between letters that are tokens by themselves (Khmer) parts nothing.
+        return [token.rstrip(_NON_JOINER) for part in text.split() for token in self._find(part)]
 
 
 def _word_pattern(keep_phrases: bool) -> str:

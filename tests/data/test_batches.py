@@ -64,9 +64,8 @@ def test_contiguous_offsets_are_uniform():
     batches = ContiguousBatches(np.arange(1000), global_batch_size=1, window=999, seed=3)
     offsets = np.array([batches.at(epoch).window_ids[0, 0] for epoch in range(4000)])
     tenths = np.bincount(offsets // 100, minlength=10)
-    assert np.abs(tenths - 400).max() < 5 * np.sqrt(
-        400 * 0.9
-    )  # Five standard deviations of a binomial count.
+    standard_deviation = np.sqrt(400 * 0.9)  # Of a binomial count.
+    assert np.abs(tenths - 400).max() < 5 * standard_deviation
 
 
 @pytest.mark.parametrize("kind", [ContiguousBatches, ShuffledWindows])

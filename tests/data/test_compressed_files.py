@@ -174,7 +174,6 @@ def test_optional_fields_of_gzip_headers():
     deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     body = deflate.compress(b"text\n") + deflate.flush()
     trailer = zlib.crc32(b"text\n").to_bytes(4, "little") + (5).to_bytes(4, "little")
-    header = (
-        b"\x1f\x8b\x08\x1c" + bytes(6) + b"\x03\x00abc" + b"name\0" + b"comment\0"
-    )  # Extra, name, comment.
+    extra, name, comment = b"\x03\x00abc", b"name\0", b"comment\0"
+    header = b"\x1f\x8b\x08\x1c" + bytes(6) + extra + name + comment
     assert decompressed(header + body + trailer, "gzip") == b"text\n"

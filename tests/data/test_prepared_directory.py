@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from test_token_files import write
 
+from lmscale.data import prepared_directory
 from lmscale.data.prepared_directory import (
     PreparedDirectoryWriter,
     TokenFileWriter,
@@ -213,10 +214,116 @@ def test_what_file_systems_put_into_a_folder_is_no_content(tmp_path):
 
 def test_foreign_files_are_not_replaceable(tmp_path):
     directory = write(tmp_path / "data")
-    (directory / "tokenizer.wordpiece.txt").touch()
     assert is_replaceable(directory)
-    (directory / "notes.txt").touch()
-    assert not is_replaceable(directory)
-    (directory / "notes.txt").unlink()
+    for name in ("tokenizer.json", "notes.txt", "tokenizer.wordpiece.txt"):
+        (directory / name).touch()
+        assert not is_replaceable(directory)
+        (directory / name).unlink()
     (directory / "tokenizer.folder").mkdir()
     assert not is_replaceable(directory)
+
+
+def test_only_tokenizer_files_that_the_manifest_lists_are_replaced(tmp_path):
+    directory = tmp_path / "data"
+    with PreparedDirectoryWriter(directory) as writer:
+        writer.finish({"tokenizer_files": [writer.write_file("tokenizer.a", b"a")]})
+    assert is_replaceable(directory)
+    (directory / "tokenizer.mine").touch()
+    replace(directory)
+    assert names_in(directory) == ["manifest.json", "tokenizer.mine", "train.bin", "vocab.txt"]
+
+
+@pytest.mark.parametrize(
+    "hidden", [".out.partial-0123abcd", ".data.partial-0123abcd", ".lmscale-partial-0123abcd"]
+)
+def test_a_folder_left_behind_does_not_make_the_files_around_it_ours(tmp_path, hidden):
+    """Of a sibling, which is prepared inside of the directory; or of a filling that had moved nothing yet."""
+    for name in ("vocab.txt", "tokenizer.json"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / hidden).mkdir()
+    assert not is_replaceable(tmp_path)
+    remove_abandoned_folders(tmp_path)
+    assert {"tokenizer.json", "vocab.txt"} <= set(names_in(tmp_path))
+
+
+def test_a_file_that_came_after_a_killed_move_is_left_alone(tmp_path):
+    tmp_path = tmp_path / "data"
+    tmp_path.mkdir()
+    assert run_killed(tmp_path, 1) == -signal.SIGKILL
+    (moved,) = [name for name in names_in(tmp_path) if not name.startswith(".")]
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "mine").replace(tmp_path / moved)
+    assert not is_replaceable(tmp_path)
+    remove_abandoned_folders(tmp_path)
+    assert names_in(tmp_path) == [moved]
+
+
+def test_folders_of_other_directories_are_left_alone(tmp_path):
+    others = [
+        ".a.partial-0123abcd.partial-0123abcd",
+        ".ab.partial-0123abcd",
+        ".a.partial-mine",
+        ".a.partial-0123abcd",
+    ]
+    for name in others:
+        (tmp_path / name).mkdir()
+    replace(tmp_path / "a")
+    assert names_in(tmp_path) == [*sorted(others[:3]), "a"]
+
+
+def test_a_file_that_comes_into_the_directory_meanwhile_is_not_overwritten(tmp_path):
+    with PreparedDirectoryWriter(tmp_path) as writer:
+        writer.write_file("vocab.txt", b"x")
+        (tmp_path / "vocab.txt").write_text("mine")
+        with pytest.raises(ValueError, match=r"by others while it is prepared. Received: \['vocab.txt'\]"):
+            writer.finish({})
+    assert names_in(tmp_path) == ["vocab.txt"]
+    assert (tmp_path / "vocab.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("function", ["_lock", "remove_abandoned_folders"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_interruption_at_the_start_leaves_nothing_behind(tmp_path, monkeypatch, existing, function):
+    if existing:
+        (tmp_path / "data").mkdir()
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepared_directory, function, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        PreparedDirectoryWriter(tmp_path / "data")
+    assert [path.name for path in tmp_path.rglob("*")] == ["data"] * existing
+
+
+def test_a_folder_that_another_process_removes_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    lock, calls = prepared_directory._lock, []
+
+    def slow_lock(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            folder.rmdir()  # Before it is opened,
+        descriptor = lock(folder)
+        if len(calls) == 2:
+            folder.rmdir()  # between that and the lock,
+        if len(calls) == 3:
+            os.close(descriptor)
+            raise BlockingIOError  # or about to.
+        return descriptor
+
+    monkeypatch.setattr(prepared_directory, "_lock", slow_lock)
+    with PreparedDirectoryWriter(tmp_path / "data") as writer:
+        writer.write_file("vocab.txt", b"x")
+        writer.finish({})
+    assert len(set(calls)) == 4
+    assert names_in(tmp_path / "data") == ["manifest.json", "vocab.txt"]
+
+
+def test_links_that_go_in_a_circle_are_named(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("loop", "loop/x"):
+        with pytest.raises(
+            ValueError, match=r"loop.*must lead to a place. Received: .*loop, a link that leads back"
+        ):
+            PreparedDirectoryWriter(tmp_path / name)
+    assert names_in(tmp_path) == ["loop"]

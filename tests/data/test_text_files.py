@@ -4,6 +4,7 @@ import gzip
 import lzma
 import random
 import tarfile
+import time
 
 import pytest
 
@@ -145,7 +146,17 @@ def test_an_archive_of_files_is_not_text(tmp_path):
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
-@pytest.mark.parametrize("text", ["the cat sat\non a mat\n", "Чай, да\nЮля\n", "naïve café\n", "x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the cat sat\non a mat\n",
+        "Чай, да\nЮля\n",
+        "naïve café\n",
+        "x",
+        "ਪੰਜਾਬੀ ਭਾਸ਼ਾ ਬੋਲੀ ਹੈ\n" * 9,
+        "ਪ is a letter\n",
+    ],
+)
 @pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
 def test_wide_encodings_are_named(tmp_path, encoding, text, compress):
     path = tmp_path / "text"
@@ -178,6 +189,42 @@ def test_stray_zero_bytes_are_text(tmp_path, text):
     assert "\n".join(lines_of(path)) == text.removesuffix("\n")
 
 
+def test_a_few_zero_bytes_in_a_large_text_are_text(tmp_path):
+    """Also where they stand as in UTF-16 in the last block, which is short."""
+    path = tmp_path / "text"
+    lines = ["some words of a line"] * 49_932 + ["a\0a\0a\0"]
+    path.write_text("\n".join(lines))
+    assert lines_of(path) == lines
+
+
+def test_text_with_the_mark_of_tar_is_text(tmp_path):
+    path = tmp_path / "text"
+    for text in ("x" * 257 + "ustar", "x" * 257 + "ustar  \0" + "y" * 1000):
+        path.write_text(text)
+        assert lines_of(path) == [text]
+
+
+@pytest.mark.parametrize("compress", ["one stream", "many members"])
+def test_text_without_blanks_is_read_in_linear_time(tmp_path, compress):
+    content = random.Random(0).randbytes(4 << 20).hex().encode()
+    path = tmp_path / "text"
+    size = len(content) if compress == "one stream" else 500
+    starts = range(0, len(content), size)
+    path.write_bytes(b"".join(gzip.compress(content[start : start + size], 1) for start in starts))
+    before = time.process_time()
+    assert lines_of(path) == [content.decode()]
+    assert time.process_time() - before < 1.5
+
+
+def test_what_comes_before_damage_is_handed_out(tmp_path):
+    path = tmp_path / "text.gz"
+    path.write_bytes(gzip.compress(b"one\ntwo\nthr") + b"more")
+    blocks = read_blocks(path)
+    assert next(blocks).lines == ["one", "two"]
+    with pytest.raises(ValueError, match="damaged behind line 2"):
+        next(blocks)
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
 def test_suffix_that_lies(tmp_path, suffix):
     path = tmp_path / f"text{suffix}"
@@ -206,18 +253,28 @@ def test_pattern_errors_name_what_was_received(tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "a").write_text("x\n")
     (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "a.bz2").write_text("x\n")
     for patterns, message in [
         (["missing"], "train: no such file. Received: '.*missing'"),
         (["*.nothing"], r"train: no file matches. Received: '.*\*.nothing'"),
         (["empty"], "empty' is empty"),
-        ([""], "regular files. Received: '.*', a directory"),
+        ([""], "regular files. Received: '.*', a directory. Name the files in it"),
+        (["nowhere"], "regular files. Received: '.*nowhere', a link that leads to no file. Mend"),
+        (["no*"], "regular files. Received: '.*nowhere', a link that leads to no file. Mend"),
+        (["loop"], "regular files. Received: '.*loop', a link that leads to no file. Mend"),
+        (["loop/x"], "train: no such file. Received: '.*loop/x'"),
         (["a", "a"], "once. Received twice: '.*a'"),
         (["a", "link"], "once. Received twice: '.*link'"),
         (["a.bz2"], ".bz2 is not read"),
     ]:
         with pytest.raises(ValueError, match=message):
             expand_patterns([f"{tmp_path}/{pattern}" for pattern in patterns], flag="train")
+    with pytest.raises(
+        ValueError, match=r"train: no name in the list may be empty. Received: 'a,'. Remove a comma"
+    ):
+        expand_patterns(["a", ""], flag="train")
     with pytest.raises(ValueError, match="train must name at least one file"):
         expand_patterns([], flag="train")
     with pytest.raises(ValueError, match="a pipe or device"):

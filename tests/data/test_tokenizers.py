@@ -4,12 +4,15 @@
 
 import random
 import struct
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from lmscale.data import tokenizers
 from lmscale.data.tokenizers import make_tokenizer, tokenizer_names
+from lmscale.data.word_breaks import WordCutter
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,11 +78,13 @@ def test_a_new_tokenizer_is_one_class(monkeypatch):
 
 
 def test_errors_name_what_was_received(tmp_path):
-    with pytest.raises(ValueError, match=r"one of characters, sentencepiece, .*, words. Received: 'bpe'"):
+    with pytest.raises(
+        ValueError, match=r"one of characters, sentencepiece, .*, words. Received: 'bpe'. Choose"
+    ):
         make_tokenizer("bpe", options={})
     with pytest.raises(ValueError, match="sentencepiece_model does not apply to tokenizer=words"):
         make_tokenizer("words", options={"sentencepiece_model": "m"})
-    with pytest.raises(ValueError, match="tokenizer=sentencepiece needs sentencepiece_model"):
+    with pytest.raises(ValueError, match=r"sentencepiece needs sentencepiece_model. Received none. Set s"):
         make_tokenizer("sentencepiece", options={"sentencepiece_model": None})
     with pytest.raises(ValueError, match=r"must be a file. Received: '.*nothing'"):
         make_tokenizer("sentencepiece", options={"sentencepiece_model": str(tmp_path / "nothing")})
@@ -93,6 +98,13 @@ def learned(text, *, vocab_size=None, min_count=1):
     tokenizer = make_tokenizer("wordpiece", options={})
     tokenizer.learn([text[:7], text[7:]], vocab_size=vocab_size, min_count=min_count)
     return tokenizer, tokenizer.files()["tokenizer.wordpiece.txt"].decode().split("\n")[:-1]
+
+
+def letter_pieces(text):
+    """Every letter at each place where it occurs."""
+    cutter = WordCutter(keep_phrases=True)
+    words = [word for line in text for word in cutter.cut(line)]
+    return {word[0] for word in words} | {f"##{letter}" for word in words for letter in word[1:]}
 
 
 def joined(pieces):
@@ -140,10 +152,10 @@ def test_wordpiece_file_is_read_by_tensorflow_text():
 
 
 def test_wordpiece_vocab_size_too_small():
-    letters = len(set("".join(WORDPIECE_TEXT)) - {" "})
-    with pytest.raises(ValueError, match=rf"vocab_size must be at least {2 * letters + 2} .*vocab_size=9\."):
+    smallest = len(letter_pieces(WORDPIECE_TEXT)) + 2
+    with pytest.raises(ValueError, match=rf"vocab_size must be at least {smallest} .*vocab_size=9\."):
         learned(WORDPIECE_TEXT, vocab_size=9)
-    learned(WORDPIECE_TEXT, vocab_size=2 * letters + 2)
+    learned(WORDPIECE_TEXT, vocab_size=smallest)
     with pytest.raises(ValueError, match="must hold a word"):
         learned(["", " "], vocab_size=99)
     with pytest.raises(
@@ -171,8 +183,7 @@ def test_wordpiece_spells_every_word_of_the_training_text(text):
     lines = tokenizer.tokenize(text)
     for line, pieces in zip(text, lines, strict=True):
         assert joined(pieces) == line.replace(" ", "")
-    letters = set("".join(text)) - {" "}
-    assert letters | {f"##{letter}" for letter in letters} <= set(vocabulary)
+    assert letter_pieces(text) <= set(vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +207,7 @@ def test_wordpiece_learns_the_words_of_phrases_without_blanks(words, words_of_a_
 def test_wordpiece_min_count_is_of_letters():
     text = ["aaab caab", "bxa yyb", "日本語日本", "c" * 60]
     tokenizer, vocabulary = learned(text, min_count=2)
-    assert set("abcy日本") | {f"##{letter}" for letter in "abcy日本"} <= set(vocabulary)
+    assert letter_pieces(text) - set(vocabulary) == {"##x", "##語"}
     assert not {"x", "##x", "語", "##語"} & set(vocabulary)
     lines = tokenizer.tokenize(text)
     assert joined(lines[1]) == "b<unk>ayyb"
@@ -220,15 +231,66 @@ def test_wordpiece_spells_the_book_that_ships():
         assert spelt == line
 
 
-def test_wordpiece_learns_from_long_words_in_linear_time(monkeypatch):
-    """A word is counted by its stretches, of which one of n letters has n * (n + 1) / 2; in parts of 50, 26 * n."""
-    counts = {"ab" * 10_000: 1, "short": 3}
-    words = tokenizers._learned_words(counts, set("abshort"))
-    assert sorted(words[:2]) == [("ab" * 25, 204), ("ba" * 25, 204)]
-    assert max(len(word) for word, _ in words) == 50
-    assert sum(len(word) * count for word, count in words) < 1.03 * 20_000
-    monkeypatch.setattr(tokenizers, "_LEARNED_STRETCHES", 16)
-    assert tokenizers._learned_words({"short": 3, "ab": 2, "sh": 1}, set("abshort")) == [("short", 3)]
+def test_wordpiece_learns_from_long_words_in_parts(monkeypatch):
+    assert tokenizers._parts("a" * 16 + "b" * 16 + "c") == ["a" * 16, "##" + "b" * 16, "##c"]
+    counts = {"abcd": 3, "##xad": 2, "d": 1}
+    words = tokenizers._learned_words(counts, set("abd"))
+    assert words == [("", "ab", 3), ("##", "d", 3), ("##", "ad", 2), ("", "d", 1)]
+    monkeypatch.setattr(tokenizers, "_LEARNED_LETTERS", 3)
+    assert tokenizers._learned_words(counts, set("abd")) == words[:2]
+
+
+def test_wordpiece_learns_what_tensorflow_text_does():
+    learner = pytest.importorskip("tensorflow_text.tools.wordpiece_vocab.wordpiece_tokenizer_learner_lib")
+    params = learner.Params(
+        upper_thresh=None,
+        lower_thresh=None,
+        num_iterations=4,
+        max_input_tokens=None,
+        max_token_length=16,
+        max_unique_chars=None,
+        vocab_size=None,
+        slack_ratio=None,
+        include_joiner_token=True,
+        joiner="##",
+        reserved_tokens=[],
+    )
+    rng = random.Random(0)
+    for _ in range(10):
+        words = Counter("".join(rng.choices("abcd", k=rng.randint(1, 12))) for _ in range(300))
+        letters = {mark + letter for mark in ("", "##") for letter in "abcd"}
+        marked = [("", word, count) for word, count in words.items()]
+        for threshold in (1, 2, 4, 9):
+            expected = learner.learn_with_thresh(words.items(), threshold, params)
+            pieces = tokenizers._pieces_at_threshold(marked, letters, threshold)
+            assert pieces == [piece for piece in expected if piece not in letters]
+
+
+@pytest.mark.parametrize("text", ["".join(map(chr, range(0x4E00, 0x4E00 + 8000))), "qwertyuiop"])
+def test_wordpiece_learns_from_text_without_blanks_in_time(text):
+    """A learner that counts all stretches of each phrase takes minutes."""
+    rng = random.Random(0)
+    before = time.process_time()
+    learned(["".join(rng.choices(text, k=100_000))])
+    assert time.process_time() - before < 30
+
+
+def test_wordpiece_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(tokenizers, "_COUNTED_PARTS", 50)
+    monkeypatch.setattr(tokenizers, "_CACHED_WORDS", 10)
+    text = [*[f"{chr(i)}rare" for i in range(0x400, 0x500)], *["often seen"] * 50]
+    counted = []
+    learn = tokenizers._learned_words
+    monkeypatch.setattr(tokenizers, "_learned_words", lambda *args: counted.append(args[0]) or learn(*args))
+    tokenizer = make_tokenizer("wordpiece", options={})
+    tokenizer.learn([text[i : i + 20] for i in range(0, len(text), 20)], vocab_size=None)
+    assert len(counted[0]) <= 50
+    for word, pieces in zip(text[:256], tokenizer.tokenize(text), strict=False):
+        assert joined(pieces) == word  # Letters of words that were forgotten have pieces.
+    assert tokenizer.tokenize(["often"]) == [["often"]]
+    tokenizer.tokenize(["x" * 1000])
+    assert len(tokenizer._pieces_of_word) <= 10
+    assert max(map(len, tokenizer._pieces_of_word)) < 1000
 
 
 def test_wordpiece_pieces_do_not_depend_on_the_order_of_the_text():

@@ -66,3 +66,10 @@ def test_errors_name_what_was_received():
         build_vocabulary({"a": 4, "<eos>": 1}, min_count=5)
     with pytest.raises(ValueError, match=r"white space. Received: 'a b'"):
         build_vocabulary({"a b": 4, "<eos>": 1})
+
+
+def test_text_without_a_token_is_told():
+    with pytest.raises(
+        ValueError, match=r"must hold a token. Received: nothing but 3 <eos> and 0 <unk>, as of blank"
+    ):
+        build_vocabulary({"<eos>": 3}, min_count=1)

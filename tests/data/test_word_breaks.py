@@ -53,9 +53,8 @@ def is_joined(text, place):
         return True
     if text[place - 1] == "\u200d" and regex.match(r"\p{Extended_Pictographic}", text[place]):  # 3c
         return True
-    first = (
-        text[0] if class_of(text[0]) in EXTENDERS else ""
-    )  # At the start there is nothing that it could extend.
+    # At the start there is nothing that it could extend.
+    first = text[0] if class_of(text[0]) in EXTENDERS else ""
     seen = [class_of(c) for c in first + "".join(c for c in text[:place] if class_of(c) not in EXTENDERS)]
     following = [class_of(c) for c in text[place:] if class_of(c) not in EXTENDERS]
     before, last, next_, behind = (*[""] * 2, *seen)[-2], seen[-1], following[0], (*following, "")[1]
@@ -200,6 +199,7 @@ def test_emoji_stay_whole(emoji):
 
 def test_emoji_beside_each_other():
     assert WordCutter().cut("🇩🇪🇫🇷🇬😀😀❤️👍🏽x") == ["🇩🇪", "🇫🇷", "🇬", "😀", "😀", "❤️", "👍🏽", "x"]
+    assert WordCutter().cut("1️⃣2️⃣ 3️⃣") == ["1️⃣2️⃣", "3️⃣"]  # By UAX 29 digits with marks.
 
 
 @pytest.mark.parametrize(
@@ -215,6 +215,11 @@ def test_joiners_and_selectors_that_shape_letters_stay(word):
     [
         ("می\u200c", ["می"]),
         ("Auf\u200clage", ["Auflage"]),
+        ("ก\u200cข", ["ก", "ข"]),
+        ("ກ\u200dຂ", ["ກ", "ຂ"]),
+        ("ཀ\u200cཁ", ["ཀཁ"]),
+        ("ក\u200cខ", ["ក", "ខ"]),
+        ("က\u200cခ", ["က", "ခ"]),
         ("a\u200db \u200d x\u200d", ["ab", "x"]),
         ("می\u200c\u200cخواهم", ["می\u200cخواهم"]),
         ("😀\u200d x\ufe0f 1\ufe0f", ["😀", "x", "1"]),
@@ -242,9 +247,8 @@ def test_separators_are_blanks(letters_of_classes, separator):
     cutter = WordCutter()
     assert cutter.cut(f"a{separator}b {separator} {separator}c") == ["a", "b", "c"]
     for text in random_texts(letters_of_classes, num=300):
-        assert cutter.cut(text[:2] + separator + text[2:]) == cutter.cut(text[:2] + " " + text[2:]), ascii(
-            text
-        )
+        with_blank = cutter.cut(text[:2] + " " + text[2:])
+        assert cutter.cut(text[:2] + separator + text[2:]) == with_blank, ascii(text)
 
 
 @pytest.mark.parametrize("keep_phrases", [False, True])
@@ -256,6 +260,16 @@ def test_no_token_is_empty_or_invisible_and_nothing_visible_is_lost(letters_of_c
         assert all(map(visible, tokens)), ascii(text)
         assert visible("".join(tokens)) == visible(text), ascii(text)
         assert all(token.split() == [token] for token in tokens), ascii(text)
+
+
+@pytest.mark.parametrize("keep_phrases", [False, True])
+def test_tokens_are_cut_into_themselves(letters_of_classes, keep_phrases):
+    cut = WordCutter(keep_phrases=keep_phrases).cut
+    rng = random.Random(0)
+    mixed = "aبمیकष्ကខกཀ日カ한א1.,:'\"_\u200c\u200d\ufe0f\u20e3\u180b\u0300😀👍🏽🇩🇪\u00ad\u200bᠬ"
+    texts = ["".join(rng.choices(mixed, k=rng.randint(1, 12))) for _ in range(5000)]
+    for text in [*random_texts(letters_of_classes, num=3000), *texts]:
+        assert cut(" ".join(cut(text))) == cut(text), text.encode("unicode_escape")
 
 
 def test_memory_of_chunks_is_bounded(monkeypatch):
