@@ -170,8 +170,8 @@ class WordpieceTokenizer(Tokenizer):
 
     Memory is bounded, whatever the text: of very many different words the rarest are forgotten while it is read.
 
-    Source: Schuster and Nakajima 2012; the pieces are those that tensorflow_text learns at the same threshold. Words
-    are cut from the left, always by the longest piece that fits.
+    Source: Schuster and Nakajima 2012; the steps of learning are tensorflow_text's. Words are cut from the left, always
+    by the longest piece that fits.
     """
 
     learns = True
@@ -297,10 +297,10 @@ class SentencepieceTokenizer(Tokenizer):
 _WORDPIECE_UNK = "[UNK]"
 _JOINER = "##"
 _LONGEST_PIECE = 16
-_ITERATIONS = 4
+_BEFORE_INSIDE = "\0"  # Stands for the letters before a part of a word; no word has it.
 _SLACK = 0.05
 # These bound the time and memory of learning, and the memory of spelling.
-_LEARNED_LETTERS = 3_000_000
+_LEARNED_STEPS = 50_000_000
 _COUNTED_PARTS = 4_000_000
 _CACHED_WORDS = 1 << 18
 _LONGEST_CACHED_WORD = 64
@@ -338,9 +338,9 @@ def _learned_words(part_counts: Mapping[str, int], letters: Set[str]) -> list[tu
         for stretch in re.finditer("[^ ]+", known):
             at_start = stretch.start() == 0 and text == part
             counts["" if at_start else _JOINER, stretch.group()] += count
-    words, room = [], _LEARNED_LETTERS
+    words, room = [], _LEARNED_STEPS
     for (mark, text), count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        room -= len(text)
+        room -= len(text) + len(text) ** 3 // 6  # The learner takes each beginning of each stretch.
         if room < 0:
             break
         words.append((mark, text, count))
@@ -385,32 +385,29 @@ def _learn_wordpieces(
 def _pieces_at_threshold(
     words: Sequence[tuple[str, str, int]], letters: Set[str], threshold: int
 ) -> list[str]:
-    """The pieces of several letters that occur at least `threshold` times, falling by count.
+    """The pieces of several letters that occur at least `threshold` times, as tensorflow_text learns them.
 
-    tensorflow_text's `learn_with_thresh` counts each stretch of each word, and then takes off, from the longest on, the
-    count of each stretch from that of all its beginnings. What is left of a stretch are its occurrences at the end of
-    words. They are counted here to begin with: the same pieces, in a time that grows with the letters of a word, not
-    with their cube.
+    The limits that come with its learner (letters of a word, letters of the alphabet, words) would lose text: it is
+    given none to apply. In its words, the inside of a word is what does not stand at the start.
     """
-    kept: dict[str, int] = {}
-    pieces: Set[str] = letters
-    longest = 1
-    for iteration in range(_ITERATIONS):
-        counts: dict[str, int] = {}
-        for mark, text, count in words:
-            # From the second time on stretches start where pieces do.
-            ends = range(1, len(text) + 1) if iteration == 0 else _ends(text, mark, pieces, longest)
-            counts[mark + text] = counts.get(mark + text, 0) + count
-            for start in ends[:-1]:
-                stretch = _JOINER + text[start:]
-                counts[stretch] = counts.get(stretch, 0) + count
-        previous = kept
-        kept = {key: count for key, count in counts.items() if count >= threshold and key not in letters}
-        if kept.keys() == previous.keys():
-            break
-        pieces = letters | kept.keys()
-        longest = max(map(len, pieces))
-    return sorted(kept, key=lambda piece: (-kept[piece], piece))
+    from tensorflow_text.tools.wordpiece_vocab import wordpiece_tokenizer_learner_lib as learner
+
+    params = learner.Params(
+        upper_thresh=None,
+        lower_thresh=None,
+        num_iterations=4,
+        max_input_tokens=None,
+        max_token_length=len(_BEFORE_INSIDE) + _LONGEST_PIECE,
+        max_unique_chars=None,
+        vocab_size=None,
+        slack_ratio=None,
+        include_joiner_token=True,
+        joiner=_JOINER,
+        reserved_tokens=[],
+    )
+    counted = [(f"{_BEFORE_INSIDE if mark else ''}{text}", count) for mark, text, count in words]
+    found = learner.learn_with_thresh(counted, threshold, params)
+    return [piece for piece in found if _BEFORE_INSIDE not in piece and piece not in letters]
 
 
 def _ends(text: str, mark: str, pieces: Set[str], longest: int) -> Sequence[int]:
