@@ -54,12 +54,11 @@ class Encoder:
         if example.shape[-1] != embed_dim:
             self.projection = keras.layers.Dense(embed_dim, use_bias=False, name="projection")
             self.projection.build(example.shape)
-        layers = body.layers + ([self.projection] if self.projection else [])
-        keras_layers.check_settings(layers)
-        keras_layers.freeze_what_is_frozen(layers)
+        keras_layers.check_settings(self.layers)
+        keras_layers.freeze_what_is_frozen(self.layers)
         self.check_all_listed(tape.watched_variables())
         self._check_same_on_every_device(num_replicas)
-        self._call = _OneCall(layers)
+        self._call = _OneCall(self.layers)
         if body.causal:
             if probe_shape is None or (body.stateful and window > 1):
                 probe_shape = batch_size, window
@@ -169,9 +168,8 @@ class _OneCall(keras.layers.Layer):
         return run()
 
     def _open_name_scope(self):
-        return (
-            contextlib.nullcontext()
-        )  # Operations keep their names, by which TensorFlow orders its rewriting.
+        # Operations keep their names, by which TensorFlow orders its rewriting of the graph.
+        return contextlib.nullcontext()
 
 
 def _check_output(example, *, body, shape):
