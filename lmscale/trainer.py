@@ -324,7 +324,7 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
         _check_nothing_lost(workdir)
     else:
         run.resume(metadata)
-        workdir.mark_saved(step=trainer.step)
+        workdir.mark_saved()
         _logger.info("resuming at step %d", trainer.step)
     # From here on it is another run than the one that finished; a mistake in the settings was noticed before.
     workdir.clear_finished()
@@ -457,7 +457,7 @@ class _Run:
             },
             validation_loss_nats=validation_loss,
         )
-        self.workdir.mark_saved(step=self.trainer.step)
+        self.workdir.mark_saved()
 
     def _steps_of_next_call(self):
         """steps_per_call, or fewer up to the next step at which something is due."""

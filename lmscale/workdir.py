@@ -84,17 +84,14 @@ class Workdir:
     def saved_path(self) -> Path:
         return self.path / "saved.json"
 
-    def mark_saved(self, *, step: int) -> None:
+    def mark_saved(self) -> None:
         """Records that the run has a checkpoint: whoever finds none later knows that it was lost.
 
         Call it when a checkpoint is on disk, not before: a run that dies in its first save has nothing to lose.
-
-        Args:
-          step: of that checkpoint. The first that is recorded stays.
         """
         self._check_writer()
         if not self.saved_path.exists():
-            replace_file(self.saved_path, text=json.dumps({"first_step": step}) + "\n")
+            replace_file(self.saved_path, text=json.dumps({"saved": True}) + "\n")
 
     def has_saved(self) -> bool:
         """Whether the run ever had a checkpoint."""

@@ -45,7 +45,7 @@ def expand_patterns(patterns: Sequence[str], *, flag: str) -> list[Path]:
     """Files named by paths and globs: in the order given, those of a glob sorted by name.
 
     Args:
-      patterns: paths or globs (`*`, `?`, `[...]`, `**`); `~` is expanded.
+      patterns: paths or globs (`*`, `?`, `[...]`, `**`).
       flag: what the user calls them, for the messages.
     Raises:
       ValueError: if there is none, a glob matches nothing, or a file is missing, empty, not a regular

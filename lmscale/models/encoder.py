@@ -160,7 +160,7 @@ class _OneCall(keras.layers.Layer):
 
     def __init__(self, layers):
         super().__init__(dtype="float32", autocast=False, name="body")
-        self.inner_layers = layers
+        self.inner_layers = layers  # Keras asks them for their losses.
         self.built = True
 
     def call(self, inputs, run, training):
