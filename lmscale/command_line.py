@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from lmscale import keras_settings, paths, stop_signals
-from lmscale.doing import what_was_done
+from lmscale.doing import doing, what_was_done
 
 # The flags that are defined by way of this module belong to the module that asks for them.
 flags.disclaim_key_flags()
@@ -41,10 +41,11 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
         if len(argv) > 1:
             return _fail(f"this command takes flags only. Received also: {' '.join(argv[1:])}. {_SEE_HELP}")
         try:
-            keras_settings.check_surroundings()
-            code = main(argv)
-            sys.stdout.flush()  # While an error still gets a message.
-            return code
+            with doing(f"running {os.path.basename(argv[0])}"):  # What nothing inside tells more exactly.
+                keras_settings.check_surroundings()
+                code = main(argv)
+                sys.stdout.flush()  # While an error still gets a message.
+                return code
         except BrokenPipeError:  # Who read our output has seen enough.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -195,9 +196,8 @@ def _is_lack_of_memory(error: Exception) -> bool:
 
 
 def _lack_of_memory(error: Exception) -> str:
-    doing = what_was_done(error)
     return (
-        f"there must be memory for what was asked for. Received: none left{f' while {doing}' if doing else ''} "
+        f"there must be memory for what was asked for. Received: none left while {what_was_done(error)} "
         f"({_message(error)}). Ask for less; or, for tables that take more than half of a host's memory, set "
         "TF_ONEDNN_USE_SYSTEM_ALLOCATOR=1."
     )

@@ -45,6 +45,7 @@ def main(argv):
             with doing("forking"):
                 raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         case 11: print("m\u4e2d", flush=True)
+        case 15: raise MemoryError
         case 12: print(FILE.value, FILES.value)
         case 13:
             logging.warning("noted")
@@ -175,6 +176,9 @@ def test_lack_of_memory_says_what_was_being_done(tool):
     code, _, stderr = tool("--start=10")
     assert code == 2
     assert "none left while forking (Cannot allocate memory)" in stderr
+    code, _, stderr = tool("--start=15")
+    assert code == 2
+    assert "none left while running tool.py (MemoryError)" in stderr
 
 
 def test_paths_of_flags(tool):

@@ -182,7 +182,8 @@ def prepare(
         remove_abandoned_folders(output)
         if not overwrite and not is_empty(output):
             inputs = corpus.describe(on_bytes=_meter("checking", corpus.num_bytes(SPLITS), report))
-            return _already_prepared(output, options=options, inputs=inputs), False
+            with doing("reading what is there already"):
+                return _already_prepared(output, options=options, inputs=inputs), False
 
     with PreparedDirectoryWriter(output, replace=overwrite) as writer:
         inputs = corpus.describe(on_bytes=_meter("checking", corpus.num_bytes(SPLITS), report))
@@ -203,21 +204,23 @@ def prepare(
         del counts
         with doing("writing the ids of the splits"):
             splits = _write_splits(corpus, tokenizer, vocabulary, writer, report)
-        manifest = {
-            "options": options,
-            "inputs": inputs,
-            "vocabulary": {
-                **writer.write_file(VOCAB_FILE, vocabulary.to_text().encode()),
-                "size": len(vocabulary),
-                "unk_id": vocabulary.unk_id,
-                "eos_id": vocabulary.eos_id,
-                "types_in_train_text": num_types,
-            },
-            "splits": splits,
-            "tokenizer_files": [writer.write_file(*item) for item in sorted(tokenizer.files().items())],
-        }
-        writer.finish(manifest)
-    return PreparedData.open(output, verify=False), True
+        with doing(f"writing the vocabulary, of {len(vocabulary):,} rows"):
+            manifest = {
+                "options": options,
+                "inputs": inputs,
+                "vocabulary": {
+                    **writer.write_file(VOCAB_FILE, vocabulary.to_text().encode()),
+                    "size": len(vocabulary),
+                    "unk_id": vocabulary.unk_id,
+                    "eos_id": vocabulary.eos_id,
+                    "types_in_train_text": num_types,
+                },
+                "splits": splits,
+                "tokenizer_files": [writer.write_file(*item) for item in sorted(tokenizer.files().items())],
+            }
+            writer.finish(manifest)
+    with doing("reading what was written"):
+        return PreparedData.open(output, verify=False), True
 
 
 def _count(corpus: Corpus, tokenizer: Tokenizer, report: Report) -> Counter[str]:

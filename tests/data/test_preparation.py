@@ -14,6 +14,7 @@ from lmscale.data import text_files
 from lmscale.data.preparation import Corpus, LineBlockSplit, prepare
 from lmscale.data.token_files import PreparedData
 from lmscale.data.tokenizers import make_tokenizer
+from lmscale.doing import what_was_done
 
 ROOT = Path(__file__).parents[2]
 CORPORA = ROOT.parent / "shared" / "data"
@@ -337,6 +338,26 @@ def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("place", "doing"),
+    [
+        ("lmscale.data.preparation._count", "counting the tokens of the training text"),
+        ("lmscale.data.preparation.build_vocabulary", "sorting the vocabulary, of 6 types"),
+        ("lmscale.data.preparation._write_splits", "writing the ids of the splits"),
+        ("lmscale.data.vocab.Vocabulary.to_text", "writing the vocabulary, of 6 rows"),
+        ("lmscale.data.preparation.PreparedData.open", "reading what was written"),
+    ],
+)
+def test_lack_of_memory_says_what_was_being_done(tmp_path, monkeypatch, place, doing):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(MemoryError) as error:
+        run(corpus_of(tmp_path / "in"), tmp_path / "out")
+    assert what_was_done(error.value) == doing
 
 
 def corpus_named(name, suffix):
