@@ -4,7 +4,7 @@ A gin file names what it uses by import, so that the code it configures needs no
 
     from __gin__ import dynamic_registration
     from lmscale import experiment
-    from lmscale.models import lstm
+    from lmscale.bodies import lstm
     include 'shared/defaults.gin'               # beside this file, or else from the working directory
     TRAIN_STEPS = 1_000                         # a macro
     experiment.Experiment.train_steps = %TRAIN_STEPS
@@ -406,7 +406,7 @@ def _advise(message):
         return f"{match[1]} does not exist: {match[2]} has no {match[3]!r}.{near}"
     if match := re.fullmatch(r"'(.*)' was not provided by an import statement", message):
         return (
-            f"{match[1]!r} is not imported. Import its module in the gin file (from lmscale.models import "
+            f"{match[1]!r} is not imported. Import its module in the gin file (from lmscale.bodies import "
             "lstm, say) and write names as imported: lstm.lstm_body. A macro needs no import: NAME = value."
         )
     if match := re.fullmatch(r"No configurable matching (?:reference )?'(.*)'.*", message):

@@ -8,10 +8,10 @@ from rich.table import Table
 from lmscale import keras_settings
 from lmscale.data.token_files import PreparedData
 from lmscale.model import make_encoder
+from lmscale.softmax.streamed import default_block_rows
+from lmscale.tables.placement import Placement
+from lmscale.tables.table import table_layout
 from lmscale.trainer import training_batches
-from lmscale.vocabulary.full_softmax import default_block_rows
-from lmscale.vocabulary.placement import Placement
-from lmscale.vocabulary.table import table_layout
 
 _FLOAT_BYTES = 4
 

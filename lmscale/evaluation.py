@@ -14,7 +14,7 @@ from lmscale.distribution import collectives
 from lmscale.doing import doing
 from lmscale.metrics import progress
 from lmscale.model import LanguageModel
-from lmscale.vocabulary.full_softmax import full_softmax_loss
+from lmscale.softmax.full import full_softmax_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Evaluator:
         batch_size, window: lanes, and time steps of each in a batch.
         eos_id: what comes before the first token.
         compute_dtype: of the products.
-        loss: a `TrainingLoss` to measure beside the exact one, on the same hidden states; None for none.
+        loss: a `Head` to measure beside the exact one, on the same hidden states; None for none.
         seed: of that loss's candidates.
         """
         self._model = model

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from lmscale.losses.training_loss import TrainingLoss
-from lmscale.models.body import Body
-from lmscale.vocabulary.row_optimizers import RowOptimizer
+from lmscale.bodies.body import Body
+from lmscale.parameters.update_rules import UpdateRule
+from lmscale.softmax.head import Head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Experiment:
       window: time steps of an example.
       embed_dim: width of the vocabulary table.
       body: function of no arguments that returns a `Body`; called in the strategy's scope.
-      loss: function (vocab_size=, counts=) that returns the `TrainingLoss`.
+      loss: function (vocab_size=, counts=) that returns the `Head`.
       row_optimizer: rule for the table's rows.
       body_optimizer: rule for the body's variables.
       clip_norm: bound on the global norm of the gradient, over body and rows together; None for none.
@@ -46,9 +46,9 @@ class Experiment:
     window: int
     embed_dim: int
     body: Callable[[], Body]
-    loss: Callable[..., TrainingLoss]
-    row_optimizer: RowOptimizer
-    body_optimizer: RowOptimizer
+    loss: Callable[..., Head]
+    row_optimizer: UpdateRule
+    body_optimizer: UpdateRule
     seed: int
     log_every: int
     eval_every: int

@@ -4,10 +4,10 @@ import numpy as np
 import tensorflow as tf
 
 from lmscale import keras_settings
+from lmscale.bodies.encoder import Encoder
 from lmscale.checkpoints import CheckpointItem
 from lmscale.distribution import collectives
-from lmscale.models.encoder import Encoder
-from lmscale.vocabulary.table import ShardedTable
+from lmscale.tables.table import ShardedTable
 
 
 class LanguageModel:

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from lmscale import hparams_tab
+from lmscale.bodies.dropout import DropoutStream
 from lmscale.checkpoints import CheckpointItem, Checkpoints
 from lmscale.data.batches import ContiguousBatches, Prefetcher, ShuffledWindows
 from lmscale.data.token_files import PreparedData
@@ -17,9 +18,8 @@ from lmscale.doing import doing
 from lmscale.evaluation import Evaluator
 from lmscale.metrics import MetricsWriter, device_memory_mib, format_log_line, progress, read_metrics
 from lmscale.model import LanguageModel
-from lmscale.models.dropout import DropoutStream
 from lmscale.stop_signals import collect_stop_signals
-from lmscale.vocabulary.table import RowGradients
+from lmscale.tables.table import RowGradients
 
 _logger = logging.getLogger(__name__)
 

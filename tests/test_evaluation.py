@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from references import log_softmax, lstm, lstm_weights
 
+from lmscale.bodies.body import keras_body
+from lmscale.bodies.lstm import lstm_body
 from lmscale.evaluation import EvaluationResult, Evaluator
 from lmscale.experiment import Experiment
-from lmscale.losses.full import FullSoftmax
-from lmscale.losses.sampled import SampledSoftmax
 from lmscale.model import LanguageModel
-from lmscale.models.body import keras_body
-from lmscale.models.lstm import lstm_body
-from lmscale.vocabulary.row_optimizers import SGD
-from lmscale.vocabulary.samplers import LogUniformSampler
+from lmscale.parameters.update_rules import SGD
+from lmscale.softmax.full import FullSoftmax
+from lmscale.softmax.sampled import SampledSoftmax
+from lmscale.softmax.samplers import LogUniformSampler
 
 VOCAB_SIZE, EMBED_DIM, EOS_ID = 211, 6, 2
 TOKENS = np.random.default_rng(1).integers(0, VOCAB_SIZE, 101)

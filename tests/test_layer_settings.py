@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 from test_trainer import EMBED_DIM, trainer
 
-from lmscale.models.body import Body, keras_body
-from lmscale.vocabulary.row_optimizers import SGD, Adam
+from lmscale.bodies.body import Body, keras_body
+from lmscale.parameters.update_rules import SGD, Adam
 
 LEARNING_RATE = 0.1
 REPLICAS = [1, 2, 3]

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from lmscale.bodies.lstm import lstm_body
 from lmscale.checkpoints import CheckpointItem
 from lmscale.experiment import Experiment
 from lmscale.model import LanguageModel
-from lmscale.models.lstm import lstm_body
-from lmscale.vocabulary.row_optimizers import SGD, Adagrad, Adam, RowWiseAdagrad
+from lmscale.parameters.update_rules import SGD, Adagrad, Adam, RowWiseAdagrad
 
 VOCAB_SIZE, EMBED_DIM = 103, 6
 

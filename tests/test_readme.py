@@ -187,7 +187,7 @@ REPLACED = {
     "mixed_sampler": ("samplers.", "sampled.SampledSoftmax.sampler"),
     "contrastive": ("sampled.", "experiment.Experiment.loss "),
     "full.FullSoftmax": ("samplers.", "sampled.", "experiment.Experiment.loss "),
-    "RowWiseAdagrad": ("rows/row_optimizers", "experiment.Experiment.row_optimizer "),
+    "RowWiseAdagrad": ("rows/update_rules", "experiment.Experiment.row_optimizer "),
     "convolution": ("lstm.", "experiment.Experiment.body "),
     "keras_body": ("lstm.", "experiment.Experiment.body "),
     "transplanted_lstm": ("lstm.", "experiment.Experiment.body "),
@@ -252,9 +252,9 @@ import os
 import numpy as np
 
 import lmscale
-import lmscale.losses
-import lmscale.models
-import lmscale.vocabulary
+import lmscale.softmax
+import lmscale.bodies
+import lmscale.softmax
 from lmscale import configuration
 from lmscale.checkpoints import Checkpoints
 from lmscale.trainer import Trainer
@@ -273,7 +273,7 @@ SIZES = ("EMBED_DIM = 8", "HIDDEN_DIM = 12", "GLOBAL_BATCH_SIZE = 4", "WINDOW = 
 
 
 def main(configs, folder):
-    for package in (lmscale.losses, lmscale.models, lmscale.vocabulary):
+    for package in (lmscale.softmax, lmscale.bodies, lmscale.softmax):
         package.__path__.append(os.path.join(folder, *package.__name__.split(".")))
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     recurrent = None

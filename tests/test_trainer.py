@@ -6,13 +6,13 @@ import keras
 import numpy as np
 import pytest
 
+from lmscale.bodies.body import Body, keras_body
+from lmscale.bodies.lstm import lstm_body
 from lmscale.experiment import Experiment
-from lmscale.losses.sampled import SampledSoftmax
-from lmscale.models.body import Body, keras_body
-from lmscale.models.lstm import lstm_body
+from lmscale.parameters.update_rules import SGD
+from lmscale.softmax.sampled import SampledSoftmax
+from lmscale.softmax.samplers import LogUniformSampler
 from lmscale.trainer import Trainer
-from lmscale.vocabulary.row_optimizers import SGD
-from lmscale.vocabulary.samplers import LogUniformSampler
 
 VOCAB_SIZE, EMBED_DIM = 53, 6
 

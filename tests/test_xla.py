@@ -4,13 +4,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from lmscale.losses.sampled import SampledSoftmax
-from lmscale.models.dropout import DropoutStream
-from lmscale.models.encoder import Encoder
-from lmscale.models.lstm import lstm_body
-from lmscale.vocabulary.row_optimizers import Adam
-from lmscale.vocabulary.samplers import LogUniformSampler
-from lmscale.vocabulary.table import RowGradients, ShardedTable
+from lmscale.bodies.dropout import DropoutStream
+from lmscale.bodies.encoder import Encoder
+from lmscale.bodies.lstm import lstm_body
+from lmscale.parameters.update_rules import Adam
+from lmscale.softmax.sampled import SampledSoftmax
+from lmscale.softmax.samplers import LogUniformSampler
+from lmscale.tables.table import RowGradients, ShardedTable
 
 VOCAB_SIZE, EMBED_DIM, BATCH, WINDOW = 1003, 12, 4, 5
 

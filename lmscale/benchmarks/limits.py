@@ -17,9 +17,9 @@ from lmscale.benchmarks.peers.peer import ModelShape
 from lmscale.benchmarks.synthetic import ZipfText
 from lmscale.data.batches import ContiguousBatches
 from lmscale.distribution.strategies import make_strategy
+from lmscale.softmax.full import full_softmax_loss
+from lmscale.tables.table import PulledRows, RowGradients
 from lmscale.trainer import window_gradients
-from lmscale.vocabulary.full_softmax import full_softmax_loss
-from lmscale.vocabulary.table import PulledRows, RowGradients
 
 _SQUARE = 2048
 _WHOLE = "pull, loss, push, update"

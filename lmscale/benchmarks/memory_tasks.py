@@ -7,8 +7,8 @@ import numpy as np
 from lmscale.benchmarks.machine import reset_peak, resident_mib
 from lmscale.benchmarks.peers.peer import ModelShape
 from lmscale.distribution.strategies import make_strategy
-from lmscale.vocabulary import row_optimizers
-from lmscale.vocabulary.table import table_layout
+from lmscale.parameters import update_rules
+from lmscale.tables.table import table_layout
 
 _SPARE_MIB = 256  # What building a large table takes beside it, a block of rows several times.
 
@@ -57,7 +57,7 @@ def measure_largest(*, shape, rule, options, limit_gib):
     from lmscale.benchmarks.own_step import make_trainer
 
     strategy = make_strategy()
-    optimizer = getattr(row_optimizers, rule)(learning_rate=0.001, **options)
+    optimizer = getattr(update_rules, rule)(learning_rate=0.001, **options)
     shape = ModelShape(**shape)
     # What everything but the table takes, measured on a small one.
     small = dataclasses.replace(shape, vocab_size=10 * shape.num_sampled)
@@ -95,8 +95,8 @@ def measure_evaluation(*, shape, tokens):
     """Peak of an exact evaluation of `tokens` tokens above the table and what the process was before it, in MiB."""
     import tensorflow as tf
 
-    from lmscale.vocabulary.full_softmax import full_softmax_loss
-    from lmscale.vocabulary.table import ShardedTable
+    from lmscale.softmax.full import full_softmax_loss
+    from lmscale.tables.table import ShardedTable
 
     shape = ModelShape(**shape)
     strategy = make_strategy()

@@ -7,13 +7,13 @@ import tensorflow as tf
 
 from lmscale.benchmarks.peers.peer import Peer
 from lmscale.benchmarks.synthetic import ZipfText
+from lmscale.bodies.lstm import lstm_body
 from lmscale.distribution.strategies import make_strategy
 from lmscale.experiment import Experiment
-from lmscale.losses.sampled import SampledSoftmax
-from lmscale.models.lstm import lstm_body
+from lmscale.parameters.update_rules import Adam
+from lmscale.softmax.sampled import SampledSoftmax
+from lmscale.softmax.samplers import LogUniformSampler
 from lmscale.trainer import Trainer
-from lmscale.vocabulary.row_optimizers import Adam
-from lmscale.vocabulary.samplers import LogUniformSampler
 
 
 def sampled_softmax(shape, *, compute_dtype):

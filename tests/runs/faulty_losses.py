@@ -5,7 +5,7 @@ import dataclasses
 import tensorflow as tf
 
 from lmscale.distribution import collectives
-from lmscale.losses.sampled import SampledSoftmax
+from lmscale.softmax.sampled import SampledSoftmax
 
 
 class FaultySoftmax(SampledSoftmax):

@@ -9,11 +9,11 @@ import tiny_runs
 from faulty_losses import FaultySoftmax
 
 from lmscale import trainer
+from lmscale.bodies.lstm import lstm_body
 from lmscale.checkpoints import Checkpoints
 from lmscale.experiment import Experiment
-from lmscale.models.lstm import lstm_body
-from lmscale.vocabulary.row_optimizers import Adam
-from lmscale.vocabulary.samplers import LogUniformSampler
+from lmscale.parameters.update_rules import Adam
+from lmscale.softmax.samplers import LogUniformSampler
 from lmscale.workdir import Workdir
 
 EXIT_NON_FINITE = 3

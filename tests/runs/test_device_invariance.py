@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from lmscale.vocabulary.placement import Placement
-from lmscale.vocabulary.row_optimizers import Adam
-from lmscale.vocabulary.table import ShardedTable
+from lmscale.parameters.update_rules import Adam
+from lmscale.tables.placement import Placement
+from lmscale.tables.table import ShardedTable
 
 DEVICES = (1, 2, 3, 4, 8)
 # Only the order of float32 sums differs. Measured: 3e-7.

@@ -7,13 +7,13 @@ import pytest
 import tiny_runs
 
 from lmscale import dry_run
+from lmscale.bodies.lstm import lstm_body
 from lmscale.experiment import Experiment
-from lmscale.losses.full import FullSoftmax
-from lmscale.losses.sampled import SampledSoftmax
-from lmscale.models.lstm import lstm_body
-from lmscale.vocabulary.row_optimizers import SGD, Adagrad
-from lmscale.vocabulary.samplers import LogUniformSampler
-from lmscale.vocabulary.table import ShardedTable
+from lmscale.parameters.update_rules import SGD, Adagrad
+from lmscale.softmax.full import FullSoftmax
+from lmscale.softmax.sampled import SampledSoftmax
+from lmscale.softmax.samplers import LogUniformSampler
+from lmscale.tables.table import ShardedTable
 
 EMBED_DIM = 40
 

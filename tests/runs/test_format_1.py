@@ -1,6 +1,6 @@
 """A checkpoint that version 0.1.0 wrote, in format 1, is resumed and evaluated: the numbers are those it gave itself.
 
-Written on 2 devices at step 20 of 40, with `format_1/config.gin`.
+Written on 2 devices at step 20 of 40, with `format_1/config.gin`; `resumed.gin` says the same in the names of today.
 """
 
 import json
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("num_devices", [1, 2, 3])
 def test_resumes_and_evaluates(data, mirrored, num_devices):
-    config = configuration.load([str(FOLDER / "config.gin")], [f"DATA_DIR = {str(data.directory)!r}"])
+    config = configuration.load([str(FOLDER / "resumed.gin")], [f"DATA_DIR = {str(data.directory)!r}"])
     trainer = Trainer(config.experiment, data=data, strategy=mirrored(num_devices))
     checkpoints = Checkpoints(FOLDER / "checkpoints", readonly=True)
     metadata = checkpoints.restore(trainer.checkpoint_items())

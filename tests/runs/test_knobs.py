@@ -14,13 +14,13 @@ from keras.optimizers.schedules import CosineDecay, LearningRateSchedule
 from tensorflow.python.framework import config as framework_config
 
 from lmscale import configuration, factories, trainer
+from lmscale.bodies.body import keras_body
+from lmscale.bodies.lstm import lstm_body
 from lmscale.experiment import Experiment
-from lmscale.losses.full import FullSoftmax
-from lmscale.losses.sampled import SampledSoftmax
-from lmscale.models.body import keras_body
-from lmscale.models.lstm import lstm_body
-from lmscale.vocabulary.row_optimizers import SGD, Adagrad, Adam, RowOptimizer, RowWiseAdagrad
-from lmscale.vocabulary.samplers import LogUniformSampler, UniformSampler, UnigramSampler
+from lmscale.parameters.update_rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
+from lmscale.softmax.full import FullSoftmax
+from lmscale.softmax.sampled import SampledSoftmax
+from lmscale.softmax.samplers import LogUniformSampler, UniformSampler, UnigramSampler
 from lmscale.workdir import Workdir
 
 CONFIGS = sorted((tiny_runs.REPOSITORY / "configs").glob("*.gin"))
@@ -40,7 +40,7 @@ def content(value):
         return type(value), {f.name: content(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, LearningRateSchedule):
         return type(value), value.get_config()
-    if isinstance(value, RowOptimizer):
+    if isinstance(value, UpdateRule):
         return type(value), {name: content(v) for name, v in vars(value).items()}
     if isinstance(value, tuple):
         return tuple(map(content, value))

@@ -16,10 +16,10 @@ from __gin__ import dynamic_registration
 
 from keras import layers
 from lmscale import experiment
-from lmscale.losses import sampled
-from lmscale.models import body
-from lmscale.vocabulary import row_optimizers
-from lmscale.vocabulary import samplers
+from lmscale.softmax import sampled
+from lmscale.bodies import body
+from lmscale.parameters import update_rules
+from lmscale.softmax import samplers
 
 experiment.Experiment.data_dir = %DATA_DIR
 experiment.Experiment.train_steps = 200
@@ -40,10 +40,10 @@ layers.GRU.dropout = 0.3
 experiment.Experiment.loss = @sampled.SampledSoftmax
 sampled.SampledSoftmax.sampler = @samplers.LogUniformSampler
 samplers.LogUniformSampler.num_sampled = 64
-experiment.Experiment.body_optimizer = @row_optimizers.SGD()
-experiment.Experiment.row_optimizer = @row_optimizers.RowWiseAdagrad()
-row_optimizers.SGD.learning_rate = 0.1
-row_optimizers.RowWiseAdagrad.learning_rate = 0.1
+experiment.Experiment.body_optimizer = @update_rules.SGD()
+experiment.Experiment.row_optimizer = @update_rules.RowWiseAdagrad()
+update_rules.SGD.learning_rate = 0.1
+update_rules.RowWiseAdagrad.learning_rate = 0.1
 """
 
 

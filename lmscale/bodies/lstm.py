@@ -1,0 +1,141 @@
+"""LSTM stack, the body of the word-level literature."""
+
+from typing import Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from lmscale.bodies.body import Body
+from lmscale.bodies.dropout import check_rate
+from lmscale.bodies.recurrence import lstm_sequence
+from lmscale.distribution.strategies import runs_on_cpu
+
+_LEAST_STEPS_OF_A_PART = 11
+
+
+class LstmBody(Body):
+    """`num_layers` Keras LSTM layers; the state is carried across windows."""
+
+    stateful = True
+
+    def __init__(
+        self, *, hidden_dims, dropout, embedding_dropout, output_dropout, dropout_over_time, compute_dtype
+    ):
+        policy = {"experiment": None, "float32": "float32", "bfloat16": "mixed_bfloat16"}[compute_dtype]
+        super().__init__(
+            [
+                keras.layers.LSTM(dim, return_sequences=True, return_state=True, dtype=policy)
+                for dim in hidden_dims
+            ]
+        )
+        self._hidden_dims = hidden_dims
+        self._dropout = dropout
+        self._embedding_dropout = embedding_dropout
+        self._output_dropout = output_dropout
+        self._dropout_over_time = dropout_over_time
+
+    def initial_state(self, batch_size):
+        """[h, c] of each layer, zeros."""
+        return [tf.zeros([batch_size, dim]) for dim in self._hidden_dims for _ in range(2)]
+
+    def __call__(self, inputs, state, *, dropout):
+        def drop(x, rate):
+            return x if dropout is None else dropout.dropout(x, rate, over_time=self._dropout_over_time)
+
+        x, state = self._run_layers(drop(inputs, self._embedding_dropout), state, dropout)
+        return drop(x, self._output_dropout), [tf.cast(s, tf.float32) for s in state]
+
+    def _run_layers(self, inputs, state, dropout):
+        """Takes a window through all layers; returns the last one's outputs and the new state.
+
+        Part of it after part: while a layer is at one part, another core can take the layer below through the next.
+        """
+        batch, time, _ = inputs.shape
+        state, factors, outputs = list(state), {}, []
+        num_parts = max(1, time // _LEAST_STEPS_OF_A_PART) if runs_on_cpu() and len(self.layers) > 1 else 1
+        for steps in np.array_split(np.arange(time), num_parts):
+            x = inputs[:, steps[0] : steps[-1] + 1]
+            for i, layer in enumerate(self.layers):
+                if i and dropout is not None:
+                    if i not in factors:  # One mask for the whole window.
+                        factors[i] = dropout.factors(
+                            [batch, time, x.shape[2]],
+                            self._dropout,
+                            dtype=x.dtype,
+                            over_time=self._dropout_over_time,
+                        )
+                    if factors[i] is not None:
+                        x *= (
+                            factors[i] if self._dropout_over_time else factors[i][:, steps[0] : steps[-1] + 1]
+                        )
+                x, *state[2 * i : 2 * i + 2] = _run_layer(layer, x, state[2 * i : 2 * i + 2])
+            outputs.append(x)
+        return tf.concat(outputs, axis=1), state
+
+
+def _run_layer(layer, inputs, state):
+    """(outputs, h, c) of a Keras LSTM layer: by Keras, which knows cuDNN, except on CPUs."""
+    if not runs_on_cpu():
+        return layer(inputs, initial_state=[tf.cast(s, inputs.dtype) for s in state])
+    if not layer.built:
+        layer.build(inputs.shape)
+    weights = (layer.cell.kernel, layer.cell.recurrent_kernel, layer.cell.bias)
+    kernel, recurrent_kernel, bias = (w.value for w in weights)
+    return lstm_sequence(
+        inputs,
+        *state,
+        kernel=kernel,
+        recurrent_kernel=recurrent_kernel,
+        bias=bias,
+        compute_dtype=layer.compute_dtype,
+    )
+
+
+def lstm_body(
+    *,
+    num_layers: int,
+    hidden_dim: int,
+    last_hidden_dim: int | None = None,
+    dropout: float = 0.0,
+    embedding_dropout: float | None = None,
+    output_dropout: float | None = None,
+    dropout_over_time: bool = False,
+    compute_dtype: Literal["experiment", "float32", "bfloat16"] = "experiment",
+) -> LstmBody:
+    """LSTM stack with dropout on the embeddings, between the layers and on the output.
+
+    Args:
+      num_layers: layers, at least 1.
+      hidden_dim: width of each.
+      last_hidden_dim: width of the last one; None for hidden_dim. embed_dim here saves the projection.
+      dropout: rate between layers.
+      embedding_dropout, output_dropout: rates on the embeddings and on the last layer's output; None for `dropout`.
+      dropout_over_time: keep one mask over the time steps of a window (`DropoutStream.dropout`).
+      compute_dtype: of the layers' products; "experiment" for that of the `Experiment`, which the exact evaluation's
+        softmax has too.
+
+    Source: Zaremba et al. 2014 (arXiv:1409.2329): dropout on the non-recurrent connections only; windows that continue
+    each other, the state carried and not differentiated through.
+    """
+    if num_layers < 1 or hidden_dim < 1 or (last_hidden_dim is not None and last_hidden_dim < 1):
+        raise ValueError(
+            f"num_layers and hidden dims must be at least 1. Received: num_layers={num_layers}, "
+            f"hidden_dim={hidden_dim}, last_hidden_dim={last_hidden_dim}. Set NUM_LAYERS and HIDDEN_DIM."
+        )
+    if compute_dtype not in ("experiment", "float32", "bfloat16"):
+        raise ValueError(
+            "compute_dtype must be 'experiment', 'float32' or 'bfloat16'. Received: "
+            f"compute_dtype={compute_dtype!r}."
+        )
+    embedding_dropout = dropout if embedding_dropout is None else embedding_dropout
+    output_dropout = dropout if output_dropout is None else output_dropout
+    check_rate(dropout=dropout, embedding_dropout=embedding_dropout, output_dropout=output_dropout)
+    return LstmBody(
+        hidden_dims=[hidden_dim] * (num_layers - 1) + [last_hidden_dim or hidden_dim],
+        dropout=dropout,
+        embedding_dropout=embedding_dropout,
+        output_dropout=output_dropout,
+        dropout_over_time=dropout_over_time,
+        compute_dtype=compute_dtype,
+    )

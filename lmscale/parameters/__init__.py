@@ -1,0 +1,1 @@
+"""Parameters: how each starts, and how it is updated."""

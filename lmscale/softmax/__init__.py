@@ -1,0 +1,1 @@
+"""The softmax over a table: heads, samplers, the formulas and their gradients."""

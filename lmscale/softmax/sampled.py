@@ -1,0 +1,337 @@
+"""The sampled softmax: cross-entropy against a few sampled classes, with its gradients written out.
+
+With x_j the logit of sampled class j less its log expected count (and removed hits at -1e30), x the same for
+the label, and z = logsumexp_j x_j, the loss of a token is softplus(z - x). One softmax over the sampled
+logits therefore gives everything: with p_j = softmax(x)_j,
+
+    d loss / d x_j = sigmoid(z - x) p_j        d loss / d x = -sigmoid(z - x)
+
+The only [tokens, num_sampled] arrays are the logits, the hits (one byte each) and p.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import tensorflow as tf
+
+from lmscale.softmax.head import Head, HeadGradients
+from lmscale.softmax.products import float32_product
+from lmscale.softmax.samplers import Sampler
+
+# Finite, so that a token whose every sampled class is a hit has loss 0 and gradient 0 rather than NaN.
+_REMOVED_LOGIT = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledSoftmaxGradients:
+    """Loss per token, and the gradients of sum(loss_weights * loss_nats).
+
+    Attributes:
+      loss_nats: [tokens] float32, not weighted.
+      hidden: [tokens, embed_dim], dtype of the hidden given.
+      true_rows: [tokens, embed_dim] float32.
+      sampled_rows: [num_sampled, embed_dim] float32.
+      true_bias: [tokens] float32.
+      sampled_bias: [num_sampled] float32.
+    """
+
+    loss_nats: tf.Tensor
+    hidden: tf.Tensor
+    true_rows: tf.Tensor
+    sampled_rows: tf.Tensor
+    true_bias: tf.Tensor
+    sampled_bias: tf.Tensor
+
+
+def sampled_softmax_loss(
+    hidden,
+    *,
+    true_rows,
+    sampled_rows,
+    labels,
+    sampled_ids,
+    true_log_expected_count,
+    sampled_log_expected_count,
+    true_bias=None,
+    sampled_bias=None,
+    remove_accidental_hits=True,
+):
+    """Cross-entropy of each token against its label and the sampled classes. Training only.
+
+    Each logit has the log of its class's expected count among the sampled ids subtracted, which makes the
+    expected sum over the sampled classes that of the full softmax. An id sampled twice counts twice, as the
+    expected count supposes. Differentiable once, in hidden, rows and biases.
+
+    Args:
+      hidden: [tokens, embed_dim] float32, bfloat16 or float16. Products are taken in this dtype; logits,
+        softmax and loss are float32 always.
+      true_rows: [tokens, embed_dim], the softmax row of each label, dtype of hidden.
+      sampled_rows: [num_sampled, embed_dim], the softmax row of each sampled id, dtype of hidden.
+      labels: [tokens] int.
+      sampled_ids: [num_sampled] int.
+      true_log_expected_count: [tokens] float32, of each label; zeros for no correction.
+      sampled_log_expected_count: [num_sampled] float32, of each sampled id.
+      true_bias: [tokens] or None.
+      sampled_bias: [num_sampled] or None.
+      remove_accidental_hits: leave out, for each token, the sampled ids that are its label: every copy of an
+        id drawn repeatedly, where tf.nn.sampled_softmax_loss leaves out one.
+
+    Returns:
+      [tokens] float32, nats, unreduced.
+
+    Raises:
+      ValueError: if dtypes or static shapes disagree.
+
+    Communication: none.
+    Source: Jean et al. 2015, arXiv:1412.2007, section 3; the loss of tf.nn.sampled_softmax_loss.
+    """
+    hidden, true_rows, sampled_rows, true_offset, sampled_offset, hits = _prepare(
+        hidden,
+        true_rows,
+        sampled_rows,
+        labels,
+        sampled_ids,
+        true_log_expected_count,
+        sampled_log_expected_count,
+        true_bias,
+        sampled_bias,
+        remove_accidental_hits,
+    )
+
+    @tf.custom_gradient
+    def loss(hidden, true_rows, sampled_rows, true_offset, sampled_offset):
+        loss_nats, probabilities, sampled_share = _forward(
+            hidden, true_rows, sampled_rows, true_offset, sampled_offset, hits
+        )
+
+        def backward(loss_weights):
+            d_hidden, d_true, d_sampled, d_true_offset, d_sampled_offset = _backward(
+                hidden, true_rows, sampled_rows, probabilities, sampled_share, loss_weights
+            )
+            return (
+                d_hidden,
+                tf.cast(d_true, true_rows.dtype),
+                tf.cast(d_sampled, sampled_rows.dtype),
+                d_true_offset,
+                d_sampled_offset,
+            )
+
+        return loss_nats, backward
+
+    return loss(hidden, true_rows, sampled_rows, true_offset, sampled_offset)
+
+
+def sampled_softmax_value_and_gradients(
+    hidden,
+    *,
+    true_rows,
+    sampled_rows,
+    labels,
+    sampled_ids,
+    true_log_expected_count,
+    sampled_log_expected_count,
+    loss_weights,
+    true_bias=None,
+    sampled_bias=None,
+    remove_accidental_hits=True,
+):
+    """`sampled_softmax_loss` with its gradients, computed directly: no gradient tape.
+
+    Args:
+      loss_weights: [tokens] float32: what each token's loss is multiplied by in the sum that is
+        differentiated, for example 1 / (tokens of the global batch), or 0 for padding.
+      The others: as in `sampled_softmax_loss`.
+
+    Returns:
+      SampledSoftmaxGradients. Gradients of absent biases are those a bias of zeros would have.
+
+    Raises:
+      ValueError: if dtypes or static shapes disagree.
+
+    Communication: none.
+    Source: as `sampled_softmax_loss`.
+    """
+    hidden, true_rows, sampled_rows, true_offset, sampled_offset, hits = _prepare(
+        hidden,
+        true_rows,
+        sampled_rows,
+        labels,
+        sampled_ids,
+        true_log_expected_count,
+        sampled_log_expected_count,
+        true_bias,
+        sampled_bias,
+        remove_accidental_hits,
+    )
+    loss_weights = tf.cast(loss_weights, tf.float32)
+    _check_shape("loss_weights", loss_weights, hidden.shape[:1])
+    loss_nats, probabilities, sampled_share = _forward(
+        hidden, true_rows, sampled_rows, true_offset, sampled_offset, hits
+    )
+    d_hidden, d_true, d_sampled, d_true_offset, d_sampled_offset = _backward(
+        hidden, true_rows, sampled_rows, probabilities, sampled_share, loss_weights
+    )
+    return SampledSoftmaxGradients(
+        loss_nats=loss_nats,
+        hidden=d_hidden,
+        true_rows=d_true,
+        sampled_rows=d_sampled,
+        true_bias=d_true_offset,
+        sampled_bias=d_sampled_offset,
+    )
+
+
+def _prepare(
+    hidden,
+    true_rows,
+    sampled_rows,
+    labels,
+    sampled_ids,
+    true_log_expected_count,
+    sampled_log_expected_count,
+    true_bias,
+    sampled_bias,
+    remove_accidental_hits,
+):
+    """Checks the arguments; returns hidden, rows, the offset of each logit, and the hits or None."""
+    hidden, true_rows, sampled_rows = (tf.convert_to_tensor(x) for x in (hidden, true_rows, sampled_rows))
+    if hidden.dtype not in (tf.float32, tf.bfloat16, tf.float16) or not (
+        hidden.dtype == true_rows.dtype == sampled_rows.dtype
+    ):
+        raise ValueError(
+            "hidden, true_rows and sampled_rows must share one dtype of float32, bfloat16 or float16. "
+            f"Received: hidden={hidden.dtype.name}, true_rows={true_rows.dtype.name}, "
+            f"sampled_rows={sampled_rows.dtype.name}. Cast them to the compute dtype."
+        )
+    if hidden.shape.rank != 2 or sampled_rows.shape.rank != 2:
+        raise ValueError(
+            "hidden must be [tokens, embed_dim] and sampled_rows [num_sampled, embed_dim]. Received: "
+            f"hidden={hidden.shape}, sampled_rows={sampled_rows.shape}. Flatten batch and time into tokens."
+        )
+    tokens, embed_dim = hidden.shape
+    num_sampled = sampled_rows.shape[0]
+    # int64, because TensorFlow compares int32 on the host of a GPU.
+    labels, sampled_ids = tf.cast(labels, tf.int64), tf.cast(sampled_ids, tf.int64)
+    true_offset = -tf.cast(true_log_expected_count, tf.float32)
+    sampled_offset = -tf.cast(sampled_log_expected_count, tf.float32)
+    _check_shape("true_rows", true_rows, [tokens, embed_dim])
+    _check_shape("sampled_rows", sampled_rows, [num_sampled, embed_dim])
+    _check_shape("labels", labels, [tokens])
+    _check_shape("sampled_ids", sampled_ids, [num_sampled])
+    _check_shape("true_log_expected_count", true_offset, [tokens])
+    _check_shape("sampled_log_expected_count", sampled_offset, [num_sampled])
+    if true_bias is not None:
+        true_bias = tf.cast(true_bias, tf.float32)
+        _check_shape("true_bias", true_bias, [tokens])
+        true_offset += true_bias
+    if sampled_bias is not None:
+        sampled_bias = tf.cast(sampled_bias, tf.float32)
+        _check_shape("sampled_bias", sampled_bias, [num_sampled])
+        sampled_offset += sampled_bias
+    hits = labels[:, tf.newaxis] == sampled_ids[tf.newaxis, :] if remove_accidental_hits else None
+    return hidden, true_rows, sampled_rows, true_offset, sampled_offset, hits
+
+
+def _check_shape(name, tensor, expected):
+    if not tensor.shape.is_compatible_with(expected):
+        raise ValueError(
+            f"{name} must have shape {tf.TensorShape(expected)}, as hidden and sampled_rows imply. Received: "
+            f"{name}.shape={tensor.shape}. Pass one entry per token or per sampled id."
+        )
+
+
+def _forward(hidden, true_rows, sampled_rows, true_offset, sampled_offset, hits):
+    """Returns loss [tokens], softmax over the sampled classes [tokens, num_sampled], their share [tokens]."""
+    # bias_add rather than +: on CPUs it is fused into the product.
+    logits = tf.nn.bias_add(float32_product(hidden, sampled_rows, transpose_b=True), sampled_offset)
+    if hits is not None:
+        logits = tf.where(hits, tf.constant(_REMOVED_LOGIT, tf.float32), logits)
+    probabilities = tf.nn.softmax(logits)
+    # The largest probability is 1 / sum(exp(logit - max)): the logsumexp without another pass of exp.
+    logsumexp = tf.reduce_max(logits, axis=1) - tf.math.log(tf.reduce_max(probabilities, axis=1))
+    true_logits = true_offset + tf.reduce_sum(
+        tf.cast(hidden, tf.float32) * tf.cast(true_rows, tf.float32), axis=1
+    )
+    margin = logsumexp - true_logits
+    return tf.nn.softplus(margin), probabilities, tf.sigmoid(margin)
+
+
+def _backward(hidden, true_rows, sampled_rows, probabilities, sampled_share, loss_weights):
+    """Gradients of sum(loss_weights * loss): hidden, true rows, sampled rows, true offset, sampled offset."""
+    share = sampled_share * loss_weights
+    scaled_hidden = share[:, tf.newaxis] * tf.cast(hidden, tf.float32)
+    # In bfloat16 these two products sum in float32 and round once, at the end.
+    narrow = tf.cast(probabilities, hidden.dtype)
+    mean_row = tf.cast(tf.matmul(narrow, sampled_rows), tf.float32)
+    d_hidden = share[:, tf.newaxis] * (mean_row - tf.cast(true_rows, tf.float32))
+    d_sampled = tf.matmul(narrow, tf.cast(scaled_hidden, hidden.dtype), transpose_a=True)
+    d_sampled_offset = tf.linalg.matvec(probabilities, share, transpose_a=True)
+    return (
+        tf.cast(d_hidden, hidden.dtype),
+        -scaled_hidden,
+        tf.cast(d_sampled, tf.float32),
+        -share,
+        d_sampled_offset,
+    )
+
+
+class SampledSoftmax(Head):
+    """Cross-entropy against the label and a sample of the vocabulary, shared by the tokens of the global batch."""
+
+    name = "sampled"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        counts: np.ndarray | None,
+        sampler: Callable[..., Sampler],
+        remove_accidental_hits: bool = True,
+        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+    ):
+        """Args:
+        vocab_size: rows of the table.
+        counts: [vocab_size] int, how often each id occurs in the training data.
+        sampler: function (vocab_size=, counts=) that returns a `Sampler`.
+        remove_accidental_hits: take a sampled id out of the loss of the tokens whose label it is.
+        compute_dtype: of the products; logits are float32.
+        """
+        self.sampler = sampler(vocab_size=vocab_size, counts=counts)
+        self.remove_accidental_hits = remove_accidental_hits
+        self.compute_dtype = tf.as_dtype(compute_dtype)
+
+    def num_shared_rows(self, *, global_tokens):
+        return self.sampler.num_sampled or global_tokens
+
+    def candidates(self, *, seed, labels):
+        return self.sampler.candidates(seed=seed, labels=labels)
+
+    def value_and_gradients(self, hidden, *, labels, loss_weights, pulled, candidates, table):
+        del table
+        result = sampled_softmax_value_and_gradients(
+            tf.cast(hidden, self.compute_dtype),
+            true_rows=tf.cast(pulled.embedding, self.compute_dtype),
+            true_bias=pulled.bias,
+            sampled_rows=tf.cast(pulled.shared_embedding, self.compute_dtype),
+            sampled_bias=pulled.shared_bias,
+            labels=labels,
+            sampled_ids=candidates.sampled_ids,
+            true_log_expected_count=self.sampler.log_expected_count(
+                labels, num_draws=candidates.sampled_ids.shape[0]
+            ),
+            sampled_log_expected_count=candidates.sampled_log_expected_count,
+            loss_weights=loss_weights,
+            remove_accidental_hits=self.remove_accidental_hits,
+        )
+        return HeadGradients(
+            loss=result.loss_nats,
+            hidden=tf.cast(result.hidden, tf.float32),
+            true_rows=result.true_rows,
+            true_bias=result.true_bias,
+            shared_rows=result.sampled_rows,
+            shared_bias=result.sampled_bias,
+        )

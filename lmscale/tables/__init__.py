@@ -1,0 +1,1 @@
+"""Tables: rows of a vocabulary, sharded over the devices, and how they travel."""

@@ -1,1 +1,0 @@
-"""The core: the sharded table, its samplers, losses and row optimizers."""
