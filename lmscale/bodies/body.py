@@ -1,20 +1,22 @@
 """What sits between the embedding and the softmax.
 
 To add a body, add a file here with a function that returns a `Body`, or wrap a Keras layer in `keras_body`; name it in
-the gin file as `Experiment.body`. The trainer knows nothing else about it.
+the gin file as the task's body. The task knows nothing else about it.
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import keras
+
+from lmscale.parameters.layers import name_of
 
 
 class Body(abc.ABC):
     """[batch, time, embed_dim] -> [batch, time, hidden], perhaps with a state carried from window to window.
 
     Attributes:
-      layers: the Keras layers whose variables are trained and saved.
+      layers: {name: Keras layer} of those whose variables are trained and saved; the names are part of their paths.
       stateful: whether consecutive windows must continue the same streams of text.
       causal: whether no output may depend on later inputs, which a probe checks when the body is built. False only for
         a task that shows the whole text, such as classification: a language model would predict what it has seen.
@@ -23,8 +25,8 @@ class Body(abc.ABC):
     stateful = False
     causal = True
 
-    def __init__(self, layers):
-        self.layers = list(layers)
+    def __init__(self, layers: Mapping[str, keras.layers.Layer]):
+        self.layers = dict(layers)
 
     def initial_state(self, batch_size):
         """State at the start of a text: a list of [batch_size, ...] tensors, empty for a stateless body."""
@@ -51,11 +53,12 @@ class KerasBody(Body):
     """
 
     def __init__(self, layer, *, causal=True):
-        super().__init__([layer])
+        super().__init__({name_of(layer): layer})
+        self._layer = layer
         self.causal = causal
 
     def __call__(self, inputs, state, *, dropout):
-        return self.layers[0](inputs, training=dropout is not None), state
+        return self._layer(inputs, training=dropout is not None), state
 
 
 def keras_body(*, layer: Callable[[], keras.layers.Layer], causal: bool = True) -> Body:

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from lmscale.bodies.keras_layers import describe
+from lmscale.parameters.keras_layers import describe
 
 _logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def check_causal(encoder, *, batch_size, window):
       ValueError: naming the layer.
     """
     body = encoder.body
-    shape = [batch_size, window, encoder.embed_dim]
+    shape = [batch_size, window, encoder.input_dim]
 
     @tf.function(autograph=False)
     def outputs(inputs):
@@ -41,7 +41,8 @@ def check_causal(encoder, *, batch_size, window):
         hidden, _ = encoder(tf.convert_to_tensor(inputs), body.initial_state(batch_size), dropout=None)
         return tf.cast(hidden, tf.float32)
 
-    weights = [v for v in encoder.variables.values() if tf.as_dtype(v.dtype).is_floating]
+    variables = {id(v): v for layer in encoder.layers.values() for v in layer.variables}
+    weights = [v for v in variables.values() if tf.as_dtype(v.dtype).is_floating]
     before = [v.numpy() for v in weights]
     generator = np.random.default_rng(1)
     try:
@@ -161,7 +162,7 @@ def _mixes_examples(outputs, inputs, unchanged, *, tolerance):
 
 def _culprit(body, shape, *, tolerance):
     """The first layer of a sequence whose output sees the future; of another body, its layers."""
-    layers = body.layers
+    layers = list(body.layers.values())
     if len(layers) == 1 and isinstance(layers[0], keras.Sequential):
         for i, layer in enumerate(layers[0].layers):
 
@@ -180,4 +181,4 @@ def _culprit(body, shape, *, tolerance):
 
 
 def _named(body):
-    return describe(body.layers) or type(body).__name__
+    return describe(list(body.layers.values())) or type(body).__name__

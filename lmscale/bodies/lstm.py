@@ -22,12 +22,12 @@ class LstmBody(Body):
     def __init__(
         self, *, hidden_dims, dropout, embedding_dropout, output_dropout, dropout_over_time, compute_dtype
     ):
-        policy = {"experiment": None, "float32": "float32", "bfloat16": "mixed_bfloat16"}[compute_dtype]
+        policy = {None: None, "float32": "float32", "bfloat16": "mixed_bfloat16"}[compute_dtype]
         super().__init__(
-            [
-                keras.layers.LSTM(dim, return_sequences=True, return_state=True, dtype=policy)
-                for dim in hidden_dims
-            ]
+            {
+                f"lstm_{i}": keras.layers.LSTM(dim, return_sequences=True, return_state=True, dtype=policy)
+                for i, dim in enumerate(hidden_dims)
+            }
         )
         self._hidden_dims = hidden_dims
         self._dropout = dropout
@@ -56,7 +56,7 @@ class LstmBody(Body):
         num_parts = max(1, time // _LEAST_STEPS_OF_A_PART) if runs_on_cpu() and len(self.layers) > 1 else 1
         for steps in np.array_split(np.arange(time), num_parts):
             x = inputs[:, steps[0] : steps[-1] + 1]
-            for i, layer in enumerate(self.layers):
+            for i, layer in enumerate(self.layers.values()):
                 if i and dropout is not None:
                     if i not in factors:  # One mask for the whole window.
                         factors[i] = dropout.factors(
@@ -101,7 +101,7 @@ def lstm_body(
     embedding_dropout: float | None = None,
     output_dropout: float | None = None,
     dropout_over_time: bool = False,
-    compute_dtype: Literal["experiment", "float32", "bfloat16"] = "experiment",
+    compute_dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> LstmBody:
     """LSTM stack with dropout on the embeddings, between the layers and on the output.
 
@@ -112,8 +112,7 @@ def lstm_body(
       dropout: rate between layers.
       embedding_dropout, output_dropout: rates on the embeddings and on the last layer's output; None for `dropout`.
       dropout_over_time: keep one mask over the time steps of a window (`DropoutStream.dropout`).
-      compute_dtype: of the layers' products; "experiment" for that of the `Experiment`, which the exact evaluation's
-        softmax has too.
+      compute_dtype: of the layers' products; None for the experiment's.
 
     Source: Zaremba et al. 2014 (arXiv:1409.2329): dropout on the non-recurrent connections only; windows that continue
     each other, the state carried and not differentiated through.
@@ -123,10 +122,9 @@ def lstm_body(
             f"num_layers and hidden dims must be at least 1. Received: num_layers={num_layers}, "
             f"hidden_dim={hidden_dim}, last_hidden_dim={last_hidden_dim}. Set NUM_LAYERS and HIDDEN_DIM."
         )
-    if compute_dtype not in ("experiment", "float32", "bfloat16"):
+    if compute_dtype not in (None, "float32", "bfloat16"):
         raise ValueError(
-            "compute_dtype must be 'experiment', 'float32' or 'bfloat16'. Received: "
-            f"compute_dtype={compute_dtype!r}."
+            f"compute_dtype must be None, 'float32' or 'bfloat16'. Received: compute_dtype={compute_dtype!r}."
         )
     embedding_dropout = dropout if embedding_dropout is None else embedding_dropout
     output_dropout = dropout if output_dropout is None else output_dropout

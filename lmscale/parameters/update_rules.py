@@ -1,7 +1,7 @@
 """Update rules that work on a handful of rows as well as on whole tensors.
 
 A rule is a pure function of (weights, gradients, slots, step): it neither knows where the rows live nor creates
-variables. The table applies it to the rows that a step touched; the trainer applies the same rule to the body, each
+variables. A table applies it to the rows that a step touched; the model applies the same rule to its layers, each
 of whose variables counts as one row. Keras optimizers turn a row-sparse gradient into a dense one, which makes the
 cost of a step linear in vocab_size: they are not used here, Keras learning-rate schedules are.
 """
@@ -32,9 +32,12 @@ class UpdateRule(abc.ABC):
     Subclasses give `slots` and `update_rows`. All tensors of one call share their leading axis, the rows.
     """
 
-    def __init__(self, *, learning_rate: LearningRate):
+    def __init__(self, *, learning_rate: LearningRate, weight_decay: float = 0.0):
         """Args:
-        learning_rate: positive float, or a `keras.optimizers.schedules.LearningRateSchedule` of the step.
+        learning_rate: positive float, or a `keras.optimizers.schedules.LearningRateSchedule` of the run's step.
+        weight_decay: fraction of the weights that an update at learning rate 1 takes away, decoupled from the gradient
+          (Loshchilov & Hutter 2019, arXiv:1711.05101): w <- w - lr * weight_decay * w. Of the rows that are updated:
+          a row that no step touches does not shrink.
         """
         if (
             not isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule)
@@ -43,7 +46,12 @@ class UpdateRule(abc.ABC):
             raise ValueError(
                 f"learning_rate must be positive. Received: {learning_rate}. Set LEARNING_RATE above 0."
             )
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay must be finite and at least 0. Received: weight_decay={weight_decay}. Set it to 0, say."
+            )
         self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
 
     def learning_rate_at(self, step):
         """Learning rate of the update number `step` (0-based), a float32 scalar."""
@@ -56,19 +64,32 @@ class UpdateRule(abc.ABC):
     def slots(self):
         """{name: Slot} that the rule keeps beside each parameter."""
 
-    @abc.abstractmethod
-    def update_rows(self, *, weights, gradients, slots, step):
+    def update(self, *, weights, gradients, slots, step, learning_rate=None):
         """One update.
 
         Args:
           weights: [rows, ...] float32.
-          gradients: [rows, ...] float32, duplicates already merged.
+          gradients: [rows, ...] float32, duplicates already summed.
           slots: {name: [rows, ...] or [rows]} as declared by `slots`.
           step: int scalar tensor, number of updates before this one (of any row).
+          learning_rate: float32 scalar; None for that of `step`. They differ for parameters that are updated at some of
+            the run's steps only: the schedule follows the run, the rule's own clock counts their updates.
 
         Returns:
           (new weights, {name: new slot}), shaped as received.
         """
+        if learning_rate is None:
+            learning_rate = self.learning_rate_at(step)
+        new_weights, new_slots = self.update_rows(
+            weights=weights, gradients=gradients, slots=slots, step=step, learning_rate=learning_rate
+        )
+        if self.weight_decay:
+            new_weights -= learning_rate * self.weight_decay * weights
+        return new_weights, new_slots
+
+    @abc.abstractmethod
+    def update_rows(self, *, weights, gradients, slots, step, learning_rate):
+        """What `update` does before the weights decay; arguments and results as there, all of them given."""
 
 
 def _per_row(values, like):
@@ -83,8 +104,8 @@ class SGD(UpdateRule):
     def slots(self):
         return {}
 
-    def update_rows(self, *, weights, gradients, slots, step):
-        return weights - self.learning_rate_at(step) * gradients, {}
+    def update_rows(self, *, weights, gradients, slots, step, learning_rate):
+        return weights - learning_rate * gradients, {}
 
 
 class Adagrad(UpdateRule):
@@ -94,9 +115,14 @@ class Adagrad(UpdateRule):
     """
 
     def __init__(
-        self, *, learning_rate: LearningRate, initial_accumulator: float = 0.1, epsilon: float = 1e-7
+        self,
+        *,
+        learning_rate: LearningRate,
+        initial_accumulator: float = 0.1,
+        epsilon: float = 1e-7,
+        weight_decay: float = 0.0,
     ):
-        super().__init__(learning_rate=learning_rate)
+        super().__init__(learning_rate=learning_rate, weight_decay=weight_decay)
         _check_accumulator(initial_accumulator=initial_accumulator, epsilon=epsilon)
         self.initial_accumulator = initial_accumulator
         self.epsilon = epsilon
@@ -105,9 +131,9 @@ class Adagrad(UpdateRule):
     def slots(self):
         return {"accumulator": Slot(per_element=True, initial_value=self.initial_accumulator)}
 
-    def update_rows(self, *, weights, gradients, slots, step):
+    def update_rows(self, *, weights, gradients, slots, step, learning_rate):
         accumulator = slots["accumulator"] + tf.square(gradients)
-        update = self.learning_rate_at(step) * gradients / (tf.sqrt(accumulator) + self.epsilon)
+        update = learning_rate * gradients / (tf.sqrt(accumulator) + self.epsilon)
         return weights - update, {"accumulator": accumulator}
 
 
@@ -119,9 +145,14 @@ class RowWiseAdagrad(UpdateRule):
     """
 
     def __init__(
-        self, *, learning_rate: LearningRate, initial_accumulator: float = 0.1, epsilon: float = 1e-7
+        self,
+        *,
+        learning_rate: LearningRate,
+        initial_accumulator: float = 0.1,
+        epsilon: float = 1e-7,
+        weight_decay: float = 0.0,
     ):
-        super().__init__(learning_rate=learning_rate)
+        super().__init__(learning_rate=learning_rate, weight_decay=weight_decay)
         _check_accumulator(initial_accumulator=initial_accumulator, epsilon=epsilon)
         self.initial_accumulator = initial_accumulator
         self.epsilon = epsilon
@@ -130,10 +161,10 @@ class RowWiseAdagrad(UpdateRule):
     def slots(self):
         return {"accumulator": Slot(per_element=False, initial_value=self.initial_accumulator)}
 
-    def update_rows(self, *, weights, gradients, slots, step):
+    def update_rows(self, *, weights, gradients, slots, step, learning_rate):
         squares = tf.square(gradients)
         accumulator = slots["accumulator"] + tf.reduce_mean(squares, axis=list(range(1, len(squares.shape))))
-        scale = self.learning_rate_at(step) / (tf.sqrt(accumulator) + self.epsilon)
+        scale = learning_rate / (tf.sqrt(accumulator) + self.epsilon)
         return weights - _per_row(scale, gradients) * gradients, {"accumulator": accumulator}
 
 
@@ -167,8 +198,9 @@ class Adam(UpdateRule):
         beta_1: float = 0.9,
         beta_2: float = 0.999,
         epsilon: float = 1e-8,
+        weight_decay: float = 0.0,
     ):
-        super().__init__(learning_rate=learning_rate)
+        super().__init__(learning_rate=learning_rate, weight_decay=weight_decay)
         if not epsilon > 0:
             # At 0, an element whose gradients were all zero would divide zero by zero.
             raise ValueError(f"epsilon must be positive. Received: epsilon={epsilon}. Set it to 1e-8, say.")
@@ -191,7 +223,7 @@ class Adam(UpdateRule):
             slots["num_updates"] = Slot(per_element=False)
         return slots
 
-    def update_rows(self, *, weights, gradients, slots, step):
+    def update_rows(self, *, weights, gradients, slots, step, learning_rate):
         number = tf.cast(step, tf.float32) + 1
         decay = tf.exp(_log(self.beta_2) * _per_row(number - slots["last_step"], gradients))
         second = decay * slots["second_moment"] + (1 - self.beta_2) * tf.square(gradients)
@@ -204,7 +236,7 @@ class Adam(UpdateRule):
             direction = first / _per_row(_one_minus_power(self.beta_1, num_updates), gradients)
         # sqrt(v / c) + epsilon = (sqrt(v) + epsilon * sqrt(c)) / sqrt(c)
         root = tf.sqrt(_one_minus_power(self.beta_2, number))
-        scale = self.learning_rate_at(step) * root
+        scale = learning_rate * root
         return weights - scale * direction / (tf.sqrt(second) + self.epsilon * root), new_slots
 
 

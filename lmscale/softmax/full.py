@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from lmscale.distribution import collectives
 from lmscale.softmax.head import Head, HeadGradients
+from lmscale.softmax.products import resolved_compute_dtype
 from lmscale.softmax.streamed import check_tokens, checked_block_rows, shard_gradients, shard_logsumexp
 
 
@@ -155,30 +156,30 @@ class FullSoftmax(Head):
     """Cross-entropy against every row, streamed; the backward pass recomputes the logits block by block."""
 
     name = "exact"
+    needs_label_rows = False
 
     def __init__(
         self,
         *,
+        table: str,
         vocab_size: int,
         counts: np.ndarray | None,
         block_rows: int | None = None,
-        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        compute_dtype: Literal["float32", "bfloat16"] | None = None,
     ):
         """Args:
-        vocab_size, counts: as for every loss; not needed here.
+        table, vocab_size, counts: as for every head.
         block_rows: rows of a shard whose logits exist at a time; None to choose by memory.
-        compute_dtype: of the products; logits are float32.
+        compute_dtype: of the products, None for the experiment's; logits are float32.
         """
-        del vocab_size, counts
+        super().__init__(table=table, vocab_size=vocab_size, counts=counts)
         self.block_rows = block_rows
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = resolved_compute_dtype(compute_dtype)
 
-    def candidates(self, *, seed, labels):
-        del seed, labels
-        return None
-
-    def value_and_gradients(self, hidden, *, labels, loss_weights, pulled, candidates, table):
-        del pulled, candidates
+    def value_and_gradients(
+        self, hidden, *, labels, loss_weights, label_rows, candidate_rows, candidates, table
+    ):
+        del label_rows, candidate_rows, candidates
         result = full_softmax_value_and_gradients(
             hidden,
             labels=labels,
@@ -189,7 +190,7 @@ class FullSoftmax(Head):
             block_rows=self.block_rows,
             compute_dtype=self.compute_dtype,
         )
-        shard = {"embedding": result.d_rows}
+        d_shard = {"embedding": result.d_rows}
         if result.d_bias is not None:
-            shard["bias"] = result.d_bias
-        return HeadGradients(loss=result.loss_nats, hidden=result.d_hidden, shard=shard)
+            d_shard["bias"] = result.d_bias
+        return HeadGradients(loss=result.loss_nats, d_hidden=result.d_hidden, d_shard=d_shard)

@@ -1,52 +1,64 @@
-"""What the trainer asks of a loss. To add one, add a file beside this one with a class that answers these two methods.
+"""What a step asks of a head: a softmax over a table. To add one, add a file beside this one.
 
-A loss is named in the gin file as `Experiment.loss`, unevaluated; the trainer calls it with the vocabulary's size and
-counts.
+A head is named in the gin file by the task that has it (`NextToken.head`), unevaluated; the task calls it with its
+table's name, size and counts.
 """
 
 import abc
 import dataclasses
 
+import numpy as np
 import tensorflow as tf
 
+from lmscale.tables.rows import Rows
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadGradients:
-    """A loss on one replica's tokens, and the gradients of its weighted sum over them.
+    """A head's loss on one replica's tokens, and the gradients of its weighted sum over them.
 
     Attributes:
-      loss: [tokens] float32 nats, unreduced.
-      hidden: [tokens, embed_dim].
-      true_rows, true_bias: [tokens, embed_dim], [tokens]: rows of the labels; None for zero.
-      shared_rows, shared_bias: [num_shared, embed_dim], [num_shared]; None for zero.
-      shard: {parameter: [allocated_rows, ...]} gradients of every row of this replica's shard, complete over all
-        replicas; None for a loss that touches only the rows it pulled.
+      loss: [tokens] float32 nats, unreduced and unweighted.
+      d_hidden: [tokens, dim].
+      d_label_rows: `Rows` of [tokens, dim] and [tokens]; None for zero.
+      d_candidate_rows: `Rows` of [num_candidates, dim] and [num_candidates]; None for zero.
+      d_shard: {parameter: [allocated_rows, ...]} gradients of every row of this replica's shard, complete over all
+        replicas; None for a head that touches only the rows it was given.
     """
 
     loss: tf.Tensor
-    hidden: tf.Tensor
-    true_rows: tf.Tensor | None = None
-    true_bias: tf.Tensor | None = None
-    shared_rows: tf.Tensor | None = None
-    shared_bias: tf.Tensor | None = None
-    shard: dict | None = None
+    d_hidden: tf.Tensor
+    d_label_rows: Rows | None = None
+    d_candidate_rows: Rows | None = None
+    d_shard: dict | None = None
 
 
 class Head(abc.ABC):
-    """Base of the losses that train the table.
+    """Base of the heads.
 
     Attributes:
-      name: word under which the loss is logged.
+      name: word under which its training loss is logged.
+      needs_label_rows: whether `value_and_gradients` is given the rows of the labels.
+      table: name of the table that holds the softmax rows.
     """
 
     name: str
+    needs_label_rows = True
 
-    def num_shared_rows(self, *, global_tokens):
+    def __init__(self, *, table: str, vocab_size: int, counts: np.ndarray | None):
+        """Args:
+        table: name of the table.
+        vocab_size: its rows.
+        counts: [vocab_size] int, how often each id occurs in the training data; None where only evaluations follow.
+        """
+        del vocab_size, counts
+        self.table = table
+
+    def num_candidates(self, *, global_tokens):
         """How many candidates `candidates` returns for a batch of `global_tokens` labels."""
         del global_tokens
         return 0
 
-    @abc.abstractmethod
     def candidates(self, *, seed, labels):
         """Chooses the rows that every token is compared with; the same on every replica.
 
@@ -55,19 +67,23 @@ class Head(abc.ABC):
           labels: [global tokens] int32, those of the global batch.
 
         Returns:
-          An object with the field `sampled_ids` [num_sampled] int32, whatever else the loss wants back from it;
-          None for a loss that needs no shared rows.
+          An object with the field `sampled_ids` [num_candidates] int32, whatever else the head wants back from it;
+          None for a head that needs no candidates.
         """
+        del seed, labels
 
     @abc.abstractmethod
-    def value_and_gradients(self, hidden, *, labels, loss_weights, pulled, candidates, table):
+    def value_and_gradients(
+        self, hidden, *, labels, loss_weights, label_rows, candidate_rows, candidates, table
+    ):
         """Loss and gradients of sum(loss_weights * loss), without a tape through any collective.
 
         Args:
-          hidden: [tokens, embed_dim].
+          hidden: [tokens, dim] float32.
           labels: [tokens] int32.
-          loss_weights: [tokens] float32.
-          pulled: `PulledRows` whose ids are the labels and whose shared ids are the candidates.
+          loss_weights: [tokens] float32; 0 for padding.
+          label_rows: `Rows` of the labels, [tokens, dim] and [tokens]; None if not needed.
+          candidate_rows: `Rows` of the candidates, [num_candidates, dim] and [num_candidates]; None without candidates.
           candidates: as `candidates` returned it.
           table: the `ShardedTable`.
 

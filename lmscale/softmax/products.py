@@ -1,6 +1,16 @@
 """Matrix products of narrow values with float32 sums."""
 
+import keras
 import tensorflow as tf
+
+
+def resolved_compute_dtype(name):
+    """The dtype of a part's products: `name`, "float32" or "bfloat16"; None for the experiment's, which is Keras's."""
+    if name not in (None, "float32", "bfloat16"):
+        raise ValueError(
+            f"compute_dtype must be 'float32', 'bfloat16' or None. Received: compute_dtype={name!r}."
+        )
+    return tf.as_dtype(name or keras.config.dtype_policy().compute_dtype)
 
 
 def float32_product(x, y, *, transpose_b=False):

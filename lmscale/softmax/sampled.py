@@ -19,8 +19,9 @@ import numpy as np
 import tensorflow as tf
 
 from lmscale.softmax.head import Head, HeadGradients
-from lmscale.softmax.products import float32_product
+from lmscale.softmax.products import float32_product, resolved_compute_dtype
 from lmscale.softmax.samplers import Sampler
+from lmscale.tables.rows import Rows
 
 # Finite, so that a token whose every sampled class is a hit has loss 0 and gradient 0 rather than NaN.
 _REMOVED_LOGIT = -1e30
@@ -32,19 +33,19 @@ class SampledSoftmaxGradients:
 
     Attributes:
       loss_nats: [tokens] float32, not weighted.
-      hidden: [tokens, embed_dim], dtype of the hidden given.
-      true_rows: [tokens, embed_dim] float32.
-      sampled_rows: [num_sampled, embed_dim] float32.
-      true_bias: [tokens] float32.
-      sampled_bias: [num_sampled] float32.
+      d_hidden: [tokens, embed_dim], dtype of the hidden given.
+      d_true_rows: [tokens, embed_dim] float32.
+      d_sampled_rows: [num_sampled, embed_dim] float32.
+      d_true_bias: [tokens] float32.
+      d_sampled_bias: [num_sampled] float32.
     """
 
     loss_nats: tf.Tensor
-    hidden: tf.Tensor
-    true_rows: tf.Tensor
-    sampled_rows: tf.Tensor
-    true_bias: tf.Tensor
-    sampled_bias: tf.Tensor
+    d_hidden: tf.Tensor
+    d_true_rows: tf.Tensor
+    d_sampled_rows: tf.Tensor
+    d_true_bias: tf.Tensor
+    d_sampled_bias: tf.Tensor
 
 
 def sampled_softmax_loss(
@@ -177,11 +178,11 @@ def sampled_softmax_value_and_gradients(
     )
     return SampledSoftmaxGradients(
         loss_nats=loss_nats,
-        hidden=d_hidden,
-        true_rows=d_true,
-        sampled_rows=d_sampled,
-        true_bias=d_true_offset,
-        sampled_bias=d_sampled_offset,
+        d_hidden=d_hidden,
+        d_true_rows=d_true,
+        d_sampled_rows=d_sampled,
+        d_true_bias=d_true_offset,
+        d_sampled_bias=d_sampled_offset,
     )
 
 
@@ -287,37 +288,40 @@ class SampledSoftmax(Head):
     def __init__(
         self,
         *,
+        table: str,
         vocab_size: int,
         counts: np.ndarray | None,
         sampler: Callable[..., Sampler],
         remove_accidental_hits: bool = True,
-        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        compute_dtype: Literal["float32", "bfloat16"] | None = None,
     ):
         """Args:
-        vocab_size: rows of the table.
-        counts: [vocab_size] int, how often each id occurs in the training data.
+        table, vocab_size, counts: as for every head.
         sampler: function (vocab_size=, counts=) that returns a `Sampler`.
         remove_accidental_hits: take a sampled id out of the loss of the tokens whose label it is.
-        compute_dtype: of the products; logits are float32.
+        compute_dtype: of the products, None for the experiment's; logits are float32.
         """
+        super().__init__(table=table, vocab_size=vocab_size, counts=counts)
         self.sampler = sampler(vocab_size=vocab_size, counts=counts)
         self.remove_accidental_hits = remove_accidental_hits
-        self.compute_dtype = tf.as_dtype(compute_dtype)
+        self.compute_dtype = resolved_compute_dtype(compute_dtype)
 
-    def num_shared_rows(self, *, global_tokens):
+    def num_candidates(self, *, global_tokens):
         return self.sampler.num_sampled or global_tokens
 
     def candidates(self, *, seed, labels):
         return self.sampler.candidates(seed=seed, labels=labels)
 
-    def value_and_gradients(self, hidden, *, labels, loss_weights, pulled, candidates, table):
+    def value_and_gradients(
+        self, hidden, *, labels, loss_weights, label_rows, candidate_rows, candidates, table
+    ):
         del table
         result = sampled_softmax_value_and_gradients(
             tf.cast(hidden, self.compute_dtype),
-            true_rows=tf.cast(pulled.embedding, self.compute_dtype),
-            true_bias=pulled.bias,
-            sampled_rows=tf.cast(pulled.shared_embedding, self.compute_dtype),
-            sampled_bias=pulled.shared_bias,
+            true_rows=tf.cast(label_rows.embedding, self.compute_dtype),
+            true_bias=label_rows.bias,
+            sampled_rows=tf.cast(candidate_rows.embedding, self.compute_dtype),
+            sampled_bias=candidate_rows.bias,
             labels=labels,
             sampled_ids=candidates.sampled_ids,
             true_log_expected_count=self.sampler.log_expected_count(
@@ -329,9 +333,7 @@ class SampledSoftmax(Head):
         )
         return HeadGradients(
             loss=result.loss_nats,
-            hidden=tf.cast(result.hidden, tf.float32),
-            true_rows=result.true_rows,
-            true_bias=result.true_bias,
-            shared_rows=result.sampled_rows,
-            shared_bias=result.sampled_bias,
+            d_hidden=tf.cast(result.d_hidden, tf.float32),
+            d_label_rows=Rows(result.d_true_rows, result.d_true_bias),
+            d_candidate_rows=Rows(result.d_sampled_rows, result.d_sampled_bias),
         )

@@ -40,7 +40,7 @@ def _run(optimizer, weights, gradients, *, touched=None):
     # Compiled, with the step a tensor, as in training.
     @tf.function
     def update(weights, gradients, slots, step):
-        return optimizer.update_rows(weights=weights, gradients=gradients, slots=slots, step=step)
+        return optimizer.update(weights=weights, gradients=gradients, slots=slots, step=step)
 
     for step, gradient in enumerate(gradients):
         rows = np.arange(len(weights)) if touched is None else np.flatnonzero(touched[step])
@@ -234,8 +234,8 @@ def test_schedule_is_read_at_the_number_of_updates_before(name):
     slots = _initial_slots(optimizer, (ROWS, DIM))
     for step, (rate, gradient) in enumerate(zip(rates, gradients, strict=True)):
         arguments = {"weights": weights, "gradients": gradient, "slots": slots, "step": tf.constant(step)}
-        with_schedule, slots = optimizer.update_rows(**arguments)
-        with_constant, _ = OPTIMIZERS[name](rate).update_rows(**arguments)
+        with_schedule, slots = optimizer.update(**arguments)
+        with_constant, _ = OPTIMIZERS[name](rate).update(**arguments)
         np.testing.assert_allclose(with_schedule, with_constant, rtol=1e-6, atol=1e-7)
         assert np.abs(with_schedule - weights).max() > 1e-3
 

@@ -1,0 +1,29 @@
+"""What a table is, apart from who reads it."""
+
+import dataclasses
+from typing import Literal
+
+BIASES = ("none", "zeros", "log_frequency")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """A table of a task.
+
+    Attributes:
+      embed_dim: width of a row.
+      bias: "none"; or each row has a softmax bias, which starts from "zeros", or from the row's "log_frequency" in the
+        training data, so that the first thing that training has to find out, how frequent each row is, is known to
+        begin with. One that stays fixed is a matter of groups: freeze `tables/NAME/bias`.
+    """
+
+    embed_dim: int
+    bias: Literal["none", "zeros", "log_frequency"] = "zeros"
+
+    def __post_init__(self):
+        if self.embed_dim < 1:
+            raise ValueError(
+                f"embed_dim must be at least 1. Received: embed_dim={self.embed_dim}. Set EMBED_DIM to a positive number."
+            )
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {BIASES}. Received: bias={self.bias!r}.")

@@ -1,0 +1,1 @@
+"""Tasks: what a model reads, predicts and is measured by, one file each."""

@@ -1,0 +1,132 @@
+"""What a step asks of a task. To add one, add a file beside this one with a subclass; name it as `Experiment.task`.
+
+A task names its tables and its heads, makes batches as a pure function of the step, says which rows a batch reads and
+which it predicts, and maps rows to the hidden states that its heads compare with their tables. It knows no devices, no
+collectives and no optimizer: the step, in `trainer.py`, is the same for all tasks.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+
+import keras
+import tensorflow as tf
+
+from lmscale.data.token_files import PreparedData
+from lmscale.softmax.head import Head
+from lmscale.tables.rows import Lookup
+from lmscale.tables.table_config import TableConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What a head has to predict: `ids` [n] int32, in the order of the examples and as many for each of them.
+
+    `weights` [n] float32 are 1, or 0 for padding: losses are means over them, of the whole batch.
+    """
+
+    ids: tf.Tensor
+    weights: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskContext:
+    """What a task is told of the run.
+
+    Attributes:
+      data: `PreparedData`.
+      seed: the run's.
+      global_batch_size: examples of a training batch, over all devices.
+      eval_batch_size: examples of an evaluation batch, over all devices.
+      num_replicas: devices.
+      training: whether steps of training will follow, rather than evaluations alone.
+    """
+
+    data: PreparedData
+    seed: int
+    global_batch_size: int
+    eval_batch_size: int
+    num_replicas: int
+    training: bool
+
+    @property
+    def per_replica_batch_size(self):
+        """Examples of a training batch on each device."""
+        return -(-self.global_batch_size // self.num_replicas)
+
+    @property
+    def per_replica_eval_batch_size(self):
+        """Examples of an evaluation batch on each device; padding fills up what does not divide."""
+        return -(-self.eval_batch_size // self.num_replicas)
+
+
+class Task(abc.ABC):
+    """Base of the tasks. Build it inside `strategy.scope()`.
+
+    Attributes:
+      tables: {name: `TableConfig`}.
+      heads: {name: `Head`}, each over one of the tables.
+      layers: {name: Keras layer}, built: all that `forward` reads.
+    """
+
+    tables: Mapping[str, TableConfig]
+    heads: Mapping[str, Head]
+    layers: Mapping[str, keras.layers.Layer]
+
+    @abc.abstractmethod
+    def training_batches(self):
+        """The batches of the training split.
+
+        Returns:
+          An object with `at(step) -> Batch`, a pure function, and `steps_per_epoch`.
+        """
+
+    @abc.abstractmethod
+    def evaluation_batches(self, split, *, limit=None):
+        """The batches in which every label of a split counts once.
+
+        Args:
+          split: "train", "valid" or "test".
+          limit: labels to stop after; None for all.
+
+        Returns:
+          An object with `at(step) -> Batch`, `num_steps` and `num_labels`. Entry i of batch s + 1 goes on where entry i
+          of batch s ended, for tasks that carry a state.
+
+        Raises:
+          ValueError: if the split is empty.
+        """
+
+    @abc.abstractmethod
+    def lookups(self, features):
+        """The rows that `forward` reads.
+
+        Args:
+          features: {name: [examples, ...] tensor} of a `Batch`, or of some of its examples.
+
+        Returns:
+          {role: `Lookup`}, ids [examples, ...].
+        """
+
+    @abc.abstractmethod
+    def labels(self, features):
+        """{head: `Labels`} of these examples; arguments as of `lookups`."""
+
+    def initial_state(self, batch_size):
+        """What is carried from batch to batch, at its start: a list of [batch_size, ...] tensors."""
+        del batch_size
+        return []
+
+    @abc.abstractmethod
+    def forward(self, rows, features, state, *, dropout):
+        """Rows to hidden states, without any collective.
+
+        Args:
+          rows: {role: `Rows`}, embedding [examples, ..., embed_dim], as `lookups` asked for them.
+          features: as of `lookups`.
+          state: as `initial_state` returns it.
+          dropout: `DropoutStream` in training, None in evaluation.
+
+        Returns:
+          ({head: hidden [n, embed_dim of its table] float32}, new state), in the order of the labels.
+        """
