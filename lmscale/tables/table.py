@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from lmscale.distribution import collectives
 from lmscale.distribution.strategies import first_local_replica
+from lmscale.tables.exchange import Route, StaticExchange
 from lmscale.tables.placement import Placement
 
 # Ids initialised at a time: fixed, so that a row's first value depends on (seed, id) and not on the number of shards.
@@ -18,7 +19,8 @@ class PulledRows:
     """Rows of one replica, dense and local: differentiate with respect to these.
 
     `ids` are this replica's, of any shape; `shared_ids` [num_shared] are the same on every replica. Bias fields are
-    None for a table without bias.
+    None for a table without bias. `route` is the way that the rows came and that their gradients go; rows that are
+    only looked at need none.
     """
 
     ids: tf.Tensor
@@ -27,14 +29,19 @@ class PulledRows:
     bias: tf.Tensor | None  # ids.shape
     shared_embedding: tf.Tensor  # [num_shared, embed_dim]
     shared_bias: tf.Tensor | None  # [num_shared]
+    route: Route | None = None
 
     def labels_of_windows(self):
-        """The rows that play the label's role in windows [batch, time + 1] of ids: positions 1 and on, flattened."""
+        """The rows that play the label's role in windows [batch, time + 1] of ids: positions 1 and on, flattened.
+
+        To be looked at: their gradients are collected as those of the whole windows.
+        """
         return dataclasses.replace(
             self,
             ids=tf.reshape(self.ids[:, 1:], [-1]),
             embedding=tf.reshape(self.embedding[:, 1:], [-1, self.embedding.shape[-1]]),
             bias=None if self.bias is None else tf.reshape(self.bias[:, 1:], [-1]),
+            route=None,
         )
 
 
@@ -99,6 +106,7 @@ class ShardedTable:
         self.embed_dim = embed_dim
         self.optimizer = optimizer
         self._strategy = strategy
+        self._exchange = StaticExchange()
         self._layout = table_layout(
             vocab_size=vocab_size, embed_dim=embed_dim, optimizer=optimizer, bias=bias
         )
@@ -144,12 +152,6 @@ class ShardedTable:
         """Rows of this replica's shard that belong to the vocabulary."""
         return self.placement.num_valid_rows(collectives.replica_id())
 
-    def _local_rows(self, ids):
-        """Local row of the ids that this shard owns, the scratch row for the others."""
-        ids = tf.cast(ids, tf.int32)
-        own = tf.equal(self.placement.owner(ids), tf.cast(collectives.replica_id(), tf.int32))
-        return tf.where(own, self.placement.local_row(ids), self.placement.scratch_row)
-
     def pull(self, ids, shared_ids=None):
         """Fetches rows from their owners.
 
@@ -165,8 +167,7 @@ class ShardedTable:
         Raises:
           ValueError: if the shape of ids is not static, or the table was made for another number of replicas.
 
-        Communication: all-gather of `ids`; one all-reduce of [N * ids + num_shared, embed_dim + 1] rows, to which
-        each shard contributes the rows it owns and zeros elsewhere (the sum is exact). None with one replica.
+        Communication: that of the exchange's `route` and `fetch`.
         """
         shared_ids = tf.zeros([0], tf.int32) if shared_ids is None else tf.cast(shared_ids, tf.int32)
         ids = tf.cast(ids, tf.int32)
@@ -175,17 +176,12 @@ class ShardedTable:
                 "ids and shared_ids must have static shapes. Received: "
                 f"{ids.shape} and {shared_ids.shape}. Fix the batch size, or use tf.ensure_shape."
             )
-        flat_ids = tf.reshape(ids, [-1])
-        count = flat_ids.shape[0]
-        wanted = tf.concat([collectives.all_gather(flat_ids), shared_ids], axis=0)
-        local_rows = self._local_rows(wanted)
-        # The scratch row is zero and stays zero (its gradient always is), so rows of other shards come out as zeros.
-        rows = [tf.gather(self.local_parameter(name), local_rows) for name in self.parameters]
-        rows = _sum_over_replicas(rows)
-        first = collectives.replica_id() * count
-        num_gathered = count * collectives.num_replicas()
-        own = [tf.reshape(x[first : first + count], ids.shape + x.shape[1:]) for x in rows]
-        shared = [x[num_gathered:] for x in rows]
+        shards = [self.local_parameter(name) for name in self.parameters]
+        route = self._exchange.route(tf.reshape(ids, [-1]), shared_ids, self.placement)
+        rows = self._exchange.fetch(route, shards)
+        count = ids.shape.num_elements()
+        own = [tf.reshape(x[:count], ids.shape + x.shape[1:]) for x in rows]
+        shared = [x[count:] for x in rows]
         return PulledRows(
             ids=ids,
             shared_ids=shared_ids,
@@ -193,6 +189,7 @@ class ShardedTable:
             bias=own[1] if len(own) > 1 else None,
             shared_embedding=shared[0],
             shared_bias=shared[1] if len(shared) > 1 else None,
+            route=route,
         )
 
     def merge(self, pulled, gradients, *, dense=None):
@@ -207,48 +204,36 @@ class ShardedTable:
         Returns:
           `MergedGradients`.
 
-        Communication: all-gather of ids and of the gradients of `ids`, [N * ids, embed_dim + 1]; all-reduce of those of
-        `shared_ids`, [num_shared, embed_dim + 1], and of the scalar squared norm.
+        Raises:
+          ValueError: if `pulled` has no route.
+
+        Communication: that of the exchange's `collect`; an all-reduce of the scalar squared norm.
         """
-        count = int(np.prod(pulled.ids.shape))
-        ids = tf.concat([collectives.all_gather(tf.reshape(pulled.ids, [-1])), pulled.shared_ids], axis=0)
-        own = _gather_over_replicas(
-            [
-                tf.reshape(_or_zeros(gradients.embedding, pulled.embedding), [count, self.embed_dim]),
-                *(
-                    []
-                    if pulled.bias is None
-                    else [tf.reshape(_or_zeros(gradients.bias, pulled.bias), [count])]
-                ),
-            ]
-        )
-        shared = _sum_over_replicas(
-            [
-                _or_zeros(gradients.shared_embedding, pulled.shared_embedding),
-                *([] if pulled.bias is None else [_or_zeros(gradients.shared_bias, pulled.shared_bias)]),
-            ]
-        )
-        stacked = [tf.concat(pair, axis=0) for pair in zip(own, shared, strict=True)]
-        local_rows = self._local_rows(ids)
+        if pulled.route is None:
+            raise ValueError(
+                "Gradients are merged along the route that their rows came. Received: PulledRows with route=None. "
+                "Pass what pull returned, and the gradients of all of it."
+            )
+        values = [
+            tf.concat([tf.reshape(own, [-1, *shared.shape[1:]]), shared], axis=0)
+            for own, shared in self._with_zeros(pulled, gradients)
+        ]
+        local_rows, sums = self._exchange.collect(pulled.route, values)
+        merged = dict(zip(self.parameters, sums, strict=True))
         if dense is None:
-            local_rows, segments = _unique_rows(local_rows, self.placement.scratch_row)
-            num_segments = local_rows.shape[0]
             num_rows = tf.reduce_sum(tf.cast(local_rows < self.placement.scratch_row, tf.int32))
         else:
-            local_rows, segments, num_segments = None, local_rows, self.placement.allocated_rows
+            is_row = tf.range(self.placement.allocated_rows) < self.placement.scratch_row
+            merged = {
+                name: tf.tensor_scatter_nd_add(
+                    tf.where(tf.reshape(is_row, [-1] + [1] * (len(x.shape) - 1)), dense[name], 0.0),
+                    local_rows[:, tf.newaxis],
+                    x,
+                )
+                for name, x in merged.items()
+            }
+            local_rows = None
             num_rows = tf.cast(self.num_valid_rows, tf.int32)
-        merged = {}
-        for name, values in zip(self.parameters, stacked, strict=True):
-            merged[name] = tf.math.unsorted_segment_sum(values, segments, num_segments)
-            if dense is not None:
-                merged[name] += dense[name]
-        # Gradients of rows owned elsewhere were summed into the scratch row: not this shard's, drop them.
-        keep = (
-            tf.range(self.placement.allocated_rows) < self.placement.scratch_row
-            if local_rows is None
-            else local_rows < self.placement.scratch_row
-        )
-        merged = {name: tf.where(_as_column(keep, x), x, 0.0) for name, x in merged.items()}
         squared_norm = tf.add_n([tf.reduce_sum(tf.square(x)) for x in merged.values()])
         return MergedGradients(
             local_rows=local_rows,
@@ -256,6 +241,16 @@ class ShardedTable:
             num_rows=num_rows,
             squared_norm=collectives.all_reduce_sum(squared_norm),
         )
+
+    def _with_zeros(self, pulled, gradients):
+        """[(gradient of own rows, gradient of shared rows)] of each parameter, with zeros for those left out."""
+        return [
+            (
+                _or_zeros(getattr(gradients, name), getattr(pulled, name)),
+                _or_zeros(getattr(gradients, f"shared_{name}"), getattr(pulled, f"shared_{name}")),
+            )
+            for name in self.parameters
+        ]
 
     def apply(self, merged, *, step, scale=1.0, keep=True):
         """Updates this shard's touched rows and their slots, once each.
@@ -411,47 +406,3 @@ def _uniform(bound):
 
 def _or_zeros(gradient, like):
     return tf.zeros_like(like) if gradient is None else tf.cast(gradient, tf.float32)
-
-
-def _as_column(mask, like):
-    return tf.reshape(mask, [-1] + [1] * (len(like.shape) - 1))
-
-
-def _one_matrix(tensors):
-    """[rows, dim] and perhaps [rows] side by side, so that one collective moves both."""
-    return tf.concat([tensors[0], *(x[:, tf.newaxis] for x in tensors[1:])], axis=1)
-
-
-def _split_matrix(matrix, tensors):
-    dim = tensors[0].shape[1]
-    return [matrix[:, :dim], *(matrix[:, dim + i] for i in range(len(tensors) - 1))]
-
-
-def _sum_over_replicas(tensors):
-    if collectives.num_replicas() == 1:
-        return tensors
-    return _split_matrix(collectives.all_reduce_sum(_one_matrix(tensors)), tensors)
-
-
-def _gather_over_replicas(tensors):
-    if collectives.num_replicas() == 1:
-        return tensors
-    return _split_matrix(collectives.all_gather(_one_matrix(tensors)), tensors)
-
-
-def _unique_rows(local_rows, scratch_row):
-    """Numbers the distinct rows of `local_rows` with static shapes (XLA has no `tf.unique`).
-
-    Returns:
-      (rows [n]: the distinct rows, in rising order, padded with the scratch row; segments [n]: for each entry, the
-      position of its row in `rows`). n = len(local_rows).
-    """
-    size = local_rows.shape[0]
-    order = tf.argsort(local_rows, stable=True)
-    in_order = tf.gather(local_rows, order)
-    is_first = tf.concat([[True], in_order[1:] != in_order[:-1]], axis=0)[:size]
-    segments_in_order = tf.cumsum(tf.cast(is_first, tf.int32)) - 1
-    segments = tf.scatter_nd(order[:, tf.newaxis], segments_in_order, [size])
-    # tensor_scatter_nd_update: duplicates write equal values.
-    rows = tf.tensor_scatter_nd_update(tf.fill([size], scratch_row), segments[:, tf.newaxis], local_rows)
-    return rows, segments
