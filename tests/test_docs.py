@@ -1,19 +1,33 @@
-"""The README: its commands, paths and tables agree with the code, and its examples run."""
+"""README.md and the pages under docs/: commands, paths, links and tables agree with the code; the examples run."""
 
 import ast
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-COMMANDS = ("prepare", "train", "evaluate", "bench", "plot")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [block for text in PAGES.values() for block in FENCED.findall(text)]
+PROSE = {page: FENCED.sub("", text) for page, text in PAGES.items()}
+TABLE = re.compile(r"^\|.*\|$", re.MULTILINE)
+ALL_TEXT, ALL_PROSE = "\n".join(PAGES.values()), "\n".join(PROSE.values())
+# Each command, and the page that has the table of its flags.
+COMMANDS = {
+    "prepare": "docs/prepare.md",
+    "train": "docs/train.md",
+    "evaluate": "docs/evaluate.md",
+    "bench": "docs/measure.md",
+    "plot": "docs/tensorboard.md",
+}
 
 
 def defined_flags(command):
@@ -22,9 +36,74 @@ def defined_flags(command):
 
 
 def shell_commands():
-    """Each `python -m lmscale...` of the README on one line, from blocks and from the text."""
-    texts = [block.replace("\\\n", " ") for _, block in BLOCKS] + re.findall(r"`([^`]+)`", PROSE)
+    """Each `python -m lmscale...` of the pages on one line, from blocks and from the text."""
+    texts = [block.replace("\\\n", " ") for _, block in BLOCKS] + re.findall(r"`([^`]+)`", ALL_PROSE)
     return [line.strip() for text in texts for line in text.splitlines() if "python -m lmscale" in line]
+
+
+# --------------------------------------------------------------------------------------------------- The pages
+
+
+def test_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 200
+
+
+def test_readme_leads_to_every_page():
+    linked = {link.split("#")[0] for link in links_of(PROSE["README.md"])}
+    pages = {page for page in PAGES if page != "README.md"}
+    assert len(pages) >= 12
+    assert pages <= linked
+
+
+def test_every_block_is_closed_and_of_a_kind_that_is_checked():
+    for page, text in PAGES.items():
+        assert len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)) == 2 * len(FENCED.findall(text)), page
+    for language, text in BLOCKS:
+        if language:
+            assert language == "python", text  # Each is run: see below.
+        elif " = @" not in text:  # Not gin, of which each is run too.
+            for line in text.replace("\\\n", " ").splitlines():
+                assert line.startswith(("launch/", "source .venv/bin/activate", "python -m lmscale.")), line
+
+
+def test_nothing_is_said_twice():
+    sentences = Counter()
+    for text in PROSE.values():
+        text = re.sub(r"\]\([^)]*\)", "]", text)
+        for paragraph in re.split(r"\n\s*\n|^(?=- |\d+\. |\|)", text, flags=re.MULTILINE):
+            sentences.update(re.split(r"(?<=[.:?]) ", " ".join(paragraph.split())))
+    assert [text for text, number in sentences.items() if number > 1 and len(text) > 50] == []
+
+
+def links_of(text):
+    return [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("http:", "https:"))]
+
+
+def anchors_of(text):
+    """What GitHub makes of the headings of a page."""
+    anchors, seen = set(), Counter()
+    for heading in re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE):
+        heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+        anchors.add(f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor)
+        seen[anchor] += 1
+    return anchors
+
+
+@pytest.mark.parametrize("page", [*PAGES, "BUILD_NOTES.md", "CHANGELOG.md"])
+def test_links_lead_to_files_and_headings(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in links_of(FENCED.sub("", text)):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.is_file(), link
+        assert target.resolve().is_relative_to(ROOT), link
+        if anchor:
+            assert anchor in anchors_of(target.read_text(encoding="utf-8")), link
+
+
+def test_readme_shows_its_pictures():
+    assert {"docs/pull_compute_push.svg", "docs/step_time.png"} <= set(links_of(PROSE["README.md"]))
 
 
 # ----------------------------------------------------------------------------------------- Commands and paths
@@ -40,27 +119,25 @@ def test_commands_use_flags_that_exist():
 
 def test_flags_of_the_text_exist():
     known = set().union(*map(defined_flags, COMMANDS)) | {"help", "logdir", "signal"}
-    mentioned = set(re.findall(r"`[^`\n]*?--(\w+)", PROSE))
+    mentioned = {
+        flag for span in re.findall(r"`([^`\n]*)`", ALL_PROSE) for flag in re.findall(r"--(\w+)", span)
+    }
+    assert mentioned
     assert mentioned <= known
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "evaluate"])
-def test_all_flags_are_in_the_table(command):
-    section = README.split(f"\n## {command.capitalize()}\n")[1].split("\n## ")[0]
-    rows = "\n".join(line for line in section.splitlines() if line.startswith("| `--"))
-    assert set(re.findall(r"`--(\w+)`", rows)) >= defined_flags(command)
-
-
-def test_links_lead_to_files():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", PROSE) if not link.startswith("http")]
-    assert "docs/pull_compute_push.svg" in links
-    for link in links:
-        assert (ROOT / link).is_file(), link
+@pytest.mark.parametrize(("command", "page"), COMMANDS.items())
+def test_all_flags_are_in_the_table(command, page):
+    rows = [line for line in PROSE[page].splitlines() if line.startswith("| `--")]
+    assert set(re.findall(r"`--(\w+)`", "\n".join(rows))) >= defined_flags(command)
+    assert set(re.findall(r"--(\w+)", "\n".join(row.split(" | ")[0] for row in rows))) <= defined_flags(
+        command
+    )
 
 
 def test_paths_exist():
     folders = [path.name for path in ROOT.iterdir() if path.is_dir()]
-    words = set(re.findall(r"`([\w./-]+)`", PROSE))
+    words = set(re.findall(r"`([\w./-]+)`", ALL_PROSE))
     words |= {
         word for _, block in BLOCKS for word in re.findall(r"(?:^|[\s=])((?:launch|configs)/[\w./-]+)", block)
     }
@@ -79,7 +156,7 @@ def test_paths_exist():
 
 
 def test_new_files_of_examples_do_not_exist_yet():
-    names = re.findall(r"^# (\S+) \(new\)$", README, re.MULTILINE)
+    names = re.findall(r"^# (\S+) \(new\)$", ALL_TEXT, re.MULTILINE)
     assert len(names) == 4
     for name in names:
         assert (ROOT / name).parent.is_dir(), name
@@ -93,7 +170,7 @@ def test_macro_table_is_that_of_the_quickstart():
     text = (ROOT / "configs" / "quickstart.gin").read_text(encoding="utf-8")
     macros = dict(re.findall(r"^([A-Z_]+) = (.*)$", text, re.MULTILINE))
     table = {}
-    for names, values in re.findall(r"^\| ([A-Z_, ]+) \|[^|]*\| ([^|]*) \|$", README, re.MULTILINE):
+    for names, values in re.findall(r"^\| ([A-Z_, ]+) \|[^|]*\| ([^|]*) \|$", ALL_TEXT, re.MULTILINE):
         for name, value in zip(names.split(", "), values.strip("`").split(", "), strict=True):
             table[name] = value
     assert table == macros
@@ -105,13 +182,21 @@ def test_settings_of_the_experiment_exist():
         node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Experiment"
     )
     fields = {node.target.id for node in experiment.body if isinstance(node, ast.AnnAssign)}
-    mentioned = set(re.findall(r"\bExperiment\.(\w+)", README))
+    mentioned = set(re.findall(r"\bExperiment\.(\w+)", ALL_TEXT))
     assert mentioned
-    assert mentioned <= fields
+    (table,) = re.findall(r"^\| setting \| meaning \|\n((?:\|.*\n)+)", ALL_PROSE, re.MULTILINE)
+    listed = {name for row in table.splitlines()[1:] for name in re.findall(r"`(\w+)`", row.split(" | ")[0])}
+    assert "clip_norm" in listed
+    assert mentioned | listed <= fields
+
+
+def test_every_configuration_is_in_the_table():
+    rows = re.findall(r"^\| `(configs/\w+\.gin)` \|", PROSE["README.md"], re.MULTILINE)
+    assert sorted(rows) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.gin"))
 
 
 def test_exit_codes():
-    codes = dict(re.findall(r"^\| (\d+) \| (.*) \|$", README, re.MULTILINE))
+    codes = dict(re.findall(r"^\| (\d+) \| (.*) \|$", ALL_TEXT, re.MULTILINE))
     assert set(codes) == {"0", "1", "2", "3", "75", "130", "143"}
     source = "".join((ROOT / "lmscale" / f"{name}.py").read_text() for name in ("train", "command_line"))
     constants = dict(re.findall(r"^(EXIT_\w+) = (\d+)$", source, re.MULTILINE))
@@ -153,6 +238,12 @@ def run_python(program, *, cwd):
 def python_block(containing):
     (block,) = [text for language, text in BLOCKS if language == "python" and containing in text]
     return block
+
+
+def test_every_python_block_is_run():
+    blocks = [text for language, text in BLOCKS if language == "python"]
+    alone = [python_block("MirroredStrategy"), python_block("print(reader")]
+    assert all(text in alone or re.match(r"# \S+ \(new\)\n", text) for text in blocks)
 
 
 def test_training_loop_of_ones_own_learns(tmp_path):
@@ -218,7 +309,7 @@ def gin_block(part):
 
 
 def test_extensions_train_from_their_configurations(tmp_path):
-    for name, text in re.findall(r"^# (\S+) \(new\)\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+    for name, text in re.findall(r"^# (\S+) \(new\)\n(.*?)^```", ALL_TEXT, re.MULTILINE | re.DOTALL):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -243,6 +334,23 @@ def test_extensions_train_from_their_configurations(tmp_path):
         configs[-1].write_text(text, encoding="utf-8")
     program = TWO_DEVICES + EXTENSIONS + f"\nmain({[str(path) for path in configs]!r}, {str(tmp_path)!r})\n"
     assert run_python(program, cwd=tmp_path).split() == ["trained"] * len(RUNS)
+    # The page on checkpoints reads what the first run has saved, and names what is in it.
+    reader = python_block("print(reader")
+    assert reader.count("runs/quickstart/checkpoints/step_00001200") == 1
+    reader = reader.replace(
+        "runs/quickstart/checkpoints/step_00001200", str(tmp_path / "saved/step_00000002")
+    )
+    saved = run_python(reader + "\nassert embedding.shape == (701, 8)\n", cwd=tmp_path)
+    names = re.findall(
+        r"`((?:table|body|body_slots|carried_state)/[\w/]+)`",
+        "\n".join(TABLE.findall(PROSE["docs/checkpoints.md"])),
+    )
+    assert {"table/bias", "body/2/kernel", "carried_state/0"} <= set(names)
+    adam_on_rows = {
+        "table/embedding/second_moment",
+        "table/embedding/last_step",
+    }  # That run has another rule.
+    assert [name for name in names if f"'{name}'" not in saved and name not in adam_on_rows] == []
 
 
 EXTENSIONS = """
