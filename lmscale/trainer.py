@@ -456,6 +456,7 @@ class _Run:
                 "step": self.trainer.step,
                 "data_fingerprint": self.trainer.data.fingerprint,
                 "vocabulary_sha256": self.trainer.data.vocabulary_sha256,
+                "vocabularies": {"words": self.trainer.data.vocabulary_sha256},
                 "num_devices": self.trainer.strategy.num_replicas_in_sync,
                 "best_validation_loss_nats": _finite_or_none(self.best_validation_loss),
                 "last_validation_loss_nats": _finite_or_none(self.last_validation_loss),

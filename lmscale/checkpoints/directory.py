@@ -17,7 +17,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lmscale.checkpoints import document as documents
@@ -161,7 +161,12 @@ class Checkpoints:
         documents.write(self._step_directory(step), document)
 
     def restore(
-        self, items: Sequence[Parameter], *, step: int | None = None, subset: bool = False
+        self,
+        items: Sequence[Parameter],
+        *,
+        step: int | None = None,
+        subset: bool = False,
+        format_1_names: Mapping[str, str] | None = None,
     ) -> dict | None:
         """Writes a checkpoint's tensors into `items`.
 
@@ -172,6 +177,8 @@ class Checkpoints:
           items: what to restore.
           step: the step to restore. None: the newest; if it is damaged, with a warning, the one before.
           subset: `items` may leave out tensors of the checkpoint: an evaluation needs no optimizer's.
+          format_1_names: {path: name under which a checkpoint of format 1 holds it}, for the paths of `items`
+            that it holds under another name.
 
         Returns:
           The metadata as it was saved, with "step" and "validation_loss_nats" (None if unknown) added;
@@ -185,7 +192,7 @@ class Checkpoints:
         if step is not None:
             self._check_available(step)
             try:
-                return self._load(step, items, subset)
+                return self._load(step, items, subset, format_1_names or {})
             except DamagedError as damage:
                 raise ValueError(
                     f"The checkpoint of step {step} in {self._directory} is damaged: {damage}. "
@@ -196,7 +203,7 @@ class Checkpoints:
         while untried := [s for s in self._published() if s not in damages]:
             newest = untried[-1]
             try:
-                return self._load(newest, items, subset)
+                return self._load(newest, items, subset, format_1_names or {})
             except DamagedError as damage:
                 if newest not in self._published():
                     continue
@@ -314,10 +321,16 @@ class Checkpoints:
                 complete[step] = document
         return complete
 
-    def _load(self, step: int, items: Sequence[Parameter], subset: bool) -> dict:
+    def _load(
+        self, step: int, items: Sequence[Parameter], subset: bool, format_1_names: Mapping[str, str]
+    ) -> dict:
         directory = self._step_directory(step)
         document = self._document(step)
-        saved = {name: Stored.from_json(name, entry) for name, entry in document["tensors"].items()}
+        paths = {name: path for path, name in format_1_names.items()} if document["format"] == 1 else {}
+        saved = {
+            paths.get(name, name): Stored.from_json(name, entry)
+            for name, entry in document["tensors"].items()
+        }
         _check_fit(directory, saved, items, subset)
         documents.check_files(directory, document)
         tensors = [(item, saved[item.path]) for item in items]

@@ -8,7 +8,9 @@ from lmscale.checkpoints.tensors import DamagedError, checksums
 from lmscale.workdir import replace_file
 
 FILE = "metadata.json"
-FORMAT = 1
+FORMAT = 2
+# Of format 1: the names of the tensors, which were positions in the body; nothing else.
+_READABLE_FORMATS = (1, FORMAT)
 
 
 def write(directory: Path, document: dict) -> None:
@@ -34,9 +36,10 @@ def read(directory: Path) -> dict:
         raise DamagedError(f"{FILE} is not the JSON that was written ({error!r})") from error
     if digest != _digest(document):
         raise DamagedError(f"{FILE} does not match its own checksum")
-    if document["format"] != FORMAT:
+    if document["format"] not in _READABLE_FORMATS:
+        known = " or ".join(map(str, _READABLE_FORMATS))
         raise ValueError(
-            f"The checkpoint {directory} must have format {FORMAT}. Received: {document['format']}. "
+            f"The checkpoint {directory} must have format {known}. Received: {document['format']}. "
             "Read it with the version of lmscale that wrote it."
         )
     return document

@@ -457,10 +457,41 @@ def test_a_checkpoint_of_another_format(tmp_path):
     path = tmp_path / "step_00000010" / "metadata.json"
     document = json.loads(path.read_text())
     del document["sha256"]
-    document["format"] = 2
+    document["format"] = 3
     documents.write(path.parent, document)
-    with pytest.raises(ValueError, match=r"must have format 1\. Received: 2\."):
+    with pytest.raises(ValueError, match=r"must have format 1 or 2\. Received: 3\."):
         restore_small(tmp_path)
+
+
+FORMAT_1_NAMES = {
+    "tables/words/embedding": "table/embedding",
+    "slots/tables/words/embedding/second_moment": "table/embedding/second_moment",
+    "layers/lstm_1/recurrent_kernel": "body/1/lstm_cell/recurrent_kernel",
+    "slots/layers/lstm_1/recurrent_kernel/first_moment": "body_slots/1/lstm_cell/recurrent_kernel/first_moment",
+    "state/3": "carried_state/3",
+}
+
+
+def test_a_checkpoint_of_format_1_is_restored_to_the_paths_of_today(tmp_path):
+    directory = REPOSITORY / "tests" / "runs" / "format_1" / "checkpoints"
+    checkpoints = Checkpoints(directory, readonly=True)
+    reader = tf.train.load_checkpoint(checkpoints.prefix(20))
+    expected = {path: reader.get_tensor(name) for path, name in FORMAT_1_NAMES.items()}
+    restored = zeros_like(expected)
+    with pytest.raises(ValueError, match="tables/words/embedding: requested with shape"):
+        checkpoints.restore(make_items(restored), subset=True)
+    with pytest.raises(ValueError, match=r"table/bias: in the checkpoint with shape \(211,\), not requested"):
+        checkpoints.restore(make_items(restored), format_1_names=FORMAT_1_NAMES)
+    assert not any(array.any() for array in restored.values())
+    metadata = checkpoints.restore(make_items(restored), subset=True, format_1_names=FORMAT_1_NAMES)
+    assert metadata["step"] == 20
+    assert_same(restored, expected)
+    # Saved again it is of format 2, whose paths no mapping touches.
+    path = Checkpoints(tmp_path).save(20, make_items(restored), metadata={})
+    assert sorted(tf.train.load_checkpoint(path).get_variable_to_shape_map()) == sorted(FORMAT_1_NAMES)
+    again = zeros_like(expected)
+    Checkpoints(tmp_path).restore(make_items(again), format_1_names=FORMAT_1_NAMES)
+    assert_same(again, expected)
 
 
 def test_mistakes_change_nothing(tmp_path):
