@@ -36,7 +36,7 @@ from lmscale.workdir import fsync_directory
 
 logger = logging.getLogger(__name__)
 
-_STEP_DIRECTORY = re.compile(r"step_(\d{8,})")
+STEP_DIRECTORY = re.compile(r"step_(\d{8,})")
 _UNFINISHED = re.compile(r"\.step_(\d{8,})\.(saving|removing|replaced)")
 _RESERVED_METADATA = ("step", "validation_loss_nats")
 
@@ -76,7 +76,15 @@ class Checkpoints:
 
     def prefix(self, step: int) -> str:
         """The path for TensorFlow's own readers: `tf.train.load_checkpoint(checkpoints.prefix(step))`."""
-        return str(self._step_directory(step) / PREFIX)
+        return str(self.step_directory(step) / PREFIX)
+
+    def step_directory(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self._directory / f"step_{step:08d}"
+
+    def newest_step(self) -> int | None:
+        """The newest checkpoint, damaged or not, if there is any."""
+        return max(self._published(), default=None)
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, ascending: each file is there and has its size."""
@@ -158,7 +166,7 @@ class Checkpoints:
         except DamagedError as damage:
             raise ValueError(f"The checkpoint of step {step} is damaged: {damage}.") from damage
         document["validation_loss_nats"] = _finite_or_none(validation_loss_nats)
-        documents.write(self._step_directory(step), document)
+        documents.write(self.step_directory(step), document)
 
     def restore(
         self,
@@ -224,9 +232,6 @@ class Checkpoints:
 
     # Directories and what they are called.
 
-    def _step_directory(self, step: int) -> Path:
-        return self._directory / f"step_{step:08d}"
-
     def _hidden(self, step: int, state: str) -> Path:
         return self._directory / f".step_{step:08d}.{state}"
 
@@ -234,9 +239,7 @@ class Checkpoints:
         """Steps that have a directory, ascending. It was complete when it was given its name."""
         if not self._directory.is_dir():
             return []
-        matches = [
-            _STEP_DIRECTORY.fullmatch(path.name) for path in self._directory.iterdir() if path.is_dir()
-        ]
+        matches = [STEP_DIRECTORY.fullmatch(path.name) for path in self._directory.iterdir() if path.is_dir()]
         return sorted(int(match[1]) for match in matches if match)
 
     def _check_available(self, step: int) -> None:
@@ -252,18 +255,18 @@ class Checkpoints:
             if not match:
                 continue
             step = int(match[1])
-            if match[2] == "replaced" and not self._step_directory(step).exists():
+            if match[2] == "replaced" and not self.step_directory(step).exists():
                 # Killed between the two renames that replace a checkpoint.
-                path.rename(self._step_directory(step))
+                path.rename(self.step_directory(step))
             else:
                 logger.info("Removing %s, left by a save that did not finish.", path)
                 _remove_tree(path)
         for step in self._published():
-            (self._step_directory(step) / f"{documents.FILE}.tmp").unlink(missing_ok=True)
+            (self.step_directory(step) / f"{documents.FILE}.tmp").unlink(missing_ok=True)
 
     def _publish(self, temporary: Path, step: int) -> None:
         """Gives a finished directory its name, in place of an earlier one of that name."""
-        target, replaced = self._step_directory(step), self._hidden(step, "replaced")
+        target, replaced = self.step_directory(step), self._hidden(step, "replaced")
         if target.exists():
             _remove_tree(replaced)
             target.rename(replaced)
@@ -288,7 +291,7 @@ class Checkpoints:
                     aside,
                 )
                 _remove_tree(aside)
-                self._step_directory(later).rename(aside)
+                self.step_directory(later).rename(aside)
 
     def _prune(self) -> None:
         """Removes checkpoints older than the `keep` newest complete ones, but for the best."""
@@ -299,14 +302,14 @@ class Checkpoints:
                 # Renamed first: a removal that is killed half way must not look like a damaged checkpoint.
                 hidden = self._hidden(step, "removing")
                 _remove_tree(hidden)
-                self._step_directory(step).rename(hidden)
+                self.step_directory(step).rename(hidden)
                 _remove_tree(hidden)
 
     # Reading.
 
     def _document(self, step: int) -> dict:
         """metadata.json of a step that has a directory."""
-        document = documents.read(self._step_directory(step))
+        document = documents.read(self.step_directory(step))
         if document["step"] != step:
             raise DamagedError(f"{documents.FILE} does not match its directory's name")
         return document
@@ -317,14 +320,14 @@ class Checkpoints:
         for step in self._published():
             with contextlib.suppress(DamagedError):
                 document = self._document(step)
-                documents.check_sizes(self._step_directory(step), document)
+                documents.check_sizes(self.step_directory(step), document)
                 complete[step] = document
         return complete
 
     def _load(
         self, step: int, items: Sequence[Parameter], subset: bool, format_1_names: Mapping[str, str]
     ) -> dict:
-        directory = self._step_directory(step)
+        directory = self.step_directory(step)
         document = self._document(step)
         paths = {name: path for path, name in format_1_names.items()} if document["format"] == 1 else {}
         saved = {
