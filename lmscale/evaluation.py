@@ -7,7 +7,7 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from lmscale.checkpoints import Checkpoints
+from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.batches import EvaluationBatches
 from lmscale.data.token_files import PreparedData
 from lmscale.distribution import collectives

@@ -5,8 +5,8 @@ import tensorflow as tf
 
 from lmscale import keras_settings
 from lmscale.bodies.encoder import Encoder
-from lmscale.checkpoints import CheckpointItem
 from lmscale.distribution import collectives
+from lmscale.parameters.tree import Parameter
 from lmscale.tables.table import ShardedTable
 
 
@@ -83,22 +83,29 @@ class LanguageModel:
                 slots[slot].assign(tf.where(keep, value, slots[slot]))
 
     def checkpoint_items(self):
-        """`CheckpointItem`s of everything here, as logical tensors that do not show the number of devices."""
+        """`Parameter`s of everything here, as logical tensors that do not show the number of devices."""
         items = []
         for name, variable in self.table.variables().items():
             items.append(
-                CheckpointItem(
-                    name=f"table/{name}",
+                Parameter(
+                    path=f"table/{name}",
                     shape=(self.table.vocab_size, *variable.shape[1:]),
                     dtype=variable.dtype.as_numpy_dtype,
+                    sharded=True,
+                    trainable=name in self.table.parameters,
                     read=lambda start, stop, name=name: self.table.read_rows(name, start, stop),
                     write=lambda start, values, name=name: self.table.write_rows(name, start, values),
+                    scatter=lambda ids, values, name=name: self.table.write_ids(name, ids, values),
                 )
             )
         replicated = {f"body/{name}": variable.value for name, variable in self.encoder.variables.items()}
         for name, slots in self.body_slots.items():
             replicated.update({f"body_slots/{name}/{slot}": variable for slot, variable in slots.items()})
-        return items + [_replicated_item(name, variable) for name, variable in replicated.items()]
+        trainable = {f"body/{name}" for name in self.encoder.trainable_variables}
+        return items + [
+            _replicated_parameter(path, variable, trainable=path in trainable)
+            for path, variable in replicated.items()
+        ]
 
 
 def make_encoder(experiment, *, num_replicas, trainable=True):
@@ -125,18 +132,28 @@ def _log_frequency(counts):
     return np.log(counts / counts.sum()).astype(np.float32)
 
 
-def _replicated_item(name, variable):
+def _replicated_parameter(path, variable, *, trainable):
+    def scatter(rows, values):
+        current = variable.numpy()
+        current[rows] = values
+        variable.assign(current)
+
     def write(start, values):
         if variable.shape.rank == 0:
             variable.assign(values)
         else:
-            current = variable.numpy()
-            current[start : start + len(values)] = values
-            variable.assign(current)
+            scatter(np.arange(start, start + len(values)), values)
 
     def read(start, stop):
         return variable.numpy() if variable.shape.rank == 0 else variable.numpy()[start:stop]
 
-    return CheckpointItem(
-        name=name, shape=tuple(variable.shape), dtype=variable.dtype.as_numpy_dtype, read=read, write=write
+    return Parameter(
+        path=path,
+        shape=tuple(variable.shape),
+        dtype=variable.dtype.as_numpy_dtype,
+        sharded=False,
+        trainable=trainable,
+        read=read,
+        write=write,
+        scatter=scatter,
     )

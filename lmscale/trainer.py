@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from lmscale import hparams_tab
 from lmscale.bodies.dropout import DropoutStream
-from lmscale.checkpoints import CheckpointItem, Checkpoints
+from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.batches import ContiguousBatches, Prefetcher, ShuffledWindows
 from lmscale.data.token_files import PreparedData
 from lmscale.distribution import collectives
@@ -18,6 +18,7 @@ from lmscale.doing import doing
 from lmscale.evaluation import Evaluator
 from lmscale.metrics import MetricsWriter, device_memory_mib, format_log_line, progress, read_metrics
 from lmscale.model import LanguageModel
+from lmscale.parameters.tree import Parameter
 from lmscale.stop_signals import collect_stop_signals
 from lmscale.tables.table import RowGradients
 
@@ -247,12 +248,17 @@ class Trainer:
         items = self.model.checkpoint_items()
         for i, variable in enumerate(self._state):
             items.append(
-                CheckpointItem(
-                    name=f"carried_state/{i}",
+                Parameter(
+                    path=f"carried_state/{i}",
                     shape=(self.experiment.global_batch_size, *variable.shape[1:]),
                     dtype=variable.dtype.as_numpy_dtype,
+                    sharded=True,
+                    trainable=False,
                     read=lambda start, stop, i=i: self._read_state(i)[start:stop],
-                    write=lambda start, values, i=i: self._write_state(i, start, values),
+                    write=lambda start, values, i=i: self._write_state(
+                        i, np.arange(start, start + len(values)), values
+                    ),
+                    scatter=lambda rows, values, i=i: self._write_state(i, rows, values),
                 )
             )
         return items
@@ -268,9 +274,9 @@ class Trainer:
         components = self.strategy.experimental_local_results(self._state[i])
         return np.concatenate([component.numpy() for component in components])
 
-    def _write_state(self, i, start, values):
+    def _write_state(self, i, rows, values):
         whole = self._read_state(i)
-        whole[start : start + len(values)] = values
+        whole[rows] = values
         components = self.strategy.experimental_local_results(self._state[i])
         for component, part in zip(components, np.split(whole, len(components)), strict=True):
             component.assign(part)
@@ -450,6 +456,7 @@ class _Run:
                 "step": self.trainer.step,
                 "data_fingerprint": self.trainer.data.fingerprint,
                 "vocabulary_sha256": self.trainer.data.vocabulary_sha256,
+                "vocabularies": {"words": self.trainer.data.vocabulary_sha256},
                 "num_devices": self.trainer.strategy.num_replicas_in_sync,
                 "best_validation_loss_nats": _finite_or_none(self.best_validation_loss),
                 "last_validation_loss_nats": _finite_or_none(self.last_validation_loss),

@@ -14,7 +14,7 @@ class Workdir:
     """The directory that holds all that a run writes.
 
     config.gin       the configuration of the run, resolved
-    checkpoints/     see `lmscale.checkpoints`
+    checkpoints/     see `lmscale.checkpoints.directory`
     train/ eval/     TensorBoard events and metrics.jsonl of the training and of the evaluations
     saved.json       there since the run's first checkpoint
     finished.json    there when the run has done all its steps

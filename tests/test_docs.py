@@ -364,7 +364,7 @@ import lmscale.softmax
 import lmscale.bodies
 import lmscale.softmax
 from lmscale import configuration
-from lmscale.checkpoints import Checkpoints
+from lmscale.checkpoints.directory import Checkpoints
 from lmscale.trainer import Trainer
 
 

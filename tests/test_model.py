@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 
 from lmscale.bodies.lstm import lstm_body
-from lmscale.checkpoints import CheckpointItem
 from lmscale.experiment import Experiment
 from lmscale.model import LanguageModel
+from lmscale.parameters.tree import Parameter
 from lmscale.parameters.update_rules import SGD, Adagrad, Adam, RowWiseAdagrad
 
 VOCAB_SIZE, EMBED_DIM = 103, 6
@@ -42,14 +42,14 @@ def values(model):
     """{name: array} of everything saved, read in two blocks."""
     whole = {}
     for item in model.checkpoint_items():
-        assert isinstance(item, CheckpointItem)
+        assert isinstance(item, Parameter)
         if item.shape:
             middle = item.shape[0] // 2
-            whole[item.name] = np.concatenate([item.read(0, middle), item.read(middle, item.shape[0])])
+            whole[item.path] = np.concatenate([item.read(0, middle), item.read(middle, item.shape[0])])
         else:
-            whole[item.name] = np.asarray(item.read(0, 1))
-        assert whole[item.name].shape == tuple(item.shape), item.name
-        assert whole[item.name].dtype == item.dtype, item.name
+            whole[item.path] = np.asarray(item.read(0, 1))
+        assert whole[item.path].shape == tuple(item.shape), item.path
+        assert whole[item.path].dtype == item.dtype, item.path
     return whole
 
 
@@ -150,7 +150,7 @@ def test_items_are_logical_tensors_that_any_number_of_devices_reads_back(mirrore
         target = build(mirrored(num_replicas), seed=4)
         assert any(np.any(values(target)[name] != saved[name]) for name in saved)
         for item in target.checkpoint_items():
-            value = saved[item.name]
+            value = saved[item.path]
             if item.shape:
                 cut = item.shape[0] // 3
                 item.write(0, value[:cut])
@@ -174,8 +174,8 @@ def test_initial_values_do_not_depend_on_the_devices_or_on_earlier_models(mirror
 
 
 def test_evaluation_holds_no_slots(mirrored):
-    names = {item.name for item in build(mirrored(2), trainable=False).checkpoint_items()}
-    trained = {item.name for item in build(mirrored(2)).checkpoint_items()}
+    names = {item.path for item in build(mirrored(2), trainable=False).checkpoint_items()}
+    trained = {item.path for item in build(mirrored(2)).checkpoint_items()}
     assert names < trained
     assert {name.split("/")[0] for name in names} == {"table", "body"}
     assert {"table/embedding", "table/bias"} == {name for name in names if name.startswith("table/")}

@@ -121,7 +121,7 @@ def test_steps_in_one_call_equal_single_steps_bit_for_bit(mirrored, num_replicas
         assert run.step == 11 > run.batches.steps_per_epoch
         metrics = {name: np.concatenate([m[name].numpy() for m in metrics]) for name in metrics[0]}
         return metrics, {
-            item.name: item.read(0, item.shape[0] if item.shape else 1) for item in run.checkpoint_items()
+            item.path: item.read(0, item.shape[0] if item.shape else 1) for item in run.checkpoint_items()
         }
 
     # Over the end of an epoch, and with calls that are not full.

@@ -336,12 +336,7 @@ class ShardedTable:
           ValueError: if there are no such rows, or values are not of their shape. Nothing is written then.
         """
         self._check_range(name, start, start + len(values))
-        row_shape = tuple(self.variables()[name].shape[1:])
-        if tuple(np.shape(values)[1:]) != row_shape:
-            raise ValueError(
-                f"values must have the shape [rows, ...] of {name!r}, {('rows', *row_shape)}. Received: "
-                f"{tuple(np.shape(values))}."
-            )
+        self._check_row_shape(name, values)
         n = self.placement.num_shards
         for shard_id, component in self._components(name):
             offset = (shard_id - start) % n  # of the first id in the block that this shard owns
@@ -349,6 +344,50 @@ class ShardedTable:
             if len(mine):
                 first = (start + offset) // n
                 component.scatter_update(tf.IndexedSlices(mine, tf.range(first, first + len(mine))))
+
+    def write_ids(self, name, ids, values):
+        """Writes the rows `ids` of the logical tensor `name`: those that this process holds.
+
+        Args:
+          name: of a parameter or slot, as in `variables`.
+          ids: [n] int, distinct, in any order.
+          values: [n, ...], the row of each id.
+
+        Raises:
+          ValueError: if an id is out of range or there twice, or values are not of their shape. Nothing is written
+            then.
+        """
+        ids, values = np.asarray(ids), np.asarray(values)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) != len(values):
+            raise ValueError(
+                f"ids must be [n] integers, one for each of the values. Received: shape {ids.shape} of {ids.dtype} "
+                f"for {len(values)} values."
+            )
+        self._check_row_shape(name, values)
+        if not len(ids):
+            return
+        self._check_range(name, int(ids.min()), int(ids.max()) + 1)
+        distinct, counts = np.unique(ids, return_counts=True)
+        if len(distinct) < len(ids):
+            raise ValueError(
+                "ids must be distinct, for which of two rows would be kept is not known. Received: id "
+                f"{distinct[counts > 1][0]} {counts.max()} times. Pass each id once."
+            )
+        owner, local_rows = self.placement.owner(ids), self.placement.local_row(ids)
+        for shard_id, component in self._components(name):
+            mine = np.flatnonzero(owner == shard_id)
+            if len(mine):
+                component.scatter_update(
+                    tf.IndexedSlices(values[mine], tf.constant(local_rows[mine], tf.int32))
+                )
+
+    def _check_row_shape(self, name, values):
+        row_shape = tuple(self.variables()[name].shape[1:])
+        if tuple(np.shape(values)[1:]) != row_shape:
+            raise ValueError(
+                f"values must have the shape [rows, ...] of {name!r}, {('rows', *row_shape)}. Received: "
+                f"{tuple(np.shape(values))}."
+            )
 
     def _check_range(self, name, start, stop):
         if name not in self.variables():

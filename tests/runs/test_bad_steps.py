@@ -10,7 +10,7 @@ from faulty_losses import FaultySoftmax
 
 from lmscale import trainer
 from lmscale.bodies.lstm import lstm_body
-from lmscale.checkpoints import Checkpoints
+from lmscale.checkpoints.directory import Checkpoints
 from lmscale.experiment import Experiment
 from lmscale.parameters.update_rules import Adam
 from lmscale.softmax.samplers import LogUniformSampler

@@ -11,7 +11,7 @@ import pytest
 import tiny_runs
 
 from lmscale import configuration
-from lmscale.checkpoints import Checkpoints
+from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.token_files import PreparedData
 from lmscale.trainer import Trainer
 

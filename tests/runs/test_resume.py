@@ -11,7 +11,7 @@ import tiny_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lmscale import configuration
-from lmscale.checkpoints import Checkpoints
+from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.token_files import PreparedData
 from lmscale.trainer import Trainer
 from lmscale.trainer import train as train_run
@@ -167,7 +167,7 @@ def test_restores_every_tensor_exactly_on_other_numbers_of_devices(
     metadata = Checkpoints(workdir / "checkpoints", readonly=True).restore(items)
     assert (metadata["step"], metadata["num_devices"]) == (LAST_STEP, 3)
     expected = tiny_runs.tensors(workdir, LAST_STEP)
-    restored = {item.name: item.read(0, item.shape[0] if item.shape else 1) for item in items}
+    restored = {item.path: item.read(0, item.shape[0] if item.shape else 1) for item in items}
     tiny_runs.assert_same_bits(restored, expected)
     assert any(name.startswith("carried_state/") and np.any(value) for name, value in restored.items())
     Checkpoints(tmp_path / "checkpoints").save(LAST_STEP, items, metadata={})

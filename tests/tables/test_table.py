@@ -494,6 +494,42 @@ def test_rows_are_written_and_read_at_any_place(mirrored, num_replicas, name):
         assert (actual.dtype, actual.shape) == (values.dtype, values.shape)
 
 
+@pytest.mark.parametrize("num_replicas", [1, 2, 3])
+@pytest.mark.parametrize("name", ["embedding", "bias", "embedding/second_moment"])
+def test_rows_are_written_by_id_in_any_order(mirrored, num_replicas, name):
+    vocab_size = 23
+    table = _make_table(mirrored(num_replicas), vocab_size=vocab_size, optimizer=OPTIMIZERS["adam"])
+    expected = _logical(table)
+    rng = np.random.default_rng(3)
+    for num_ids in (0, 1, 5, 22, 23):
+        ids = rng.permutation(vocab_size)[:num_ids]
+        values = rng.normal(size=expected[name][ids].shape).astype(np.float32)
+        table.write_ids(name, ids, values)
+        expected[name][ids] = values
+        for other, rows in _logical(table).items():
+            np.testing.assert_array_equal(rows, expected[other], err_msg=other)
+
+
+def test_rows_by_ids_that_are_repeated_or_not_there_are_refused(mirrored):
+    table = _make_table(mirrored(3))
+    before = _logical(table)
+    rows = np.ones([3, EMBED_DIM], np.float32)
+    for name, ids, values, words in [
+        ("embedding", [1, 7, 1], rows, "must be distinct.*id 1 2 times"),
+        ("embedding", [1, VOCAB_SIZE, 2], rows, f"vocab_size={VOCAB_SIZE}"),
+        ("embedding", [1, -1, 2], rows, "Rows must lie in"),
+        ("embedding", [1, 2], rows, "for 3 values"),
+        ("embedding", [[1], [2], [3]], rows, r"shape \(3, 1\)"),
+        ("embedding", [1.0, 2.0, 3.0], rows, "of float64"),
+        ("embedding", [1, 2, 3], rows[:, 1:], rf"\('rows', {EMBED_DIM}\)"),
+        ("bias", [1, 2, 3], rows, r"\('rows',\)"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            table.write_ids(name, ids, values)
+    for name, value in before.items():
+        np.testing.assert_array_equal(_logical(table)[name], value)
+
+
 def test_rows_may_be_written_between_updates(mirrored):
     strategy = mirrored(3)
     table = _make_table(strategy, optimizer=OPTIMIZERS["sgd"])

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from lmscale.checkpoints import CheckpointItem, Checkpoints
+from lmscale.checkpoints import document as documents
+from lmscale.checkpoints.directory import Checkpoints
+from lmscale.parameters.tree import Parameter
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 TINY_BLOCK_MIB = 1e-3
 
 
@@ -35,7 +37,20 @@ def make_item(name, array, *, log=None):
         else:
             array[...] = rows
 
-    return CheckpointItem(name=name, shape=array.shape, dtype=array.dtype, read=read, write=write)
+    return make_parameter(name, array.shape, array.dtype, read=read, write=write)
+
+
+def make_parameter(path, shape, dtype, *, read, write):
+    return Parameter(
+        path=path,
+        shape=shape,
+        dtype=dtype,
+        sharded=False,
+        trainable=True,
+        read=read,
+        write=write,
+        scatter=lambda *_: None,
+    )
 
 
 def make_items(arrays, **kwargs):
@@ -148,7 +163,8 @@ def test_memory_is_bounded_by_the_block(tmp_path):
         import sys
         import numpy as np
         from pathlib import Path
-        from lmscale.checkpoints import CheckpointItem, Checkpoints
+        from lmscale.checkpoints.directory import Checkpoints
+        from tests.checkpoints.test_directory import make_parameter
 
         def peak_mib():
             return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
@@ -161,9 +177,7 @@ def test_memory_is_bounded_by_the_block(tmp_path):
             restored_rows.append(len(rows))
 
         def item(rows):
-            return CheckpointItem(
-                name="t", shape=(rows, 256), dtype=np.float32, read=row_numbers, write=check
-            )
+            return make_parameter("t", (rows, 256), np.float32, read=row_numbers, write=check)
 
         restored_rows = []
         Checkpoints(sys.argv[1] + "/warm").save(1, [item(5)], metadata={})
@@ -199,7 +213,7 @@ def test_a_save_killed_anywhere_loses_nothing(tmp_path):
     script = """
         import os, shutil, signal, sys
         import tensorflow as tf
-        from tests.test_checkpoints import save_small
+        from tests.checkpoints.test_directory import save_small
 
         def run(directory, kill_at):
             calls = 0
@@ -257,7 +271,7 @@ def test_a_save_that_fails_leaves_the_earlier_ones(tmp_path):
             raise RuntimeError("device lost")
         return np.zeros((stop - start, 3), np.float32)
 
-    item = CheckpointItem(name="rows", shape=(50, 3), dtype=np.float32, read=read, write=lambda *_: None)
+    item = make_parameter("rows", (50, 3), np.float32, read=read, write=lambda *_: None)
     with pytest.raises(RuntimeError, match="device lost"):
         Checkpoints(tmp_path, block_mib=2e-4).save(20, [item], metadata={})
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
@@ -443,12 +457,41 @@ def test_a_checkpoint_of_another_format(tmp_path):
     path = tmp_path / "step_00000010" / "metadata.json"
     document = json.loads(path.read_text())
     del document["sha256"]
-    document["format"] = 2
-    from lmscale.checkpoints import _digest
-
-    path.write_text(json.dumps({**document, "sha256": _digest(document)}))
-    with pytest.raises(ValueError, match=r"must have format 1\. Received: 2\."):
+    document["format"] = 3
+    documents.write(path.parent, document)
+    with pytest.raises(ValueError, match=r"must have format 1 or 2\. Received: 3\."):
         restore_small(tmp_path)
+
+
+FORMAT_1_NAMES = {
+    "tables/words/embedding": "table/embedding",
+    "slots/tables/words/embedding/second_moment": "table/embedding/second_moment",
+    "layers/lstm_1/recurrent_kernel": "body/1/lstm_cell/recurrent_kernel",
+    "slots/layers/lstm_1/recurrent_kernel/first_moment": "body_slots/1/lstm_cell/recurrent_kernel/first_moment",
+    "state/3": "carried_state/3",
+}
+
+
+def test_a_checkpoint_of_format_1_is_restored_to_the_paths_of_today(tmp_path):
+    directory = REPOSITORY / "tests" / "runs" / "format_1" / "checkpoints"
+    checkpoints = Checkpoints(directory, readonly=True)
+    reader = tf.train.load_checkpoint(checkpoints.prefix(20))
+    expected = {path: reader.get_tensor(name) for path, name in FORMAT_1_NAMES.items()}
+    restored = zeros_like(expected)
+    with pytest.raises(ValueError, match="tables/words/embedding: requested with shape"):
+        checkpoints.restore(make_items(restored), subset=True)
+    with pytest.raises(ValueError, match=r"table/bias: in the checkpoint with shape \(211,\), not requested"):
+        checkpoints.restore(make_items(restored), format_1_names=FORMAT_1_NAMES)
+    assert not any(array.any() for array in restored.values())
+    metadata = checkpoints.restore(make_items(restored), subset=True, format_1_names=FORMAT_1_NAMES)
+    assert metadata["step"] == 20
+    assert_same(restored, expected)
+    # Saved again it is of format 2, whose paths no mapping touches.
+    path = Checkpoints(tmp_path).save(20, make_items(restored), metadata={})
+    assert sorted(tf.train.load_checkpoint(path).get_variable_to_shape_map()) == sorted(FORMAT_1_NAMES)
+    again = zeros_like(expected)
+    Checkpoints(tmp_path).restore(make_items(again), format_1_names=FORMAT_1_NAMES)
+    assert_same(again, expected)
 
 
 def test_mistakes_change_nothing(tmp_path):
@@ -457,17 +500,15 @@ def test_mistakes_change_nothing(tmp_path):
     item = make_item("rows", rows)
 
     def item_reading(result):
-        return CheckpointItem(
-            name="rows", shape=(5, 3), dtype=np.float32, read=lambda *_: result, write=lambda *_: None
-        )
+        return make_parameter("rows", (5, 3), np.float32, read=lambda *_: result, write=lambda *_: None)
 
     with pytest.raises(
-        ValueError, match=r"item rows must return shape \(5, 3\) of float32. Received: shape \(4, 3\)"
+        ValueError, match=r"parameter rows must return shape \(5, 3\) of float32. Received: shape \(4, 3\)"
     ):
         checkpoints.save(1, [item_reading(rows[:4])], metadata={})
     with pytest.raises(ValueError, match=r"Received: shape \(5, 3\) of float64"):
         checkpoints.save(1, [item_reading(rows.astype(np.float64))], metadata={})
-    with pytest.raises(ValueError, match=r"repeated names \['rows'\]"):
+    with pytest.raises(ValueError, match=r"repeated paths \['rows'\]"):
         checkpoints.save(1, [item, item], metadata={})
     with pytest.raises(ValueError, match="without NaN"):
         checkpoints.save(1, [item], metadata={"loss": float("nan")})

@@ -1,0 +1,1 @@
+"""Checkpoints: tensors by their paths, saved and restored in blocks of rows."""

@@ -1,0 +1,221 @@
+"""The tensors of one TensorFlow V2 checkpoint, in blocks of rows, and the checksums of its files.
+
+A tensor is stored by its logical shape, whatever number of devices held it. It passes through host
+memory a block of rows at a time, so it may be larger than the memory of a device, or of the host.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from lmscale.parameters.tree import Parameter
+from lmscale.paths import naming
+
+PREFIX = "tensors"
+# TensorFlow writes slices of any type, but reads back slices of these only. Tensors of other types
+# (uint32 seeds, float16) are written in one piece.
+_SLICED_DTYPES = frozenset(
+    {"bool", "int8", "uint8", "int16", "int32", "int64", "bfloat16", "float32", "float64", "complex64"}
+)
+
+
+class DamagedError(Exception):
+    """The files of one checkpoint are not what was saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """How a checkpoint holds one tensor.
+
+    Attributes:
+      name: in the TensorFlow checkpoint.
+      shape: the logical shape.
+      dtype: numpy dtype.
+      block_rows: rows of each block but the last.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    block_rows: int
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each block of rows, by rising rows; (0, 1) for a scalar."""
+        rows = self.shape[0] if self.shape else 1
+        if rows == 0:
+            yield 0, 0
+        for start in range(0, rows, self.block_rows):
+            yield start, min(start + self.block_rows, rows)
+
+    def slice_spec(self, start: int, stop: int) -> str:
+        """TensorFlow's notation, "V D start,length:-" for rows of a [V, D] tensor; empty for all of it."""
+        if not self.shape or stop - start == self.shape[0]:
+            return ""
+        extents = [f"{start},{stop - start}"] + ["-"] * (len(self.shape) - 1)
+        return " ".join(str(size) for size in self.shape) + " " + ":".join(extents)
+
+    def num_bytes(self, start: int, stop: int) -> int:
+        """Size of so many rows."""
+        return (stop - start) * math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def to_json(self) -> dict:
+        return {"shape": list(self.shape), "dtype": self.dtype.name, "block_rows": self.block_rows}
+
+    @classmethod
+    def from_json(cls, name: str, entry: dict) -> "Stored":
+        """What `to_json` gave."""
+        return cls(
+            name=name,
+            shape=tuple(entry["shape"]),
+            dtype=np.dtype(tf.dtypes.as_dtype(entry["dtype"]).as_numpy_dtype),
+            block_rows=entry["block_rows"],
+        )
+
+
+def stored_as(parameter: Parameter, *, block_bytes: int) -> Stored:
+    """How a checkpoint of blocks of about `block_bytes` holds a parameter: in one block if it cannot be sliced."""
+    rows = parameter.shape[0] if parameter.shape else 1
+    row_bytes = math.prod(parameter.shape[1:]) * parameter.dtype.itemsize
+    block_rows = rows
+    if parameter.shape and row_bytes and parameter.dtype.name in _SLICED_DTYPES:
+        block_rows = min(block_bytes // row_bytes, rows)
+    return Stored(
+        name=parameter.path, shape=parameter.shape, dtype=parameter.dtype, block_rows=max(block_rows, 1)
+    )
+
+
+def write_tensors(directory: Path, tensors: Sequence[tuple[Parameter, Stored]], *, block_bytes: int) -> None:
+    """Writes each batch of blocks as a checkpoint of its own, then merges them, which moves the files.
+
+    Raises:
+      ValueError: if a parameter's `read` returns another shape or dtype than it declares.
+      OSError: if the files cannot be written.
+    """
+    try:
+        _write_parts(directory / "parts", tensors, block_bytes=block_bytes, destination=directory / PREFIX)
+    except tf.errors.OpError as error:
+        raise OSError(f"{directory}: the checkpoint cannot be written: {error.message}.") from error
+
+
+def _write_parts(parts, tensors, *, block_bytes, destination):
+    parts.mkdir()
+    prefixes = []
+    with tf.device("CPU:0"):
+        for batch in _batches(tensors, block_bytes=block_bytes):
+            prefixes.append(str(parts / f"{len(prefixes):06d}"))
+            tf.raw_ops.SaveV2(
+                prefix=prefixes[-1],
+                tensor_names=[stored.name for _, stored, _, _ in batch],
+                shape_and_slices=[stored.slice_spec(start, stop) for _, stored, start, stop in batch],
+                tensors=[tf.convert_to_tensor(_rows(p, start, stop)) for p, _, start, stop in batch],
+            )
+        tf.raw_ops.MergeV2Checkpoints(
+            checkpoint_prefixes=prefixes,
+            destination_prefix=str(destination),
+            delete_old_dirs=False,
+            allow_missing_files=False,
+        )
+    shutil.rmtree(parts)
+
+
+def _rows(parameter, start, stop):
+    rows = np.asarray(parameter.read(start, stop))
+    expected = (stop - start, *parameter.shape[1:]) if parameter.shape else ()
+    if rows.shape != expected or rows.dtype != parameter.dtype:
+        raise ValueError(
+            f"read({start}, {stop}) of parameter {parameter.path} must return shape {expected} "
+            f"of {parameter.dtype.name}. "
+            f"Received: shape {rows.shape} of {rows.dtype.name}."
+        )
+    return rows
+
+
+def read_tensors(directory: Path, tensors: Iterable[tuple[Parameter, Stored]], *, block_bytes: int) -> None:
+    """Writes tensors of a checkpoint into parameters, in the blocks that were saved.
+
+    Raises:
+      DamagedError: if TensorFlow cannot read the files.
+    """
+    for batch in _batches(tensors, block_bytes=block_bytes):
+        values = _restored(directory, [(stored, start, stop) for _, stored, start, stop in batch])
+        for (parameter, _, start, _), tensor in zip(batch, values, strict=True):
+            parameter.write(start, tensor.numpy())
+
+
+def read_rows(directory: Path, stored: Stored, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of one tensor, [stop - start, ...]; of a scalar, `read_rows(..., 0, 1)` is the 0-d array.
+
+    Memory: the rows, and one block beside them if they are not themselves a block.
+
+    Raises:
+      DamagedError: if TensorFlow cannot read the files.
+    """
+    wanted = [(first, last) for first, last in stored.blocks() if first < stop and last > start]
+    if not stored.shape or wanted == [(start, stop)]:
+        return _restored(directory, [(stored, start, stop)])[0].numpy()
+    rows = np.empty((stop - start, *stored.shape[1:]), stored.dtype)
+    for first, last in wanted:
+        # Whole blocks: TensorFlow loads the block for any part of it.
+        block = _restored(directory, [(stored, first, last)])[0].numpy()
+        low, high = max(first, start), min(last, stop)
+        rows[low - start : high - start] = block[low - first : high - first]
+    return rows
+
+
+def _restored(directory, blocks):
+    try:
+        with tf.device("CPU:0"):
+            return tf.raw_ops.RestoreV2(
+                prefix=str(directory / PREFIX),
+                tensor_names=[stored.name for stored, _, _ in blocks],
+                shape_and_slices=[stored.slice_spec(start, stop) for stored, start, stop in blocks],
+                dtypes=[tf.dtypes.as_dtype(stored.dtype) for stored, _, _ in blocks],
+            )
+    except (tf.errors.DataLossError, tf.errors.NotFoundError, tf.errors.OutOfRangeError) as error:
+        raise DamagedError(error.message) from error
+
+
+def _batches(tensors, *, block_bytes):
+    """Consecutive blocks (parameter, stored, start, stop), grouped to about `block_bytes`, or one block."""
+    batch, batch_bytes = [], 0
+    for parameter, stored in tensors:
+        for start, stop in stored.blocks():
+            size = stored.num_bytes(start, stop)
+            if batch and batch_bytes + size > block_bytes:
+                yield batch
+                batch, batch_bytes = [], 0
+            batch.append((parameter, stored, start, stop))
+            batch_bytes += size
+    if batch:
+        yield batch
+
+
+def checksums(directory: Path) -> dict[str, dict]:
+    """Size and sha256 of each file of the TensorFlow checkpoint, each flushed to disk."""
+
+    def checksum(path: Path) -> dict:
+        with naming(path), open(path, "rb") as file:
+            # A file that was only read is clean, and this returns at once.
+            os.fsync(file.fileno())
+            return {"bytes": os.fstat(file.fileno()).st_size, "sha256": _file_digest(file)}
+
+    paths = sorted(directory.glob(f"{PREFIX}.*"))
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip((path.name for path in paths), pool.map(checksum, paths), strict=True))
+
+
+def _file_digest(file) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(2**20))
+    while count := file.readinto(buffer):
+        digest.update(buffer[:count])
+    return digest.hexdigest()
