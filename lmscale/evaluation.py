@@ -7,14 +7,14 @@ import time
 import numpy as np
 import tensorflow as tf
 
+from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import Checkpoints
-from lmscale.data.batches import EvaluationBatches
 from lmscale.data.token_files import PreparedData
 from lmscale.distribution import collectives
 from lmscale.doing import doing
 from lmscale.metrics import progress
-from lmscale.model import LanguageModel
-from lmscale.softmax.full import full_softmax_loss
+from lmscale.model import Model
+from lmscale.trainer import make_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,123 +35,110 @@ class EvaluationResult:
 class Evaluator:
     """Evaluates a model on the devices of a strategy.
 
-    The text is cut into `batch_size` lanes, each of which starts without context, so the batch size belongs to the
-    result; the number of devices does not: lanes of padding fill up what does not divide.
+    The batch size belongs to the result where a state is carried: a text is cut into so many lanes, each of which
+    starts without context. The number of devices does not: examples of padding fill up what does not divide.
     """
 
-    def __init__(
-        self, model, *, strategy, batch_size, window, eos_id, compute_dtype="float32", loss=None, seed=0
-    ):
+    def __init__(self, model, *, strategy, batch_size, compute_dtype="float32", seed=0):
         """Args:
-        model: `LanguageModel`.
+        model: `Model`.
         strategy: the one that it was built under.
-        batch_size, window: lanes, and time steps of each in a batch.
-        eos_id: what comes before the first token.
-        compute_dtype: of the products.
-        loss: a `Head` to measure beside the exact one, on the same hidden states; None for none.
-        seed: of that loss's candidates.
+        batch_size: examples of a batch.
+        compute_dtype: of the products of the exact softmax.
+        seed: of the candidates where training losses are measured beside the exact ones.
         """
         self._model = model
         self._strategy = strategy
         self._batch_size = batch_size
-        self._window = window
-        self._eos_id = eos_id
         self._compute_dtype = compute_dtype
-        self._loss = loss
         self._seed = seed
         self._num_replicas = strategy.num_replicas_in_sync
-        self._lanes_per_replica = -(-batch_size // self._num_replicas)
+        self._per_replica_batch_size = -(-batch_size // self._num_replicas)
 
-    def evaluate(self, tokens, *, with_training_loss=False, on_step=None):
-        """Exact mean loss over `tokens`.
+    @classmethod
+    def of_experiment(cls, experiment, model, *, strategy):
+        """The evaluator of an experiment's model."""
+        return cls(
+            model,
+            strategy=strategy,
+            batch_size=experiment.eval_batch_size,
+            compute_dtype=experiment.compute_dtype,
+            seed=experiment.seed,
+        )
+
+    def evaluate(self, batches, *, with_training_loss=False, on_step=None):
+        """Exact mean loss over `batches`.
 
         Args:
-          tokens: [n] ids. Every one is predicted once, the first from `eos_id`.
+          batches: as `Task.evaluation_batches` returns them.
           with_training_loss: also measure the training loss, without dropout.
-          on_step: called with the number of batches done after each, of `num_steps` in all.
+          on_step: called with the number of batches done after each.
 
         Returns:
-          `EvaluationResult`.
+          `EvaluationResult`, of all heads together.
         """
         start = time.perf_counter()
-        batches = self._batches(tokens)
-        padding = [(0, self._lanes_per_replica * self._num_replicas - self._batch_size), (0, 0)]
+        padding = self._per_replica_batch_size * self._num_replicas - self._batch_size
         state = self._initial_state()
         sums = np.zeros([2], np.float64)
         for i in range(batches.num_steps):
-            batch = batches.at(i)
-            arrays = [np.pad(x, padding) for x in (batch.input_ids, batch.labels, batch.loss_weights)]
+            features = {
+                # Ids of 0, with the weight 0.
+                name: np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+                for name, x in batches.at(i).features.items()
+            }
             step_sums, state = self._step(
                 state,
-                *(tf.constant(x) for x in arrays),
+                {name: tf.constant(x) for name, x in features.items()},
                 tf.constant(i),
                 with_training_loss=with_training_loss,
             )
             sums += self._strategy.experimental_local_results(step_sums)[0].numpy()
             if on_step:
                 on_step(i + 1)
-        mean = sums / len(tokens)
+        mean = sums / batches.num_labels
         return EvaluationResult(
             loss_nats=float(mean[0]),
-            tokens=len(tokens),
+            tokens=batches.num_labels,
             seconds=time.perf_counter() - start,
             training_loss_nats=float(mean[1]) if with_training_loss else None,
         )
 
-    def num_steps(self, tokens):
-        """Batches that an evaluation of `tokens` takes."""
-        return self._batches(tokens).num_steps
-
-    def _batches(self, tokens):
-        return EvaluationBatches(
-            tokens, batch_size=self._batch_size, window=self._window, eos_id=self._eos_id
-        )
-
     @tf.function(autograph=False)
     def _initial_state(self):
-        return self._strategy.run(lambda: self._model.encoder.body.initial_state(self._lanes_per_replica))
+        initial_state = self._model.task.initial_state
+        return self._strategy.run(lambda: initial_state(self._per_replica_batch_size))
 
     @tf.function(autograph=False)
-    def _step(self, state, input_ids, labels, loss_weights, step, *, with_training_loss):
+    def _step(self, state, features, step, *, with_training_loss):
         def replica_step(state):
-            lanes = self._lanes_per_replica
-            first = collectives.replica_id() * lanes
-            own_labels = tf.reshape(labels[first : first + lanes], [-1])
-            own_weights = tf.reshape(loss_weights[first : first + lanes], [-1])
-            pulled = self._model.table.pull(input_ids[first : first + lanes])
-            hidden, new_state = self._model.encoder(pulled.embedding, state, dropout=None)
-            hidden = tf.reshape(tf.cast(hidden, tf.float32), [-1, self._model.table.embed_dim])
-            table = self._model.table
-            loss = full_softmax_loss(
-                hidden,
-                labels=own_labels,
-                rows=table.local_parameter("embedding"),
-                bias=table.local_parameter("bias"),
-                num_valid_rows=table.num_valid_rows,
-                compute_dtype=self._compute_dtype,
+            model = self._model
+            reading = model.read(
+                features,
+                collectives.replica_id() * self._per_replica_batch_size,
+                self._per_replica_batch_size,
+                # Without the examples that fill up the devices: candidates must not depend on their number.
+                num_examples=self._batch_size,
+                seed=self._seed,
+                step=step if with_training_loss else None,
             )
-            # Padding may have a non-finite loss of its own: it must not reach the sum.
-            sums = [tf.reduce_sum(tf.where(own_weights > 0, loss, 0.0))]
+            hidden, new_state = model.forward(reading.rows.roles, reading.features, state, dropout=None)
+            exact = model.exact_losses(hidden, reading, compute_dtype=self._compute_dtype)
+            sums = [_sum_of_labels(exact, reading.labels), tf.zeros([])]
             if with_training_loss:
-                candidates = self._loss.candidates(
-                    seed=tf.stack([self._seed, step]),
-                    # Without the lanes that fill up the devices: candidates must not depend on their number.
-                    labels=tf.reshape(labels[: self._batch_size], [-1]),
-                )
-                training_loss = self._loss.value_and_gradients(
-                    hidden,
-                    labels=own_labels,
-                    loss_weights=own_weights,
-                    pulled=table.pull(own_labels, None if candidates is None else candidates.sampled_ids),
-                    candidates=candidates,
-                    table=table,
-                ).loss
-                sums.append(tf.reduce_sum(tf.where(own_weights > 0, training_loss, 0.0)))
-            else:
-                sums.append(tf.constant(0.0))
+                weights = {name: labels.weights for name, labels in reading.labels.items()}
+                results = model.head_gradients(hidden, reading, loss_weights=weights)
+                sums[1] = _sum_of_labels({name: r.loss for name, r in results.items()}, reading.labels)
             return collectives.all_reduce_sum(tf.stack(sums)), new_state
 
         return self._strategy.run(replica_step, args=(state,))
+
+
+def _sum_of_labels(losses, labels):
+    """Sum over heads and labels. Padding may have a non-finite loss of its own: it must not reach the sum."""
+    return tf.add_n(
+        [tf.reduce_sum(tf.where(labels[name].weights > 0, loss, 0.0)) for name, loss in losses.items()]
+    )
 
 
 def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
@@ -176,18 +163,26 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
         raise ValueError(f"No checkpoint of {workdir.path} has a validation loss. Pass --checkpoint=latest.")
     with doing(f"reading the data of {experiment.data_dir}"):
         data = PreparedData.open(experiment.data_dir)
-    tokens = data.split(split)
-    if not len(tokens):
-        raise ValueError(
-            f"The split to evaluate must have tokens. Received: {split} of {experiment.data_dir}, empty."
+    rows = f"{data.vocab_size:,} rows"
+    with doing(f"building the model, with tables of {rows}"), strategy.scope():
+        task = make_task(experiment, data=data, num_replicas=strategy.num_replicas_in_sync, training=False)
+        # No update rules: an evaluation holds the parameters alone.
+        model = Model(
+            task,
+            groups=experiment.groups,
+            vocab_size=data.vocab_size,
+            counts=data.counts,
+            seed=experiment.seed,
+            training=False,
         )
-    rows = f"{data.vocab_size:,} rows of {experiment.embed_dim:,}"
-    with doing(f"building the model, with a table of {rows}"), strategy.scope():
-        # No optimizer: an evaluation holds the parameters alone.
-        model = LanguageModel(experiment, vocab_size=data.vocab_size, trainable=False)
+    batches = task.evaluation_batches(split)
     with doing("restoring the checkpoint"):
+        parameters = model.parameters()
         metadata = checkpoints.restore(
-            model.checkpoint_items(), step=None if step is None else int(step), subset=True
+            parameters,
+            step=None if step is None else int(step),
+            subset=True,
+            format_1_names=format_1.names([p.path for p in parameters], task.layers),
         )
     if metadata is None:
         raise ValueError(
@@ -198,21 +193,12 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
             "A model must be evaluated with the vocabulary it was trained with. Received: "
             f"{experiment.data_dir}, whose vocab.txt is another one. Set DATA_DIR to data of the same vocabulary."
         )
-    evaluator = Evaluator(
-        model,
-        strategy=strategy,
-        batch_size=experiment.eval_batch_size,
-        window=experiment.eval_window,
-        eos_id=data.eos_id,
-        compute_dtype=experiment.compute_dtype,
-    )
+    evaluator = Evaluator.of_experiment(experiment, model, strategy=strategy)
     with (
         doing(f"evaluating {split}"),
-        progress(
-            total=evaluator.num_steps(tokens), initial=0, description=f"evaluating {split}"
-        ) as show_step,
+        progress(total=batches.num_steps, initial=0, description=f"evaluating {split}") as show_step,
     ):
-        result = evaluator.evaluate(tokens, on_step=show_step)
+        result = evaluator.evaluate(batches, on_step=show_step)
     return {
         "split": split,
         "step": metadata["step"],

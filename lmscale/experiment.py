@@ -1,13 +1,11 @@
 """Everything that a configuration says, as one object: gin fills it in, the trainer and the evaluation read it."""
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from lmscale.bodies.body import Body
-from lmscale.parameters.update_rules import UpdateRule
-from lmscale.softmax.head import Head
+from lmscale.parameters.groups import Group
+from lmscale.tasks.task import Task, TaskContext
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,52 +14,38 @@ class Experiment:
 
     Attributes:
       data_dir: folder that `lmscale.prepare` wrote.
+      task: function of a `TaskContext` that returns the `Task`; called in the strategy's scope.
+      groups: how parameters are updated, frozen, clipped and initialised, in order (`parameters/groups.py`).
       train_steps: updates.
-      global_batch_size: examples (lanes of text) a step, over all devices.
-      window: time steps of an example.
-      embed_dim: width of the vocabulary table.
-      body: function of no arguments that returns a `Body`; called in the strategy's scope.
-      loss: function (vocab_size=, counts=) that returns the `Head`.
-      row_optimizer: rule for the table's rows.
-      body_optimizer: rule for the body's variables.
-      clip_norm: bound on the global norm of the gradient, over body and rows together; None for none.
-      softmax_bias: whether the softmax has a bias for each row.
-      initial_bias: what that bias starts from: "zeros", or the row's "log_frequency" in the training data, so that
-        the first thing that training has to find out, how frequent each row is, is known to begin with.
+      global_batch_size: examples a step, over all devices.
+      clip_norm: bound on the global norm of the gradient, over all parameters together; None for none.
       seed: of initial values, sampling, dropout and data order.
-      compute_dtype: of matrix products; logits, sums and master values stay float32.
+      compute_dtype: of matrix products, in all parts that say nothing else; logits, sums and master values stay float32.
       deterministic_ops: ask TensorFlow for deterministic kernels, which a bit-exact rerun on GPUs needs.
       on_bad_step: what a non-finite loss or gradient does: "stop" the run, or "skip" the update.
       steps_per_call: updates done in one call of TensorFlow, which saves what a call costs the host. Results do not
         depend on it; signals are answered between calls.
       log_every, eval_every, save_every: steps between log lines, evaluations, checkpoints.
-      eval_batch_size, eval_window: lanes and time steps of evaluation batches; the lanes start without context.
-      probe_tokens: length of the fixed piece of training data on which sampled and exact loss are compared; 0 for none.
+      eval_batch_size: examples of an evaluation batch; of text, lanes that each start without context.
+      probe_tokens: length of the fixed piece of training data on which training and exact loss are compared; 0 for none.
       keep_checkpoints: newest checkpoints kept, beside the best.
     """
 
     data_dir: str
+    task: Callable[[TaskContext], Task]
+    groups: Sequence[Group]
     train_steps: int
     global_batch_size: int
-    window: int
-    embed_dim: int
-    body: Callable[[], Body]
-    loss: Callable[..., Head]
-    row_optimizer: UpdateRule
-    body_optimizer: UpdateRule
     seed: int
     log_every: int
     eval_every: int
     save_every: int
     steps_per_call: int = 1
     clip_norm: float | None = None
-    softmax_bias: bool = True
-    initial_bias: Literal["zeros", "log_frequency"] = "zeros"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     deterministic_ops: bool = False
     on_bad_step: Literal["stop", "skip"] = "stop"
     eval_batch_size: int = 24
-    eval_window: int = 70
     probe_tokens: int = 10_000
     keep_checkpoints: int = 3
 
@@ -70,13 +54,10 @@ class Experiment:
             "train_steps",
             "global_batch_size",
             "steps_per_call",
-            "window",
-            "embed_dim",
             "log_every",
             "eval_every",
             "save_every",
             "eval_batch_size",
-            "eval_window",
             "keep_checkpoints",
         ):
             if getattr(self, name) < 1:
@@ -93,28 +74,10 @@ class Experiment:
         for name, choices in (
             ("compute_dtype", ("float32", "bfloat16")),
             ("on_bad_step", ("stop", "skip")),
-            ("initial_bias", ("zeros", "log_frequency")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} must be one of {choices}. Received: {name}={getattr(self, name)!r}."
-                )
-
-        if self.initial_bias != "zeros" and not self.softmax_bias:
-            raise ValueError(
-                "initial_bias must be 'zeros' without a bias. Received: "
-                f"initial_bias={self.initial_bias!r}, softmax_bias=False. Set experiment.Experiment.initial_bias to "
-                "'zeros'."
-            )
-
-    def check_learning_rates(self):
-        """Raises ValueError unless both learning rates start as finite numbers, 0 or more. Runs operations."""
-        for name in ("row_optimizer", "body_optimizer"):
-            rate = float(getattr(self, name).learning_rate_at(0))
-            if not 0 <= rate < math.inf:
-                raise ValueError(
-                    f"The learning rate of {name} must be finite and at least 0. Received: {rate} at the first step. "
-                    "Set LEARNING_RATE and ROW_LEARNING_RATE to positive numbers."
                 )
 
     def check_devices(self, num_devices):

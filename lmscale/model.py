@@ -1,129 +1,386 @@
-"""The trained state of a run: vocabulary table, body, their optimizer slots; and how it is saved."""
+"""A task's tables and layers on the devices of a strategy: one pull a table, and one push, for all that reads it."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from lmscale import keras_settings
-from lmscale.bodies.encoder import Encoder
 from lmscale.distribution import collectives
+from lmscale.parameters.groups import treat
+from lmscale.parameters.initializers import initial_values
+from lmscale.parameters.layers import Layers
 from lmscale.parameters.tree import Parameter
-from lmscale.tables.table import ShardedTable
+from lmscale.softmax.full import full_softmax_loss
+from lmscale.tables.rows import Rows
+from lmscale.tables.table import PulledRows, RowGradients, ShardedTable
+from lmscale.tasks.task import Labels
 
 
-class LanguageModel:
-    """A tied table and the encoder between its two uses. Build it inside `strategy.scope()`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepRows:
+    """All rows of a step on one replica, or the gradients with respect to them (then None stands for zero).
 
     Attributes:
-      table: `ShardedTable`, sharded.
-      encoder: `Encoder`, replicated.
-      body_slots: {variable: {slot: variable [1, ...]}}, replicated.
+      roles: {role: `Rows` [examples, ...]} that the task's `forward` reads.
+      labels: {head: `Rows` [n]}, only of heads that need them.
+      candidates: {head: `Rows` [num_candidates]}, only of heads that have them.
     """
 
-    def __init__(self, experiment, *, vocab_size, counts=None, trainable=True):
+    roles: Mapping[str, Rows]
+    labels: Mapping[str, Rows]
+    candidates: Mapping[str, Rows]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One replica's part of a batch, and all rows that it asks for.
+
+    Attributes:
+      features: {name: [examples, ...]}.
+      labels: {head: `Labels`}.
+      total_weights: {head: scalar}, the sum of the weights of all labels of the global batch.
+      candidates: {head: candidates or None}; empty if no training loss is asked for.
+      rows: `StepRows`.
+      receipts: of the pulls, for `Model.collect`.
+    """
+
+    features: Mapping[str, tf.Tensor]
+    labels: Mapping[str, Labels]
+    total_weights: Mapping[str, tf.Tensor]
+    candidates: Mapping[str, Any]
+    rows: StepRows
+    receipts: Mapping[str, "_Receipt"]
+
+
+class Model:
+    """What is trained: tables, sharded, and layers, a copy on each device. Build it inside `strategy.scope()`.
+
+    Attributes:
+      task: the `Task`.
+      layers: `Layers`.
+      tables: {name: `ShardedTable`}.
+      treatments: {path: `Treatment`} of the parameters that may be trained; empty if no training follows.
+    """
+
+    def __init__(self, task, *, groups, vocab_size, counts, seed, training=True):
         """Args:
-        experiment: `Experiment`.
-        vocab_size: rows of the table.
-        counts: [vocab_size] int, how often each row occurs in the training data; None for a model whose values will
-          be restored.
-        trainable: whether to make the optimizer slots.
+          task: `Task`, built.
+          groups: sequence of `Group`.
+          vocab_size: rows of the tables.
+          counts: [vocab_size] int, how often each row occurs in the training data.
+          seed: of initial values.
+          training: whether to make optimizer slots, and initial values that are not about to be restored.
+
+        Raises:
+          ValueError: if the groups do not fit the parameters, or the layers the devices.
         """
-        keras_settings.reset(seed=experiment.seed, compute_dtype=experiment.compute_dtype)
-        self._body_optimizer = experiment.body_optimizer
-        self.table = ShardedTable(
-            vocab_size=vocab_size,
-            embed_dim=experiment.embed_dim,
-            optimizer=experiment.row_optimizer if trainable else None,
-            bias=experiment.softmax_bias,
-            seed=experiment.seed,
-        )
-        if experiment.initial_bias == "log_frequency" and counts is not None:
-            self.table.write_rows("bias", 0, _log_frequency(counts))
-        self.encoder = make_encoder(
-            experiment,
-            num_replicas=tf.distribute.get_strategy().num_replicas_in_sync,
-            trainable=trainable,
-        )
-        self.body_slots = {
-            name: {
-                slot_name: tf.Variable(
-                    tf.fill(
-                        [1, *variable.shape] if slot.per_element else [1],
-                        tf.cast(slot.initial_value, slot.dtype),
-                    ),
-                    trainable=False,
-                )
-                for slot_name, slot in experiment.body_optimizer.slots.items()
-            }
-            for name, variable in self.encoder.trainable_variables.items()
-            if trainable
+        self.task = task
+        self.layers = Layers(task.layers, num_replicas=tf.distribute.get_strategy().num_replicas_in_sync)
+        paths = [*table_paths(task.tables), *self.layers.trainable_variables]
+        self.treatments = treat(groups, paths) if training else {}
+        self.tables = {
+            name: self._make_table(name, config, vocab_size=vocab_size, seed=seed)
+            for name, config in task.tables.items()
+        }
+        if training:
+            for name, config in task.tables.items():
+                if config.bias == "log_frequency":
+                    self.tables[name].write_rows("bias", 0, _log_frequency(counts))
+            self._initialise_layers(seed)
+        self.layer_slots = {
+            path: _make_slots(variable, self.treatments[path].update)
+            for path, variable in self.layers.trainable_variables.items()
+            if training and self.treatments[path].update is not None
         }
 
-    def apply_body_gradients(self, gradients, *, step, scale, keep):
-        """Updates this replica's copy of the body; every replica is given the same gradients. In `strategy.run`.
+    def _make_table(self, name, config, *, vocab_size, seed):
+        path = f"tables/{name}"
+        treatments = {k.rpartition("/")[2]: t for k, t in self.treatments.items() if k.startswith(f"{path}/")}
+        return ShardedTable(
+            vocab_size=vocab_size,
+            embed_dim=config.embed_dim,
+            bias=config.bias != "none",
+            update_rule={parameter: t.update for parameter, t in treatments.items()},
+            initializer=treatments["embedding"].initializer if treatments else None,
+            seed=seed,
+            path=path,
+        )
+
+    def _initialise_layers(self, seed):
+        for path, variable in self.layers.trainable_variables.items():
+            initializer = self.treatments[path].initializer
+            if initializer is not None:
+                variable.assign(initial_values(initializer, variable.shape, seed=seed, path=path))
+
+    # -- inside strategy.run ------------------------------------------------------------------------------------
+
+    def read(self, features, first, batch_size, *, num_examples=None, seed=0, step=None):
+        """A batch to what it asks for: features, labels, candidates and rows, with one pull a table.
 
         Args:
-          gradients: {name: gradient}, already summed over the replicas.
-          step, scale, keep: as for `ShardedTable.apply`.
+          features: {name: [global examples, ...] tensor} of a whole batch.
+          first, batch_size: this replica's examples of them.
+          num_examples: how many examples of the batch are no padding; None for all.
+          seed, step: what the heads' candidates depend on, int and int32 scalar tensor; without a step, neither
+            candidates nor the rows of labels are read.
+
+        Returns:
+          `Reading`.
+
+        Communication: `ShardedTable.pull` of each table.
         """
-        for name, variable in self.encoder.trainable_variables.items():
+        heads = self.task.heads
+        own_features = {name: x[first : first + batch_size] for name, x in features.items()}
+        labels = self.task.labels(own_features)
+        everyone = self.task.labels({name: x[:num_examples] for name, x in features.items()})
+        totals = {name: tf.reduce_sum(label.weights) for name, label in everyone.items()}
+        candidates = {}
+        own = [
+            ("roles", role, lookup.table, lookup.ids)
+            for role, lookup in self.task.lookups(own_features).items()
+        ]
+        shared = []
+        if step is not None:
+            for name, head in heads.items():
+                if head.needs_label_rows:
+                    own.append(("labels", name, head.table, labels[name].ids))
+                found = head.candidates(seed=tf.stack([seed, step]), labels=everyone[name].ids)
+                candidates[name] = found
+                if found is not None:
+                    shared.append(("candidates", name, head.table, found.sampled_ids))
+        rows: dict[str, dict[str, Rows]] = {"roles": {}, "labels": {}, "candidates": {}}
+        receipts = {}
+        for name, table in self.tables.items():
+            own_parts = [part for part in own if part[2] == name]
+            shared_parts = [part for part in shared if part[2] == name]
+            if not own_parts and not shared_parts:
+                continue
+            pulled = table.pull(_joined(own_parts), _joined(shared_parts))
+            receipts[name] = _Receipt(pulled, own_parts, shared_parts)
+            for parts, embedding, bias in (
+                (own_parts, pulled.embedding, pulled.bias),
+                (shared_parts, pulled.shared_embedding, pulled.shared_bias),
+            ):
+                for (kind, key, _, ids), part in zip(parts, _parted(parts, embedding, bias), strict=True):
+                    rows[kind][key] = Rows(
+                        tf.reshape(part.embedding, [*ids.shape, table.embed_dim]),
+                        None if part.bias is None else tf.reshape(part.bias, ids.shape),
+                    )
+        return Reading(
+            features=own_features,
+            labels=labels,
+            total_weights=totals,
+            candidates=candidates,
+            rows=StepRows(**rows),
+            receipts=receipts,
+        )
+
+    def forward(self, rows, features, state, *, dropout):
+        """The task's `forward`, as one call to Keras; arguments and results as there.
+
+        Communication: none.
+        """
+        return self.layers.call(
+            lambda: self.task.forward(rows, features, state, dropout=dropout),
+            {role: r.embedding for role, r in rows.items()},
+            training=dropout is not None,
+        )
+
+    def head_gradients(self, hidden, reading, *, loss_weights):
+        """Hidden states to the heads' training losses and gradients.
+
+        Args:
+          hidden: {head: [n, embed_dim]}, as `forward` returns it.
+          reading: `Reading`.
+          loss_weights: {head: [n] float32}.
+
+        Returns:
+          {head: `HeadGradients`}.
+
+        Communication: that of the heads.
+        """
+        return {
+            name: head.value_and_gradients(
+                hidden[name],
+                labels=reading.labels[name].ids,
+                loss_weights=loss_weights[name],
+                label_rows=reading.rows.labels.get(name),
+                candidate_rows=reading.rows.candidates.get(name),
+                candidates=reading.candidates.get(name),
+                table=self.tables[head.table],
+            )
+            for name, head in self.task.heads.items()
+        }
+
+    def exact_losses(self, hidden, reading, *, compute_dtype):
+        """{head: [n] float32}, nats: the full softmax over the head's table; arguments as of `head_gradients`.
+
+        Communication: `full_softmax_loss` of each head.
+        """
+        return {
+            name: full_softmax_loss(
+                hidden[name],
+                labels=reading.labels[name].ids,
+                rows=self.tables[head.table].local_parameter("embedding"),
+                bias=self.tables[head.table].local_parameter("bias"),
+                num_valid_rows=self.tables[head.table].num_valid_rows,
+                compute_dtype=compute_dtype,
+            )
+            for name, head in self.task.heads.items()
+        }
+
+    def collect(self, reading, d_rows, *, d_shards):
+        """Brings the gradients of a step's rows home, with one push a table.
+
+        Args:
+          reading: `Reading` of the step.
+          d_rows: `StepRows` of gradients of this replica's share of the loss.
+          d_shards: {table: {parameter: gradient of every row of this shard}}, complete, for tables that have one.
+
+        Returns:
+          {table: collected gradients}, of the tables that were pulled from.
+
+        Communication: `ShardedTable.merge` of each table.
+        """
+        collected = {}
+        for name, receipt in reading.receipts.items():
+            table = self.tables[name]
+            own = _stacked(receipt.own_parts, d_rows, table=table)
+            shared = _stacked(receipt.shared_parts, d_rows, table=table)
+            collected[name] = table.merge(
+                receipt.pulled,
+                RowGradients(
+                    embedding=own.embedding,
+                    bias=own.bias,
+                    shared_embedding=shared.embedding,
+                    shared_bias=shared.bias,
+                ),
+                dense=d_shards.get(name),
+            )
+        return collected
+
+    def apply_layer_gradients(self, gradients, *, step, learning_rate, scale, keep):
+        """Updates this replica's copy of the layers; every replica is given the same gradients.
+
+        Args:
+          gradients: {path: gradient}, already summed over the replicas.
+          step, learning_rate, scale, keep: {path: ...}, each as for `ShardedTable.apply`.
+
+        Communication: none.
+        """
+        for path, slot_variables in self.layer_slots.items():
+            variable = self.layers.trainable_variables[path]
             weights = collectives.local_value(variable.value)
-            slots = {slot: collectives.local_value(v) for slot, v in self.body_slots[name].items()}
-            # A body variable is one row: it moves at every step.
-            new_weights, new_slots = self._body_optimizer.update_rows(
+            slots = {slot: collectives.local_value(v) for slot, v in slot_variables.items()}
+            # A variable of a layer is one row: it moves at every step.
+            new_weights, new_slots = self.treatments[path].update.update(
                 weights=weights[tf.newaxis],
-                gradients=tf.where(keep, gradients[name] * scale, 0.0)[tf.newaxis],
+                gradients=tf.where(keep[path], gradients[path] * scale[path], 0.0)[tf.newaxis],
                 slots={slot: v.read_value() for slot, v in slots.items()},
-                step=step,
+                step=step[path],
+                learning_rate=learning_rate[path],
             )
             new_weights = new_weights[0]
             if variable.constraint is not None:
                 new_weights = variable.constraint(new_weights)
-            weights.assign(tf.where(keep, new_weights, weights))
+            weights.assign(tf.where(keep[path], new_weights, weights))
             for slot, value in new_slots.items():
-                slots[slot].assign(tf.where(keep, value, slots[slot]))
+                slots[slot].assign(tf.where(keep[path], value, slots[slot]))
 
-    def checkpoint_items(self):
-        """`Parameter`s of everything here, as logical tensors that do not show the number of devices."""
-        items = []
-        for name, variable in self.table.variables().items():
-            items.append(
-                Parameter(
-                    path=f"table/{name}",
-                    shape=(self.table.vocab_size, *variable.shape[1:]),
-                    dtype=variable.dtype.as_numpy_dtype,
-                    sharded=True,
-                    trainable=name in self.table.parameters,
-                    read=lambda start, stop, name=name: self.table.read_rows(name, start, stop),
-                    write=lambda start, values, name=name: self.table.write_rows(name, start, values),
-                    scatter=lambda ids, values, name=name: self.table.write_ids(name, ids, values),
+    # -- on the host, outside strategy.run ------------------------------------------------------------------------
+
+    def parameters(self):
+        """`Parameter`s of everything here, slots included, as logical tensors that do not show the number of devices."""
+        found = []
+        for table_name, table in self.tables.items():
+            for name, variable in table.variables().items():
+                is_slot = "/" in name
+                path = f"tables/{table_name}/{name}"
+                found.append(
+                    Parameter(
+                        path=f"slots/{path}" if is_slot else path,
+                        shape=(table.vocab_size, *variable.shape[1:]),
+                        dtype=variable.dtype.as_numpy_dtype,
+                        sharded=True,
+                        trainable=not is_slot and table.update_rules[name] is not None,
+                        read=lambda start, stop, table=table, name=name: table.read_rows(name, start, stop),
+                        write=lambda start, rows, table=table, name=name: table.write_rows(name, start, rows),
+                        scatter=lambda ids, rows, table=table, name=name: table.write_ids(name, ids, rows),
+                    )
                 )
-            )
-        replicated = {f"body/{name}": variable.value for name, variable in self.encoder.variables.items()}
-        for name, slots in self.body_slots.items():
-            replicated.update({f"body_slots/{name}/{slot}": variable for slot, variable in slots.items()})
-        trainable = {f"body/{name}" for name in self.encoder.trainable_variables}
-        return items + [
-            _replicated_parameter(path, variable, trainable=path in trainable)
-            for path, variable in replicated.items()
-        ]
+        for path, variable in self.layers.variables.items():
+            found.append(_replicated(path, variable.value, trainable=path in self.layer_slots))
+        for path, slots in self.layer_slots.items():
+            found += [
+                _replicated(f"slots/{path}/{slot}", variable, trainable=False)
+                for slot, variable in slots.items()
+            ]
+        return found
 
 
-def make_encoder(experiment, *, num_replicas, trainable=True):
-    """The encoder of an experiment on so many devices, built for the steps of training or of evaluations alone.
+def table_paths(tables):
+    """Paths of the parameters of tables, in order; `tables` {name: `TableConfig`}."""
+    return [
+        f"tables/{name}/{parameter}"
+        for name, config in tables.items()
+        for parameter in (["embedding"] if config.bias == "none" else ["embedding", "bias"])
+    ]
 
-    Either way it is probed by inputs of the shape on which perplexities are measured.
-    """
-    evaluated = -(-experiment.eval_batch_size // num_replicas), experiment.eval_window
-    trained = -(-experiment.global_batch_size // num_replicas), experiment.window
-    batch_size, window = trained if trainable else evaluated
-    return Encoder(
-        experiment.body(),
-        embed_dim=experiment.embed_dim,
-        batch_size=batch_size,
-        window=window,
-        probe_shape=evaluated,
-        num_replicas=num_replicas,
-    )
+
+@dataclasses.dataclass(frozen=True)
+class _Receipt:
+    """What one table's pull was made of: parts (kind, key, table, ids) of the own and of the shared ids, in order."""
+
+    pulled: PulledRows
+    own_parts: list
+    shared_parts: list
+
+
+def _joined(parts):
+    """The ids of parts as one [n] tensor; of none, [0]."""
+    return tf.concat([tf.zeros([0], tf.int32), *(tf.reshape(ids, [-1]) for *_, ids in parts)], axis=0)
+
+
+def _parted(parts, embedding, bias):
+    """`Rows` of each part, flat, of what was pulled for `_joined(parts)`."""
+    sizes = [ids.shape.num_elements() for *_, ids in parts]
+    stops = list(itertools.accumulate(sizes))
+    return [
+        Rows(embedding[stop - size : stop], None if bias is None else bias[stop - size : stop])
+        for size, stop in zip(sizes, stops, strict=True)
+    ]
+
+
+def _stacked(parts, d_rows, *, table):
+    """Gradients of parts as one `Rows`, flat, float32, in the order of `_joined(parts)`."""
+    embeddings, biases = [tf.zeros([0, table.embed_dim])], [tf.zeros([0])]
+    for kind, key, _, ids in parts:
+        gradient = getattr(d_rows, kind).get(key) or Rows(None)
+        count = ids.shape.num_elements()
+        embeddings.append(_flat_or_zeros(gradient.embedding, [count, table.embed_dim]))
+        biases.append(_flat_or_zeros(gradient.bias, [count]))
+    has_bias = "bias" in table.parameters
+    return Rows(tf.concat(embeddings, axis=0), tf.concat(biases, axis=0) if has_bias else None)
+
+
+def _flat_or_zeros(gradient, shape):
+    return tf.zeros(shape) if gradient is None else tf.reshape(tf.cast(gradient, tf.float32), shape)
+
+
+def _make_slots(variable, rule):
+    """{slot: variable [1, ...]} that the rule keeps beside a layer's variable."""
+    return {
+        name: tf.Variable(
+            tf.fill(
+                [1, *variable.shape] if slot.per_element else [1], tf.cast(slot.initial_value, slot.dtype)
+            ),
+            trainable=False,
+        )
+        for name, slot in rule.slots.items()
+    }
 
 
 def _log_frequency(counts):
@@ -132,7 +389,7 @@ def _log_frequency(counts):
     return np.log(counts / counts.sum()).astype(np.float32)
 
 
-def _replicated_parameter(path, variable, *, trainable):
+def _replicated(path, variable, *, trainable):
     def scatter(rows, values):
         current = variable.numpy()
         current[rows] = values

@@ -46,7 +46,8 @@ def main(argv):
         raise ValueError("--workdir is required. Received: none. Pass for example --workdir=runs/my_run.")
     # TensorFlow takes seconds to import: complain about flags before.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from lmscale import configuration, trainer
+    from lmscale import configuration
+    from lmscale import run as running
     from lmscale.distribution.strategies import make_strategy
     from lmscale.workdir import Workdir
 
@@ -68,17 +69,17 @@ def main(argv):
             return 0
         strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
         try:
-            summary = trainer.train(
+            summary = running.train(
                 config.experiment,
                 workdir=workdir,
                 strategy=strategy,
                 config_text=config.text,
                 hparams=config.settings,
             )
-        except trainer.StoppedEarlyError as stopped:
+        except running.StoppedEarlyError as stopped:
             print(f"{stopped}. Run the same command again to go on.", file=sys.stderr)
             return EXIT_STOPPED
-        except trainer.NonFiniteError as error:
+        except running.NonFiniteError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_NON_FINITE
         workdir.mark_finished(step=summary["step"], summary=summary)

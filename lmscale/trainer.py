@@ -1,54 +1,56 @@
-"""The training run: pull, compute, push; evaluate, save, log."""
+"""The step, for any task: pull, compute, push."""
 
 import dataclasses
-import logging
 import math
-import time
 
 import numpy as np
 import tensorflow as tf
 
-from lmscale import hparams_tab
+from lmscale import keras_settings
 from lmscale.bodies.dropout import DropoutStream
-from lmscale.checkpoints.directory import Checkpoints
-from lmscale.data.batches import ContiguousBatches, Prefetcher, ShuffledWindows
-from lmscale.data.token_files import PreparedData
+from lmscale.data.batches import Prefetcher
 from lmscale.distribution import collectives
-from lmscale.doing import doing
-from lmscale.evaluation import Evaluator
-from lmscale.metrics import MetricsWriter, device_memory_mib, format_log_line, progress, read_metrics
-from lmscale.model import LanguageModel
+from lmscale.model import Model, StepRows
+from lmscale.parameters.layers import check_all_listed
 from lmscale.parameters.tree import Parameter
-from lmscale.stop_signals import collect_stop_signals
-from lmscale.tables.table import RowGradients
-
-_logger = logging.getLogger(__name__)
+from lmscale.tables.rows import Rows
+from lmscale.tasks.task import TaskContext
 
 
-class StoppedEarlyError(Exception):
-    """A signal asked the run to stop; it has saved a checkpoint and can be resumed."""
+def make_task(experiment, *, data, num_replicas, training=True):
+    """The task of an experiment, with Keras's settings those of the experiment. In `strategy.scope()`.
 
+    Args:
+      experiment: `Experiment`.
+      data: `PreparedData`.
+      num_replicas: devices.
+      training: whether steps of training will follow.
 
-class NonFiniteError(Exception):
-    """The loss or the gradient was NaN or infinite. No such step was applied or saved."""
-
-
-def training_batches(experiment, *, body, tokens):
-    """The batches of a run: streams that continue for a body with carried state, shuffled windows for others."""
-    make = ContiguousBatches if body.stateful else ShuffledWindows
-    return make(
-        tokens,
-        global_batch_size=experiment.global_batch_size,
-        window=experiment.window,
+    Returns:
+      `Task`.
+    """
+    keras_settings.reset(seed=experiment.seed, compute_dtype=experiment.compute_dtype)
+    context = TaskContext(
+        data=data,
         seed=experiment.seed,
+        global_batch_size=experiment.global_batch_size,
+        eval_batch_size=experiment.eval_batch_size,
+        num_replicas=num_replicas,
+        training=training,
     )
+    return experiment.task(context)
 
 
 class Trainer:
-    """An experiment on the devices of a strategy: its model, its data, and the step that joins them."""
+    """An experiment on the devices of a strategy: its task, its model, and the step that joins them.
+
+    Attributes:
+      step: updates done.
+      task, model, batches: `Task`, `Model`, and the task's training batches.
+    """
 
     def __init__(self, experiment, *, data, strategy):
-        """Builds the model; the training loop is `train`'s.
+        """Builds the model; the loop is that of `run.py`.
 
         Args:
           experiment: `Experiment`.
@@ -58,34 +60,50 @@ class Trainer:
         Raises:
           ValueError: if the experiment does not fit the devices or the data.
         """
-        experiment.check_devices(strategy.num_replicas_in_sync)
-        experiment.check_learning_rates()
+        num_replicas = strategy.num_replicas_in_sync
+        experiment.check_devices(num_replicas)
         self.experiment = experiment
         self.strategy = strategy
         self.data = data
         if experiment.deterministic_ops:
             tf.config.experimental.enable_op_determinism()
         with strategy.scope():
-            self.loss = experiment.loss(vocab_size=self.data.vocab_size, counts=self.data.counts)
-            self.model = LanguageModel(experiment, vocab_size=self.data.vocab_size, counts=self.data.counts)
-        self.batches = training_batches(
-            experiment, body=self.model.encoder.body, tokens=self.data.split("train")
+            self.task = make_task(experiment, data=data, num_replicas=num_replicas)
+            self.model = Model(
+                self.task,
+                groups=experiment.groups,
+                vocab_size=data.vocab_size,
+                counts=data.counts,
+                seed=experiment.seed,
+            )
+        self.batches = self.task.training_batches()
+        self._per_replica_batch_size = experiment.global_batch_size // num_replicas
+        # Rules are often shared by parameters: what depends on the step alone is computed once for each.
+        self._rules = list(
+            {id(t.update): t.update for t in self.model.treatments.values() if t.update}.values()
         )
-        self.evaluator = Evaluator(
-            self.model,
-            strategy=strategy,
-            batch_size=experiment.eval_batch_size,
-            window=experiment.eval_window,
-            eos_id=self.data.eos_id,
-            compute_dtype=experiment.compute_dtype,
-            loss=self.loss,
-            seed=experiment.seed,
-        )
+        self._check_learning_rates()
         self.step = 0
         self._prefetcher = Prefetcher(self.batches, steps_per_call=experiment.steps_per_call)
-        self._per_replica_batch_size = experiment.global_batch_size // strategy.num_replicas_in_sync
         with strategy.scope():
-            self._state = self._carried_state()
+            self._state = [
+                collectives.local_variable(initial)
+                for initial in self.task.initial_state(self._per_replica_batch_size)
+            ]
+
+    def _check_learning_rates(self):
+        for group, rate in self.learning_rates(0).items():
+            if not 0 <= rate < math.inf:
+                raise ValueError(
+                    "A learning rate must be finite and at least 0. Received: "
+                    f"{rate} at the first step, of the group {group!r}. Set LEARNING_RATE and ROW_LEARNING_RATE to "
+                    "positive numbers."
+                )
+
+    def learning_rates(self, step):
+        """{pattern of a group: learning rate of the update number `step`, a float}, of the groups that have a rule."""
+        rules = {t.group: t.update for t in self.model.treatments.values() if t.update}
+        return {group: float(rule.learning_rate_at(step)) for group, rule in rules.items()}
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -96,7 +114,7 @@ class Trainer:
           num_steps: 1 to the experiment's steps_per_call.
 
         Returns:
-          {metric: [num_steps] tensor}; "rows_touched" is [num_steps, shards of this process].
+          {metric: [num_steps] tensor}; "rows_touched/TABLE" is [num_steps, shards of this process].
 
         Raises:
           ValueError: if num_steps is out of range.
@@ -107,9 +125,9 @@ class Trainer:
                 f"num_steps must be in 1 .. {steps_per_call}, the experiment's steps_per_call. Received: "
                 f"num_steps={num_steps}. Call more often, or raise steps_per_call."
             )
-        window_ids, starts_epoch = self._prefetcher.batches(self.step, num_steps)
+        features, starts_epoch = self._prefetcher.batches(self.step, num_steps)
         metrics = self._train_steps(
-            tf.constant(window_ids),
+            {name: tf.constant(x) for name, x in features.items()},
             tf.constant(starts_epoch),
             tf.constant(self.step),
             tf.constant(num_steps),
@@ -118,27 +136,31 @@ class Trainer:
         return metrics
 
     @tf.function(autograph=False)
-    def _train_steps(self, window_ids, starts_epoch, step, num_steps):
+    def _train_steps(self, features, starts_epoch, step, num_steps):
         """`num_steps` of the steps_per_call steps for which there is room: one trace for any number."""
         steps_per_call = self.experiment.steps_per_call
 
         def one_step(i, arrays):
-            metrics = self.strategy.run(self._replica_step, args=(window_ids[i], step + i, starts_epoch[i]))
-            metrics = {
+            batch = {name: x[i] for name, x in features.items()}
+            metrics = self.strategy.run(self.replica_step, args=(batch, step + i, starts_epoch[i]))
+            of_replicas = {
                 name: self.strategy.experimental_local_results(values) for name, values in metrics.items()
             }
-            rows_touched = tf.stack(metrics.pop("rows_touched"))
-            metrics = {name: values[0] for name, values in metrics.items()} | {"rows_touched": rows_touched}
+            metrics = {
+                name: tf.stack(values) if name.startswith("rows_touched/") else values[0]
+                for name, values in of_replicas.items()
+            }
             return i + 1, {name: arrays[name].write(i, metrics[name]) for name in arrays}
 
         arrays = {
             name: tf.TensorArray(dtype, size=steps_per_call)
             for name, dtype in {
+                **{f"loss/{name}": tf.float32 for name in self.task.heads},
                 "loss": tf.float32,
                 "penalty": tf.float32,
                 "gradient_norm": tf.float32,
                 "is_finite": tf.bool,
-                "rows_touched": tf.int32,
+                **{f"rows_touched/{name}": tf.int32 for name in self.model.tables},
             }.items()
         }
         _, arrays = tf.while_loop(
@@ -146,110 +168,153 @@ class Trainer:
         )
         return {name: array.stack()[:num_steps] for name, array in arrays.items()}
 
-    def _replica_step(self, window_ids, step, starts_epoch):
-        """One replica's part of an update: pull, compute, push.
+    def replica_step(self, features, step, starts_epoch):
+        """One replica's part of an update: pull, compute, push. In `strategy.run`.
 
         Args:
-          window_ids: [global_batch_size, window + 1] int32, the whole batch: a few kilobytes.
+          features: {name: [global_batch_size, ...] tensor}, the whole batch: ids, a few kilobytes.
           step: int32 scalar, updates done before.
-          starts_epoch: bool scalar: the carried state does not belong to these windows.
+          starts_epoch: bool scalar: the carried state does not belong to this batch.
 
         Returns:
           {metric: scalar}.
         """
-        experiment, table = self.experiment, self.model.table
+        model, seed = self.model, self.experiment.seed
         first = collectives.replica_id() * self._per_replica_batch_size
-        ids = window_ids[first : first + self._per_replica_batch_size]
-        labels = tf.reshape(ids[:, 1:], [-1])
         carried = [collectives.local_value(variable) for variable in self._state]
         state = [tf.where(starts_epoch, tf.zeros_like(s), s) for s in carried]
-        candidates = self.loss.candidates(
-            seed=tf.stack([experiment.seed, step]), labels=tf.reshape(window_ids[:, 1:], [-1])
-        )
+        # What a bad step makes of what Keras changes within the call is taken back.
+        statistics = [(v, tf.identity(v.value)) for v in model.layers.statistics.values()]
 
-        # One pull serves the embedding, the labels' softmax rows and the candidates.
-        window = table.pull(ids, None if candidates is None else candidates.sampled_ids)
-        dropout = DropoutStream(seed=experiment.seed, step=step, first_example=first)
-        body_variables = self.model.encoder.trainable_variables
-        # Keras changes these within the call: what a bad step makes of them is taken back.
-        statistics = [
-            (variable, tf.identity(variable.value)) for variable in self.model.encoder.statistics.values()
-        ]
-        with tf.GradientTape() as tape:
-            inputs = tf.identity(window.embedding[:, :-1])
-            tape.watch(inputs)
-            hidden, new_state = self.model.encoder(inputs, state, dropout=dropout)
-            hidden = tf.reshape(tf.cast(hidden, tf.float32), [-1, table.embed_dim])
-            # Regularisers of layers, and what they add to the loss: means over a replica's examples, or the same on
-            # each replica. The shares of the replicas add up.
-            penalties = self.model.encoder.penalties()
-            penalty = [tf.add_n(penalties) / self.strategy.num_replicas_in_sync] if penalties else []
-        self.model.encoder.check_all_listed(tape.watched_variables())
-        num_tokens = experiment.global_batch_size * experiment.window
-        loss = self.loss.value_and_gradients(
-            hidden,
-            labels=labels,
-            loss_weights=tf.fill(labels.shape, 1 / num_tokens),
-            pulled=window.labels_of_windows(),
-            candidates=candidates,
-            table=table,
-        )
-        input_gradient, body_gradients = tape.gradient(
-            [hidden, *penalty],
-            (inputs, body_variables),
-            output_gradients=[loss.hidden, *(tf.ones([]) for _ in penalty)],
-        )
-        if input_gradient is None:
-            input_gradient = tf.zeros_like(inputs)
-        body_gradients = {
-            # A layer that looks rows up has sparse gradients; one that is not used has none.
-            name: tf.zeros(body_variables[name].shape) if g is None else tf.convert_to_tensor(g)
-            for name, g in body_gradients.items()
-        }
+        reading = model.read(features, first, self._per_replica_batch_size, seed=seed, step=step)
+        dropout = DropoutStream(seed=seed, step=step, first_example=first)
+        gradients = self._value_and_gradients(reading, state, dropout=dropout)
+        collected = model.collect(reading, gradients.d_rows, d_shards=gradients.d_shards)
 
-        # One push brings back the gradients of the three roles, merged before a single update of a row.
-        merged = table.merge(window, window_gradients(window, input_gradient, loss), dense=loss.shard)
-        body_gradients, mean_loss, penalty = collectives.all_reduce_sum(
-            [
-                {name: tf.cast(g, tf.float32) for name, g in body_gradients.items()},
-                tf.reduce_sum(loss.loss) / num_tokens,
-                penalty,
-            ]
+        d_layers, losses, penalty = collectives.all_reduce_sum(
+            [gradients.d_layers, gradients.losses, gradients.penalty]
         )
-        mean_penalty = penalty[0] if penalty else tf.constant(0.0)
-        mean_loss += mean_penalty
+        loss = tf.add_n([*losses.values(), penalty])
         gradient_norm = tf.sqrt(
-            merged.squared_norm
-            + tf.add_n([tf.reduce_sum(tf.square(g)) for g in body_gradients.values()] or [0.0])
+            tf.add_n(
+                [c.squared_norm for c in collected.values()]
+                + [tf.reduce_sum(tf.square(g)) for g in d_layers.values()]
+            )
         )
-        is_finite = tf.math.is_finite(mean_loss) & tf.math.is_finite(gradient_norm)
-        scale = 1.0
-        if experiment.clip_norm is not None:
-            scale = tf.minimum(1.0, experiment.clip_norm / tf.maximum(gradient_norm, 1e-30))
-        table.apply(merged, step=step, scale=scale, keep=is_finite)
-        self.model.apply_body_gradients(body_gradients, step=step, scale=scale, keep=is_finite)
-        for variable, new, old in zip(carried, new_state, state, strict=True):
+        is_finite = tf.math.is_finite(loss) & tf.math.is_finite(gradient_norm)
+        self._apply(collected, d_layers, step=step, is_finite=is_finite, gradient_norm=gradient_norm)
+        for variable, new, old in zip(carried, gradients.state, state, strict=True):
             variable.assign(tf.where(is_finite, new, old))
         for variable, old in statistics:
             variable.assign(tf.where(is_finite, variable.value, old))
-        metrics = {
-            "loss": mean_loss,
-            "penalty": mean_penalty,
+        return {
+            **{f"loss/{name}": value for name, value in losses.items()},
+            "loss": loss,
+            "penalty": penalty,
             "gradient_norm": gradient_norm,
             "is_finite": is_finite,
-            "rows_touched": merged.num_rows,
+            **{f"rows_touched/{name}": c.num_rows for name, c in collected.items()},
         }
-        return metrics
+
+    def _value_and_gradients(self, reading, state, *, dropout):
+        """Rows to losses and back on one replica, without any collective but those of the heads.
+
+        Args:
+          reading: `Reading`.
+          state: list of [examples, ...], what is carried.
+          dropout: `DropoutStream`.
+
+        Returns:
+          `_Gradients`.
+        """
+        task, model = self.task, self.model
+        variables = model.layers.trainable_variables
+        roles = {
+            role: Rows(tf.identity(r.embedding), None if r.bias is None else tf.identity(r.bias))
+            for role, r in reading.rows.roles.items()
+        }
+        with tf.GradientTape() as tape:
+            tape.watch([x for r in roles.values() for x in (r.embedding, r.bias) if x is not None])
+            hidden, new_state = model.forward(roles, reading.features, state, dropout=dropout)
+            # Regularisers of layers, and what they add to the loss: means over a replica's examples, or the same on
+            # each replica. The shares of the replicas add up.
+            penalties = model.layers.penalties()
+            penalty = [tf.add_n(penalties) / self.strategy.num_replicas_in_sync] if penalties else []
+        check_all_listed(tape.watched_variables(), layers=task.layers, reader=task)
+        loss_weights = {
+            name: labels.weights / reading.total_weights[name] for name, labels in reading.labels.items()
+        }
+        results = model.head_gradients(hidden, reading, loss_weights=loss_weights)
+        d_roles, d_layers = tape.gradient(
+            [*hidden.values(), *penalty],
+            ({role: (r.embedding, r.bias) for role, r in roles.items()}, variables),
+            output_gradients=[
+                *(results[name].d_hidden for name in hidden),
+                *(tf.ones([]) for _ in penalty),
+            ],
+        )
+        return _Gradients(
+            losses={
+                name: tf.reduce_sum(r.loss * reading.labels[name].weights) / reading.total_weights[name]
+                for name, r in results.items()
+            },
+            penalty=penalty[0] if penalty else tf.zeros([]),
+            d_rows=StepRows(
+                roles={role: Rows(*d) for role, d in d_roles.items()},
+                labels={name: r.d_label_rows for name, r in results.items()},
+                candidates={name: r.d_candidate_rows for name, r in results.items()},
+            ),
+            d_shards=_d_shards(task, results),
+            d_layers={
+                # A layer that looks rows up has sparse gradients; one that is not used has none.
+                path: tf.zeros(variables[path].shape)
+                if g is None
+                else tf.cast(tf.convert_to_tensor(g), tf.float32)
+                for path, g in d_layers.items()
+            },
+            state=new_state,
+        )
+
+    def _apply(self, collected, d_layers, *, step, is_finite, gradient_norm):
+        """Updates rows and layers, each as its groups say."""
+        model = self.model
+        scale = 1.0
+        if self.experiment.clip_norm is not None:
+            scale = tf.minimum(1.0, self.experiment.clip_norm / tf.maximum(gradient_norm, 1e-30))
+        rates = {id(rule): rule.learning_rate_at(step) for rule in self._rules}
+        steps, learning_rates, scales, keeps = {}, {}, {}, {}
+        for path, treatment in model.treatments.items():
+            steps[path] = treatment.active.num_active(step)
+            learning_rates[path] = rates.get(id(treatment.update))
+            scales[path] = scale
+            keeps[path] = is_finite & treatment.active.at(step)
+        for name, gradients in collected.items():
+            prefix = f"tables/{name}/"
+            model.tables[name].apply(
+                gradients,
+                **{
+                    key: {p: values[prefix + p] for p in gradients.gradients}
+                    for key, values in (
+                        ("step", steps),
+                        ("learning_rate", learning_rates),
+                        ("scale", scales),
+                        ("keep", keeps),
+                    )
+                },
+            )
+        model.apply_layer_gradients(
+            d_layers, step=steps, learning_rate=learning_rates, scale=scales, keep=keeps
+        )
 
     # -- state ----------------------------------------------------------------------------------------------------
 
-    def checkpoint_items(self):
-        """Everything that the next step depends on, but for `self.step`, which goes with the metadata."""
-        items = self.model.checkpoint_items()
+    def parameters(self):
+        """`Parameter`s of all that the next step depends on, but for `self.step`, which goes with the metadata."""
+        found = self.model.parameters()
         for i, variable in enumerate(self._state):
-            items.append(
+            found.append(
                 Parameter(
-                    path=f"carried_state/{i}",
+                    path=f"state/{i}",
                     shape=(self.experiment.global_batch_size, *variable.shape[1:]),
                     dtype=variable.dtype.as_numpy_dtype,
                     sharded=True,
@@ -261,14 +326,7 @@ class Trainer:
                     scatter=lambda rows, values, i=i: self._write_state(i, rows, values),
                 )
             )
-        return items
-
-    def _carried_state(self):
-        """Variables for the state of the body: on each replica, that of its own examples."""
-        return [
-            collectives.local_variable(initial)
-            for initial in self.model.encoder.body.initial_state(self._per_replica_batch_size)
-        ]
+        return found
 
     def _read_state(self, i):
         components = self.strategy.experimental_local_results(self._state[i])
@@ -282,280 +340,32 @@ class Trainer:
             component.assign(part)
 
 
-def window_gradients(window, input_gradient, loss):
-    """Gradients of the pulled window from its two roles: positions [:-1] were inputs, [1:] labels."""
-    shape = window.embedding.shape
-    embedding = tf.pad(input_gradient, [[0, 0], [0, 1], [0, 0]])
-    if loss.true_rows is not None:
-        as_labels = tf.reshape(tf.cast(loss.true_rows, tf.float32), [shape[0], shape[1] - 1, shape[2]])
-        embedding += tf.pad(as_labels, [[0, 0], [1, 0], [0, 0]])
-    bias = None
-    if window.bias is not None and loss.true_bias is not None:
-        bias = tf.pad(tf.reshape(loss.true_bias, [shape[0], shape[1] - 1]), [[0, 0], [1, 0]])
-    return RowGradients(
-        embedding=embedding,
-        bias=bias,
-        shared_embedding=loss.shared_rows,
-        shared_bias=loss.shared_bias,
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Gradients:
+    """What one replica's examples give.
 
-
-def train(experiment, *, workdir, strategy, config_text, hparams):
-    """Runs an experiment to its last step, from wherever the work directory's checkpoints have got to.
-
-    Args:
-      experiment: `Experiment`.
-      workdir: `Workdir`, opened for writing.
-      strategy: `tf.distribute.Strategy`.
-      config_text: the resolved configuration, written to the work directory and to TensorBoard.
-      hparams: {name: value} for TensorBoard's HParams tab.
-
-    Returns:
-      {"step", "validation_loss_nats", "best_step", ...}: the summary that marks the run finished.
-
-    Raises:
-      ValueError: for settings that do not fit the data, the devices or the checkpoints.
-      StoppedEarlyError: on a signal of `lmscale.stop_signals`, at the next step boundary, after saving.
-      NonFiniteError: with on_bad_step="stop".
+    Attributes:
+      losses: {head: scalar}, shares of the mean losses.
+      penalty: scalar, share of the penalty.
+      d_rows: `StepRows`.
+      d_shards: {table: {parameter: gradient of every row of this shard}}, complete over all replicas.
+      d_layers: {path: tensor}, shares of the gradients of the layers.
+      state: list of [examples, ...], what is carried on.
     """
-    with doing(f"reading the data of {experiment.data_dir}"):
-        data = PreparedData.open(experiment.data_dir)
-    with doing(f"building the model, with a table of {data.vocab_size:,} rows of {experiment.embed_dim:,}"):
-        trainer = Trainer(experiment, data=data, strategy=strategy)
-    checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints)
-    with doing("restoring the newest checkpoint"):
-        metadata = checkpoints.restore(trainer.checkpoint_items())
-    run = _Run(trainer, checkpoints=checkpoints, workdir=workdir)
-    if metadata is None:
-        _check_nothing_lost(workdir)
-    else:
-        run.resume(metadata)
-        workdir.mark_saved()
-        _logger.info("resuming at step %d", trainer.step)
-    # From here on it is another run than the one that finished; a mistake in the settings was noticed before.
-    workdir.clear_finished()
-    workdir.write_config(config_text)
-    # Without a checkpoint, whatever an earlier start has logged is void: step 0 included.
-    resume_step = -1 if metadata is None else trainer.step
-    hparams_tab.list_run(workdir, settings=hparams)
-    with (
-        MetricsWriter(workdir.train_dir, resume_step=resume_step) as train_metrics,
-        MetricsWriter(workdir.eval_dir, resume_step=resume_step) as eval_metrics,
-        collect_stop_signals() as stop,
-        progress(total=experiment.train_steps, initial=trainer.step, description="training") as show_step,
-    ):
-        # Of the first step that runs with it: a start that goes on from the same step replaces it.
-        code_block = "\n".join("    " + line for line in config_text.splitlines())
-        train_metrics.text("config", code_block, step=resume_step + 1)
-        run.loop(train_metrics=train_metrics, eval_metrics=eval_metrics, stop=stop, show_step=show_step)
-    hparams_tab.mark_finished(workdir)
-    return run.summary()
+
+    losses: dict
+    penalty: tf.Tensor
+    d_rows: StepRows
+    d_shards: dict
+    d_layers: dict
+    state: list
 
 
-def _check_nothing_lost(workdir):
-    """Without a checkpoint: raises ValueError where there was one; says so where an earlier start got nowhere."""
-    if workdir.has_saved():
-        raise ValueError(
-            f"The run in {workdir.path} has saved checkpoints, as saved.json or finished.json there tells. Received: "
-            f"none in {workdir.checkpoints_dir}. Put the checkpoints back, or start a new work directory."
-        )
-    steps = [line["step"] for line in read_metrics(workdir.train_dir)]
-    if steps:
-        _logger.warning(
-            "starting over: an earlier start in %s ended before its first checkpoint; it had logged step %d",
-            workdir.path,
-            max(steps),
-        )
-
-
-@dataclasses.dataclass
-class _Pending:
-    """The metrics of a call whose steps have not been logged."""
-
-    first_step: int
-    metrics: dict
-    checked: bool = False
-
-
-class _Run:
-    """The loop around `Trainer.train_steps`: when to log, evaluate, save and stop."""
-
-    def __init__(self, trainer, *, checkpoints, workdir):
-        self.trainer = trainer
-        self.experiment = trainer.experiment
-        self.checkpoints = checkpoints
-        self.workdir = workdir
-        self.best_validation_loss = math.inf
-        self.last_validation_loss = None
-        self.skipped_steps = 0
-        self._pending = []
-        self._seconds = 0.0
-
-    def resume(self, metadata):
-        self.trainer.step = metadata["step"]
-        if self.trainer.step > self.experiment.train_steps:
-            raise ValueError(
-                "train_steps must be at least the steps that the run has done. Received: "
-                f"train_steps={self.experiment.train_steps}, {self.trainer.step} steps done. Set TRAIN_STEPS to at "
-                f"least {self.trainer.step}, or start a new work directory."
-            )
-        fingerprint = self.trainer.data.fingerprint
-        if metadata["data_fingerprint"] != fingerprint:
-            raise ValueError(
-                "A run must go on with the data it started with. Received: "
-                f"{self.experiment.data_dir}, whose fingerprint is {fingerprint[:12]}; the checkpoint's is "
-                f"{metadata['data_fingerprint'][:12]}. Set DATA_DIR to the old data, or start a new work directory."
-            )
-        best = metadata["best_validation_loss_nats"]
-        self.best_validation_loss = math.inf if best is None else best
-        self.last_validation_loss = metadata["last_validation_loss_nats"]
-        self.skipped_steps = metadata["skipped_steps"]
-
-    def summary(self):
-        return {
-            "step": self.trainer.step,
-            "validation_loss_nats": _finite_or_none(self.last_validation_loss),
-            "best_step": self.checkpoints.best_step(),
-            "skipped_steps": self.skipped_steps,
-        }
-
-    def loop(self, *, train_metrics, eval_metrics, stop, show_step):
-        experiment, trainer = self.experiment, self.trainer
-        while trainer.step < experiment.train_steps:
-            start = time.perf_counter()
-            with doing(f"training step {trainer.step + 1:,}"):
-                self._pending.append(_Pending(trainer.step, trainer.train_steps(self._steps_of_next_call())))
-            self._seconds += time.perf_counter() - start
-            step = trainer.step
-            show_step(step)
-            is_last = step == experiment.train_steps
-            if step % experiment.log_every == 0 or is_last:
-                self._log(train_metrics)
-            loss, is_best = None, False
-            if step % experiment.eval_every == 0 or is_last:
-                self._check_finite()
-                with doing(f"evaluating after step {step:,}"):
-                    loss = self._evaluate(eval_metrics, show_step=show_step)
-                is_best = loss < self.best_validation_loss
-                self.best_validation_loss = (
-                    min(self.best_validation_loss, loss) if is_best else self.best_validation_loss
-                )
-                self.last_validation_loss = loss
-            if step % experiment.save_every == 0 or is_last or is_best or stop:
-                with doing(f"saving the checkpoint of step {step:,}"):
-                    self._save(loss)
-            if stop and not is_last:
-                raise StoppedEarlyError(f"stopped by {stop[0]} after step {step}; the checkpoint is saved")
-
-    def _save(self, validation_loss):
-        self._check_finite()
-        self.checkpoints.save(
-            self.trainer.step,
-            self.trainer.checkpoint_items(),
-            metadata={
-                "step": self.trainer.step,
-                "data_fingerprint": self.trainer.data.fingerprint,
-                "vocabulary_sha256": self.trainer.data.vocabulary_sha256,
-                "vocabularies": {"words": self.trainer.data.vocabulary_sha256},
-                "num_devices": self.trainer.strategy.num_replicas_in_sync,
-                "best_validation_loss_nats": _finite_or_none(self.best_validation_loss),
-                "last_validation_loss_nats": _finite_or_none(self.last_validation_loss),
-                "skipped_steps": self.skipped_steps,
-            },
-            validation_loss_nats=validation_loss,
-        )
-        self.workdir.mark_saved()
-
-    def _steps_of_next_call(self):
-        """steps_per_call, or fewer up to the next step at which something is due."""
-        experiment, step = self.experiment, self.trainer.step
-        due = (experiment.log_every, experiment.eval_every, experiment.save_every)
-        next_due = min(every - step % every for every in due)
-        return min(experiment.steps_per_call, next_due, experiment.train_steps - step)
-
-    def _check_finite(self):
-        """Reads the flags of the steps since the last check. Non-finite steps were never applied."""
-        start = time.perf_counter()
-        for call in self._pending:
-            if call.checked:
-                continue
-            call.checked = True
-            for offset in np.flatnonzero(~call.metrics["is_finite"].numpy()):
-                seen = (
-                    f"step {call.first_step + 1 + offset}: loss {float(call.metrics['loss'][offset])}, "
-                    f"gradient norm {float(call.metrics['gradient_norm'][offset])}"
-                )
-                if self.experiment.on_bad_step == "stop":
-                    raise NonFiniteError(
-                        f"The loss or the gradient is not finite at {seen}. The update was not applied. Go on with "
-                        "Experiment.on_bad_step = 'skip'. Or start a new work directory (from a copy of this one's "
-                        "checkpoints, if you like): Lower LEARNING_RATE there, or set Experiment.clip_norm."
-                    )
-                self.skipped_steps += 1
-                _logger.warning("skipped the update of %s", seen)
-        # Reading waits for the steps that a GPU has not done yet: it is their time.
-        self._seconds += time.perf_counter() - start
-
-    def _log(self, writer):
-        self._check_finite()
-        step = self.trainer.step
-        metrics = {
-            name: np.concatenate([call.metrics[name].numpy() for call in self._pending])
-            for name in self._pending[0].metrics
-        }
-        finite = metrics["is_finite"]
-        num_steps = len(finite)
-        values = {name: metrics[name][finite] for name in ("loss", "gradient_norm")}
-        if np.any(metrics["penalty"]):
-            values["penalty_nats"] = metrics["penalty"][finite]
-        for shard_id, rows in enumerate(metrics["rows_touched"][finite].T):
-            values[f"rows_touched/shard_{shard_id}"] = rows
-        step_secs = self._seconds / num_steps
-        tokens = self.experiment.global_batch_size * self.experiment.window
-        mean = {name: float(np.mean(x, dtype=np.float64)) for name, x in values.items() if len(x)}
-        loss_tag = f"{self.trainer.loss.name}_loss_nats"
-        scalars = {
-            loss_tag: mean.pop("loss", math.nan),
-            "gradient_norm": mean.pop("gradient_norm", math.nan),
-            "learning_rate": float(self.experiment.body_optimizer.learning_rate_at(step - 1)),
-            "row_learning_rate": float(self.experiment.row_optimizer.learning_rate_at(step - 1)),
-            "tokens_per_sec": tokens / step_secs,
-            "step_secs": step_secs,
-            "epoch": step / self.trainer.batches.steps_per_epoch,
-            "skipped_steps": self.skipped_steps,
-            **mean,
-            **{f"memory_mib/{device}": value for device, value in device_memory_mib().items()},
-        }
-        writer.scalars(step, scalars)
-        shown = (loss_tag, "gradient_norm", "learning_rate", "tokens_per_sec", "epoch")
-        _logger.info("%s", format_log_line(step, {name: scalars[name] for name in shown}))
-        self._pending, self._seconds = [], 0.0
-
-    def _evaluate(self, writer, *, show_step):
-        evaluator, tokens = self.trainer.evaluator, self.trainer.data.split("valid")
-        with show_step.part(total=evaluator.num_steps(tokens), description="evaluating valid") as show_batch:
-            valid = evaluator.evaluate(tokens, on_step=show_batch)
-        scalars = {
-            "valid/exact_loss_nats": valid.loss_nats,
-            "valid/exact_perplexity": valid.perplexity,
-            "valid/eval_secs": valid.seconds,
-        }
-        if self.experiment.probe_tokens:
-            probe = evaluator.evaluate(
-                self.trainer.data.split("train")[: self.experiment.probe_tokens], with_training_loss=True
-            )
-            name = self.trainer.loss.name
-            scalars["probe/exact_loss_nats"] = probe.loss_nats
-            scalars["probe/exact_perplexity"] = probe.perplexity
-            if name != "exact":
-                scalars[f"probe/{name}_loss_nats"] = probe.training_loss_nats
-                scalars[f"probe/{name}_minus_exact_nats"] = probe.training_loss_nats - probe.loss_nats
-        writer.scalars(self.trainer.step, scalars)
-        shown = ("valid/exact_loss_nats", "valid/exact_perplexity", "valid/eval_secs")
-        _logger.info("%s", format_log_line(self.trainer.step, {name: scalars[name] for name in shown}))
-        return valid.loss_nats
-
-
-def _finite_or_none(loss):
-    """JSON has neither NaN nor infinity."""
-    return loss if loss is not None and math.isfinite(loss) else None
+def _d_shards(task, results):
+    """{table: {parameter: sum of the gradients that heads give for every row}}."""
+    sums: dict = {}
+    for name, result in results.items():
+        for parameter, d in (result.d_shard or {}).items():
+            of_table = sums.setdefault(task.heads[name].table, {})
+            of_table[parameter] = of_table[parameter] + d if parameter in of_table else d
+    return sums

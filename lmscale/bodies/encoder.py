@@ -3,9 +3,9 @@
 import keras
 import tensorflow as tf
 
+from lmscale.bodies.causality import check_causal
 from lmscale.parameters import keras_layers
 from lmscale.parameters.layers import check_all_listed
-from lmscale.bodies.causality import check_causal
 
 
 class Encoder:

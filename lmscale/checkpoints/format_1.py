@@ -1,7 +1,12 @@
 """The names that format 1 gave to tensors, most of them positions in the body, and the paths of today."""
 
+import collections
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+import keras
+
+from lmscale.parameters.layers import layer_paths
 
 
 def paths(names: Iterable[str]) -> dict[str, str]:
@@ -41,3 +46,31 @@ def _path(name, lstm_layers):
     if is_behind and variable.split("/")[0] == "kernel":
         return f"{slots}layers/projection/{variable}"
     return name
+
+
+def names(paths: Iterable[str], layers: Mapping[str, keras.layers.Layer]) -> dict[str, str]:
+    """{path: name in format 1} of the tensors of a model of one table, whatever its body.
+
+    Args:
+      paths: of the model's tensors.
+      layers: {name: Keras layer}, the body's and then the projection, in the order of format 1.
+    """
+    numbered = {}
+    for (position, layer), layer_name in zip(enumerate(layers.values()), layers, strict=True):
+        seen: collections.Counter = collections.Counter()
+        for path, variable in layer_paths({layer_name: layer}).items():
+            rest = re.sub(r"_[0-9]+(?=/|$)", "", variable.path.split("/", 1)[-1])
+            name = f"{position}/{rest}"
+            numbered[path] = f"{name}_{seen[name]}" if seen[name] else name
+            seen[name] += 1
+
+    def name_of(path):
+        if match := re.fullmatch(r"(?:slots/)?tables/[^/]+/(.+)", path):
+            return f"table/{match[1]}"
+        if match := re.fullmatch(r"state/(.+)", path):
+            return f"carried_state/{match[1]}"
+        if match := re.fullmatch(r"slots/(layers/.+)/([^/]+)", path):
+            return f"body_slots/{numbered.get(match[1], match[1])}/{match[2]}"
+        return f"body/{numbered[path]}" if path in numbered else path
+
+    return {path: name_of(path) for path in paths}

@@ -12,32 +12,19 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One training batch: inputs are `window_ids[:, :-1]`, labels `window_ids[:, 1:]`.
+    """One batch.
 
     Attributes:
-      window_ids: [global_batch_size, window + 1] int32.
+      features: {name: [examples, ...] array}. Of text: "ids" [examples, window + 1] int32, whose inputs are all but the
+        last and whose labels all but the first; in evaluations also "weights" [examples, window] float32 of the labels,
+        0 for padding and else 1.
       starts_epoch: the carried state must be reset before this batch.
-      epoch: how many passes over the tokens came before.
+      epoch: how many passes over the data came before.
     """
 
-    window_ids: np.ndarray
-    starts_epoch: bool
-    epoch: int
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalBatch:
-    """One evaluation batch; entries of weight 0 are padding.
-
-    Attributes:
-      input_ids: [batch_size, window] int32.
-      labels: [batch_size, window] int32.
-      loss_weights: [batch_size, window] float32, 0 or 1.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    loss_weights: np.ndarray
+    features: dict[str, np.ndarray]
+    starts_epoch: bool = False
+    epoch: int = 0
 
 
 class ContiguousBatches:
@@ -66,6 +53,7 @@ class ContiguousBatches:
         self.steps_per_epoch = (lane_length - 1) // window
         if self.steps_per_epoch < 1:
             raise ValueError(_too_short(tokens, global_batch_size, window, global_batch_size * (window + 1)))
+        self.labels_per_step = global_batch_size * window
         self._tokens, self._window, self._seed = tokens, window, seed
         self._lane_starts = np.arange(global_batch_size, dtype=np.int64)[:, None] * lane_length
 
@@ -74,8 +62,8 @@ class ContiguousBatches:
         epoch, window_in_epoch = divmod(_checked_step(step), self.steps_per_epoch)
         offset = _random_below(len(self._tokens), seed=self._seed, epoch=epoch)
         positions = self._lane_starts + offset + window_in_epoch * self._window
-        window_ids = _windows(self._tokens, positions, self._window)
-        return Batch(window_ids, starts_epoch=window_in_epoch == 0, epoch=epoch)
+        ids = _windows(self._tokens, positions, self._window)
+        return Batch({"ids": ids}, starts_epoch=window_in_epoch == 0, epoch=epoch)
 
 
 class ShuffledWindows:
@@ -94,6 +82,7 @@ class ShuffledWindows:
         self.steps_per_epoch = self._num_windows // global_batch_size
         if self.steps_per_epoch < 1:
             raise ValueError(_too_short(tokens, global_batch_size, window, global_batch_size * window + 1))
+        self.labels_per_step = global_batch_size * window
         self._tokens, self._window, self._seed = tokens, window, seed
         self._rows = np.arange(global_batch_size, dtype=np.int64)
 
@@ -104,8 +93,8 @@ class ShuffledWindows:
         offset = _random_below(slack + 1, seed=self._seed, epoch=epoch)
         places = step_in_epoch * len(self._rows) + self._rows
         windows = _permuted(places, self._num_windows, seed=self._seed, epoch=epoch)
-        window_ids = _windows(self._tokens, (offset + windows * self._window)[:, None], self._window)
-        return Batch(window_ids, starts_epoch=True, epoch=epoch)
+        ids = _windows(self._tokens, (offset + windows * self._window)[:, None], self._window)
+        return Batch({"ids": ids}, starts_epoch=True, epoch=epoch)
 
 
 class Prefetcher:
@@ -125,8 +114,8 @@ class Prefetcher:
         """The batches of `num_steps` steps, with room for steps_per_call.
 
         Returns:
-          window_ids [steps_per_call, global_batch_size, window + 1] int32 and starts_epoch [steps_per_call] bool;
-          those from num_steps on repeat the last.
+          {feature: [steps_per_call, examples, ...]} and starts_epoch [steps_per_call] bool; those from num_steps on
+          repeat the last.
         """
         steps = range(first_step, first_step + num_steps)
         here = [
@@ -137,9 +126,8 @@ class Prefetcher:
         self._ahead = {
             step: self._ahead.get(step) or self._thread.submit(self._batches.at, step) for step in next_steps
         }
-        return np.stack([batch.window_ids for batch in here]), np.array(
-            [batch.starts_epoch for batch in here]
-        )
+        features = {name: np.stack([batch.features[name] for batch in here]) for name in here[0].features}
+        return features, np.array([batch.starts_epoch for batch in here])
 
 
 class EvaluationBatches:
@@ -150,6 +138,10 @@ class EvaluationBatches:
     label is the token before it, also at the start of a lane; the input of token 0 is `eos_id`. With
     batch_size=1 every token has all the text before it as context; with more lanes the context starts
     anew batch_size - 1 times.
+
+    Attributes:
+      num_steps: batches.
+      num_labels: tokens.
     """
 
     def __init__(self, tokens, *, batch_size: int, window: int, eos_id: int):
@@ -172,18 +164,18 @@ class EvaluationBatches:
         self._lane_length = -(-len(tokens) // batch_size)
         self._lane_starts = np.arange(batch_size, dtype=np.int64)[:, None] * self._lane_length
         self.num_steps = -(-self._lane_length // window)
+        self.num_labels = len(tokens)
 
-    def at(self, step: int) -> EvalBatch:
+    def at(self, step: int) -> Batch:
         """The batch of a step in 0 .. num_steps - 1."""
         if not 0 <= step < self.num_steps:
             raise ValueError(f"step must be in 0 .. {self.num_steps - 1}. Received: step={step}.")
-        in_lane = step * self._window + np.arange(self._window, dtype=np.int64)[None, :]
+        # A token of a lane is the label at its place, and the input at the next; before the first stands an input.
+        in_lane = step * self._window + np.arange(-1, self._window, dtype=np.int64)[None, :]
         positions = self._lane_starts + in_lane
-        is_label = (in_lane < self._lane_length) & (positions < len(self._tokens))
-        labels = np.where(is_label, self._tokens[np.where(is_label, positions, 0)], self._eos_id)
-        has_input = is_label & (positions > 0)
-        inputs = np.where(has_input, self._tokens[np.where(has_input, positions - 1, 0)], self._eos_id)
-        return EvalBatch(inputs.astype(np.int32), labels.astype(np.int32), is_label.astype(np.float32))
+        is_token = (in_lane < self._lane_length) & (positions >= 0) & (positions < len(self._tokens))
+        ids = np.where(is_token, self._tokens[np.where(is_token, positions, 0)], self._eos_id)
+        return Batch({"ids": ids.astype(np.int32), "weights": is_token[:, 1:].astype(np.float32)})
 
 
 def _check_training_arguments(tokens, global_batch_size, window, seed):

@@ -113,12 +113,28 @@ def initial_values(initializer, shape, *, seed, path):
         ) from error
 
 
-def initial_rows(initializer, *, vocab_size, dim, seed, path):
+class _Uniform(keras.initializers.Initializer):
+    """Uniform in [-bound, bound], as a function of (seed, block) alone."""
+
+    def __init__(self, bound, seed=None):
+        self.bound = bound
+        self.seed = seed
+
+    def get_config(self):
+        return {"bound": self.bound}
+
+
+def default_initializer(embed_dim):
+    """What the rows of a table start from if nothing else is said."""
+    return _Uniform(embed_dim**-0.5)
+
+
+def initial_rows(initializer, *, vocab_size, embed_dim, seed, path):
     """Yields (start, values [rows, dim] float32) over the rows of a table, in blocks.
 
     Args:
       initializer: `keras.initializers.Initializer`.
-      vocab_size, dim: the table's.
+      vocab_size, embed_dim: the table's.
       seed, path: as of `initial_values`.
 
     Raises:
@@ -129,21 +145,26 @@ def initial_rows(initializer, *, vocab_size, dim, seed, path):
             f"The rows of {path} are drawn in blocks, independently of each other. Received: "
             f"{describe(initializer)}, which needs the whole matrix. Name another initializer in its group."
         )
-    scale = _fan_correction(initializer, vocab_size=vocab_size, dim=dim)
+    scale = _fan_correction(initializer, vocab_size=vocab_size, embed_dim=embed_dim)
     for block, start in enumerate(range(0, vocab_size, BLOCK_ROWS)):
         # Always a whole block, cut afterwards.
-        values = seeded(initializer, seed, path, block)((BLOCK_ROWS, dim), dtype="float32")
+        if isinstance(initializer, _Uniform):
+            values = tf.random.stateless_uniform(
+                [BLOCK_ROWS, embed_dim], [seed, block], -initializer.bound, initializer.bound
+            )
+        else:
+            values = seeded(initializer, seed, path, block)((BLOCK_ROWS, embed_dim), dtype="float32")
         stop = min(start + BLOCK_ROWS, vocab_size)
         yield start, scale * np.asarray(values[: stop - start], np.float32)
 
 
-def _fan_correction(initializer, *, vocab_size, dim):
+def _fan_correction(initializer, *, vocab_size, embed_dim):
     """Scales by the fans of the whole table what was drawn by those of a block."""
     if not isinstance(initializer, keras.initializers.VarianceScaling):
         return np.float32(1)
 
     def fan(rows):
-        return {"fan_in": rows, "fan_out": dim, "fan_avg": (rows + dim) / 2}[initializer.mode]
+        return {"fan_in": rows, "fan_out": embed_dim, "fan_avg": (rows + embed_dim) / 2}[initializer.mode]
 
     return np.float32(math.sqrt(fan(BLOCK_ROWS) / fan(vocab_size)))
 

@@ -40,7 +40,7 @@ class Layers:
         every = list(self.layers.values())
         keras_layers.check_settings(every)
         keras_layers.freeze_what_is_frozen(every)
-        self.variables = _paths(self.layers)
+        self.variables = layer_paths(self.layers)
         self.trainable_variables = {path: v for path, v in self.variables.items() if v.trainable}
         gathered = {id(variable) for variable in keras_layers.statistics(every)}
         self.statistics = {path: v for path, v in self.variables.items() if id(v) in gathered}
@@ -84,7 +84,9 @@ def check_all_listed(watched, *, layers, reader):
     strategy = tf.distribute.get_strategy()
     listed = set()
     for variable in (v for layer in layers.values() for v in layer.variables):
-        listed |= {id(part) for part in (variable.value, *strategy.experimental_local_results(variable.value))}
+        listed |= {
+            id(part) for part in (variable.value, *strategy.experimental_local_results(variable.value))
+        }
     # The last two parts of the name are the layer's and the variable's.
     missing = [
         "/".join(variable.name.removesuffix(":0").split("/")[-2:])
@@ -118,7 +120,7 @@ class _OneCall(keras.layers.Layer):
         return contextlib.nullcontext()
 
 
-def _paths(layers):
+def layer_paths(layers):
     """{path: variable}: a variable of several layers once, under the first."""
     named: dict[str, keras.Variable] = {}
     seen: collections.Counter = collections.Counter()

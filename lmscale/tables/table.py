@@ -1,17 +1,16 @@
 """The vocabulary matrix, sharded: pull rows, push gradients."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
 
 from lmscale.distribution import collectives
 from lmscale.distribution.strategies import first_local_replica
+from lmscale.parameters.initializers import default_initializer, initial_rows
 from lmscale.tables.exchange import Route, StaticExchange
 from lmscale.tables.placement import Placement
-
-# Ids initialised at a time: fixed, so that a row's first value depends on (seed, id) and not on the number of shards.
-_INITIAL_BLOCK_ROWS = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,29 +85,37 @@ class ShardedTable:
         *,
         vocab_size,
         embed_dim,
-        optimizer=None,
+        update_rule=None,
         bias=True,
         initializer=None,
         seed=0,
+        path="table",
     ):
         """Args:
         vocab_size: rows.
         embed_dim: columns.
-        optimizer: a `UpdateRule`, or None for a table that is only read.
+        update_rule: an `UpdateRule` for rows and bias, or {parameter: rule or None}; None for parameters that are only
+          read.
         bias: whether each row also has a softmax bias, initially 0.
-        initializer: function (shape, seed) -> float32 tensor, called for blocks of rows; by default uniform
-          with bound embed_dim ** -0.5, which gives logits of unit order for a hidden state of unit order.
+        initializer: `keras.initializers.Initializer`; by default uniform with bound embed_dim ** -0.5, which gives
+          logits of unit order for a hidden state of unit order.
         seed: int.
+        path: what the first values depend on beside the seed, so that two tables do not start alike.
         """
         strategy = tf.distribute.get_strategy()
         self.placement = Placement(vocab_size=vocab_size, num_shards=strategy.num_replicas_in_sync)
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
-        self.optimizer = optimizer
         self._strategy = strategy
         self._exchange = StaticExchange()
+        names = ["embedding", "bias"] if bias else ["embedding"]
+        self.update_rules = (
+            {name: update_rule.get(name) for name in names}
+            if isinstance(update_rule, Mapping)
+            else dict.fromkeys(names, update_rule)
+        )
         self._layout = table_layout(
-            vocab_size=vocab_size, embed_dim=embed_dim, optimizer=optimizer, bias=bias
+            vocab_size=vocab_size, embed_dim=embed_dim, update_rules=self.update_rules
         )
         self.parameters = {e.name: self._make_variable(e) for e in self._layout if not e.is_slot}
         self.slots = {name: {} for name in self.parameters}
@@ -116,7 +123,15 @@ class ShardedTable:
             if entry.is_slot:
                 name, slot_name = entry.name.split("/")
                 self.slots[name][slot_name] = self._make_variable(entry)
-        self._initialise(initializer or _uniform(embed_dim**-0.5), seed)
+        rows = initial_rows(
+            initializer or default_initializer(embed_dim),
+            vocab_size=vocab_size,
+            embed_dim=embed_dim,
+            seed=seed,
+            path=f"{path}/embedding",
+        )
+        for start, values in rows:
+            self.write_rows("embedding", start, values)
 
     def _make_variable(self, entry):
         shape = [self.placement.allocated_rows, *entry.row_shape]
@@ -125,13 +140,6 @@ class ShardedTable:
             dtype=entry.dtype,
             name=entry.name.replace("/", "_"),
         )
-
-    def _initialise(self, initializer, seed):
-        for block, start in enumerate(range(0, self.vocab_size, _INITIAL_BLOCK_ROWS)):
-            # Always a whole block, cut afterwards: a row does not depend on vocab_size either.
-            values = initializer([_INITIAL_BLOCK_ROWS, self.embed_dim], [seed, block])
-            stop = min(start + _INITIAL_BLOCK_ROWS, self.vocab_size)
-            self.write_rows("embedding", start, values[: stop - start].numpy())
 
     # -- inside strategy.run ------------------------------------------------------------------------------------
 
@@ -252,38 +260,54 @@ class ShardedTable:
             for name in self.parameters
         ]
 
-    def apply(self, merged, *, step, scale=1.0, keep=True):
+    def apply(self, merged, *, step, learning_rate=None, scale=1.0, keep=True):
         """Updates this shard's touched rows and their slots, once each.
+
+        The arguments but the first may be {parameter: value}; parameters without an update rule stay as they are.
 
         Args:
           merged: `MergedGradients`.
           step: int scalar tensor, updates done before this one.
-          scale: factor on the gradients (clipping by global norm).
+          learning_rate: float32 scalar; None for that of `step` (see `UpdateRule.update`).
+          scale: factor on the gradients (clipping by a norm).
           keep: bool scalar; False leaves every row and slot as it is (a step with a non-finite loss).
+
+        Raises:
+          ValueError: if no parameter has an update rule.
 
         Communication: none.
         """
-        if self.optimizer is None:
+        if not any(self.update_rules.values()):
             raise ValueError(
-                "A table needs an optimizer to be updated. Received: optimizer=None. Pass a UpdateRule."
+                "A table needs an update rule to be updated. Received: update_rule=None. Pass an UpdateRule."
             )
-        rows = merged.local_rows
-        if rows is not None:
-            rows = tf.where(keep, rows, self.placement.scratch_row)
         for name, gradient in merged.gradients.items():
+            rule = self.update_rules[name]
+            if rule is None:
+                continue
+            own_step, own_rate, own_scale, own_keep = (
+                value[name] if isinstance(value, Mapping) else value
+                for value in (step, learning_rate, scale, keep)
+            )
+            rows = merged.local_rows
+            if rows is not None:
+                rows = tf.where(own_keep, rows, self.placement.scratch_row)
             variables = {"": self.parameters[name], **self.slots[name]}
             variables = {key: collectives.local_value(variable) for key, variable in variables.items()}
             old = {
                 key: v.read_value() if rows is None else tf.gather(v, rows) for key, v in variables.items()
             }
             weights = old.pop("")
-            gradient = tf.where(keep, gradient * scale, 0.0)
-            new_weights, new_slots = self.optimizer.update_rows(
-                weights=weights, gradients=gradient, slots=old, step=step
+            new_weights, new_slots = rule.update(
+                weights=weights,
+                gradients=tf.where(own_keep, gradient * own_scale, 0.0),
+                slots=old,
+                step=own_step,
+                learning_rate=own_rate,
             )
             for key, value in {"": new_weights, **new_slots}.items():
                 if rows is None:
-                    variables[key].assign(tf.where(keep, value, variables[key]))
+                    variables[key].assign(tf.where(own_keep, value, variables[key]))
                 else:
                     variables[key].scatter_update(tf.IndexedSlices(value, rows))
 
@@ -420,27 +444,28 @@ class TableEntry:
         return placement.allocated_rows * int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.size
 
 
-def table_layout(*, vocab_size, embed_dim, optimizer, bias):
-    """The tensors of a `ShardedTable` without making them, a list of `TableEntry`; arguments as the table's."""
+def table_layout(*, vocab_size, embed_dim, update_rules):
+    """The tensors of a `ShardedTable` without making them, a list of `TableEntry`.
+
+    Args:
+      vocab_size, embed_dim: the table's.
+      update_rules: {parameter: `UpdateRule` or None}, for "embedding" and, if there is one, "bias".
+
+    Raises:
+      ValueError: for sizes below 1.
+    """
     if vocab_size < 1 or embed_dim < 1:
         raise ValueError(
             "vocab_size and embed_dim must be at least 1. Received: "
             f"vocab_size={vocab_size}, embed_dim={embed_dim}. Set EMBED_DIM to a positive number."
         )
-    row_shapes = {"embedding": (embed_dim,), **({"bias": ()} if bias else {})}
+    row_shapes = {name: (embed_dim,) if name == "embedding" else () for name in update_rules}
     entries = [TableEntry(name, shape, tf.float32, 0.0) for name, shape in row_shapes.items()]
     for name, shape in row_shapes.items():
-        for slot_name, slot in (optimizer.slots if optimizer else {}).items():
+        for slot_name, slot in (update_rules[name].slots if update_rules[name] else {}).items():
             row_shape = shape if slot.per_element else ()
             entries.append(TableEntry(f"{name}/{slot_name}", row_shape, slot.dtype, slot.initial_value))
     return entries
-
-
-def _uniform(bound):
-    def initialise(shape, seed):
-        return tf.random.stateless_uniform(shape, seed, -bound, bound)
-
-    return initialise
 
 
 def _or_zeros(gradient, like):

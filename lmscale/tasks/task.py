@@ -14,7 +14,6 @@ import tensorflow as tf
 
 from lmscale.data.token_files import PreparedData
 from lmscale.softmax.head import Head
-from lmscale.tables.rows import Lookup
 from lmscale.tables.table_config import TableConfig
 
 
@@ -78,7 +77,7 @@ class Task(abc.ABC):
         """The batches of the training split.
 
         Returns:
-          An object with `at(step) -> Batch`, a pure function, and `steps_per_epoch`.
+          An object with `at(step) -> Batch`, a pure function, `steps_per_epoch` and `labels_per_step`.
         """
 
     @abc.abstractmethod

@@ -11,8 +11,10 @@ import pytest
 import tiny_runs
 
 from lmscale import configuration
+from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.token_files import PreparedData
+from lmscale.evaluation import Evaluator
 from lmscale.trainer import Trainer
 
 FOLDER = Path(__file__).parent / "format_1"
@@ -36,10 +38,13 @@ def test_resumes_and_evaluates(data, mirrored, num_devices):
     config = configuration.load([str(FOLDER / "resumed.gin")], [f"DATA_DIR = {str(data.directory)!r}"])
     trainer = Trainer(config.experiment, data=data, strategy=mirrored(num_devices))
     checkpoints = Checkpoints(FOLDER / "checkpoints", readonly=True)
-    metadata = checkpoints.restore(trainer.checkpoint_items())
+    parameters = trainer.parameters()
+    names = format_1.names([p.path for p in parameters], trainer.task.layers)
+    metadata = checkpoints.restore(parameters, format_1_names=names)
     assert metadata["step"] == 20
     assert metadata["data_fingerprint"] == data.fingerprint
-    test = trainer.evaluator.evaluate(data.split("test"))
+    evaluator = Evaluator.of_experiment(config.experiment, trainer.model, strategy=trainer.strategy)
+    test = evaluator.evaluate(trainer.task.evaluation_batches("test"))
     assert test.loss_nats == pytest.approx(EXPECTED["test_loss_nats_at_20"], rel=RTOL)
     trainer.step = metadata["step"]
     steps = [trainer.train_steps() for _ in EXPECTED["sampled_loss_nats"]]
@@ -47,5 +52,5 @@ def test_resumes_and_evaluates(data, mirrored, num_devices):
     norms = np.concatenate([metrics["gradient_norm"] for metrics in steps])
     np.testing.assert_allclose(losses, EXPECTED["sampled_loss_nats"], rtol=RTOL)
     np.testing.assert_allclose(norms, EXPECTED["gradient_norm"], rtol=RTOL)
-    valid = trainer.evaluator.evaluate(data.split("valid"))
+    valid = evaluator.evaluate(trainer.task.evaluation_batches("valid"))
     assert valid.loss_nats == pytest.approx(EXPECTED["valid_loss_nats"]["40"], rel=RTOL)

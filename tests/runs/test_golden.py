@@ -14,6 +14,7 @@ import tiny_runs
 from lmscale import configuration
 from lmscale.data import preparation, tokenizers
 from lmscale.data.token_files import PreparedData
+from lmscale.evaluation import Evaluator
 from lmscale.trainer import Trainer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "quickstart.json").read_text())
@@ -47,7 +48,8 @@ def test_quickstart_gives_the_recorded_numbers(book, mirrored, num_devices):
     norms = np.concatenate([metrics["gradient_norm"] for metrics in steps])
     np.testing.assert_allclose(losses, expected["sampled_loss_nats"], rtol=RTOL)
     np.testing.assert_allclose(norms, expected["gradient_norm"], rtol=RTOL)
-    rows_touched = np.concatenate([metrics["rows_touched"] for metrics in steps])
+    rows_touched = np.concatenate([metrics["rows_touched/words"] for metrics in steps])
     np.testing.assert_array_equal(rows_touched, expected["rows_touched"])
-    valid = trainer.evaluator.evaluate(trainer.data.split("valid"))
+    evaluator = Evaluator.of_experiment(config.experiment, trainer.model, strategy=trainer.strategy)
+    valid = evaluator.evaluate(trainer.task.evaluation_batches("valid"))
     assert valid.loss_nats == pytest.approx(expected["valid/exact_loss_nats"], rel=RTOL)

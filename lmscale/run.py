@@ -1,0 +1,311 @@
+"""The training run: the loop around the step, which logs, evaluates, saves and stops."""
+
+import dataclasses
+import logging
+import math
+import re
+import time
+
+import numpy as np
+
+from lmscale import hparams_tab
+from lmscale.checkpoints import format_1
+from lmscale.checkpoints.directory import Checkpoints
+from lmscale.data.token_files import PreparedData
+from lmscale.doing import doing
+from lmscale.evaluation import Evaluator
+from lmscale.metrics import MetricsWriter, device_memory_mib, format_log_line, progress, read_metrics
+from lmscale.stop_signals import collect_stop_signals
+from lmscale.trainer import Trainer
+
+_logger = logging.getLogger(__name__)
+
+
+class StoppedEarlyError(Exception):
+    """A signal asked the run to stop; it has saved a checkpoint and can be resumed."""
+
+
+class NonFiniteError(Exception):
+    """The loss or the gradient was NaN or infinite. No such step was applied or saved."""
+
+
+def train(experiment, *, workdir, strategy, config_text, hparams):
+    """Runs an experiment to its last step, from wherever the work directory's checkpoints have got to.
+
+    Args:
+      experiment: `Experiment`.
+      workdir: `Workdir`, opened for writing.
+      strategy: `tf.distribute.Strategy`.
+      config_text: the resolved configuration, written to the work directory and to TensorBoard.
+      hparams: {name: value} for TensorBoard's HParams tab.
+
+    Returns:
+      {"step", "validation_loss_nats", "best_step", ...}: the summary that marks the run finished.
+
+    Raises:
+      ValueError: for settings that do not fit the data, the devices or the checkpoints.
+      StoppedEarlyError: on a signal of `lmscale.stop_signals`, at the next step boundary, after saving.
+      NonFiniteError: with on_bad_step="stop".
+    """
+    with doing(f"reading the data of {experiment.data_dir}"):
+        data = PreparedData.open(experiment.data_dir)
+    with doing(f"building the model, with tables of {data.vocab_size:,} rows"):
+        trainer = Trainer(experiment, data=data, strategy=strategy)
+    checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints)
+    with doing("restoring the newest checkpoint"):
+        parameters = trainer.parameters()
+        metadata = checkpoints.restore(
+            parameters, format_1_names=format_1.names([p.path for p in parameters], trainer.task.layers)
+        )
+    run = _Run(trainer, checkpoints=checkpoints, workdir=workdir)
+    if metadata is None:
+        _check_nothing_lost(workdir)
+    else:
+        run.resume(metadata)
+        workdir.mark_saved()
+        _logger.info("resuming at step %d", trainer.step)
+    # From here on it is another run than the one that finished; a mistake in the settings was noticed before.
+    workdir.clear_finished()
+    workdir.write_config(config_text)
+    # Without a checkpoint, whatever an earlier start has logged is void: step 0 included.
+    resume_step = -1 if metadata is None else trainer.step
+    hparams_tab.list_run(workdir, settings=hparams)
+    with (
+        MetricsWriter(workdir.train_dir, resume_step=resume_step) as train_metrics,
+        MetricsWriter(workdir.eval_dir, resume_step=resume_step) as eval_metrics,
+        collect_stop_signals() as stop,
+        progress(total=experiment.train_steps, initial=trainer.step, description="training") as show_step,
+    ):
+        # Of the first step that runs with it: a start that goes on from the same step replaces it.
+        code_block = "\n".join("    " + line for line in config_text.splitlines())
+        train_metrics.text("config", code_block, step=resume_step + 1)
+        run.loop(train_metrics=train_metrics, eval_metrics=eval_metrics, stop=stop, show_step=show_step)
+    hparams_tab.mark_finished(workdir)
+    return run.summary()
+
+
+def _check_nothing_lost(workdir):
+    """Without a checkpoint: raises ValueError where there was one; says so where an earlier start got nowhere."""
+    if workdir.has_saved():
+        raise ValueError(
+            f"The run in {workdir.path} has saved checkpoints, as saved.json or finished.json there tells. Received: "
+            f"none in {workdir.checkpoints_dir}. Put the checkpoints back, or start a new work directory."
+        )
+    steps = [line["step"] for line in read_metrics(workdir.train_dir)]
+    if steps:
+        _logger.warning(
+            "starting over: an earlier start in %s ended before its first checkpoint; it had logged step %d",
+            workdir.path,
+            max(steps),
+        )
+
+
+@dataclasses.dataclass
+class _Pending:
+    """The metrics of a call whose steps have not been logged."""
+
+    first_step: int
+    metrics: dict
+    checked: bool = False
+
+
+class _Run:
+    """The loop around `Trainer.train_steps`: when to log, evaluate, save and stop."""
+
+    def __init__(self, trainer, *, checkpoints, workdir):
+        self.trainer = trainer
+        self.experiment = trainer.experiment
+        self.checkpoints = checkpoints
+        self.workdir = workdir
+        self.evaluator = Evaluator.of_experiment(trainer.experiment, trainer.model, strategy=trainer.strategy)
+        self.best_validation_loss = math.inf
+        self.last_validation_loss = None
+        self.skipped_steps = 0
+        self._pending = []
+        self._seconds = 0.0
+
+    def resume(self, metadata):
+        self.trainer.step = metadata["step"]
+        if self.trainer.step > self.experiment.train_steps:
+            raise ValueError(
+                "train_steps must be at least the steps that the run has done. Received: "
+                f"train_steps={self.experiment.train_steps}, {self.trainer.step} steps done. Set TRAIN_STEPS to at "
+                f"least {self.trainer.step}, or start a new work directory."
+            )
+        fingerprint = self.trainer.data.fingerprint
+        if metadata["data_fingerprint"] != fingerprint:
+            raise ValueError(
+                "A run must go on with the data it started with. Received: "
+                f"{self.experiment.data_dir}, whose fingerprint is {fingerprint[:12]}; the checkpoint's is "
+                f"{metadata['data_fingerprint'][:12]}. Set DATA_DIR to the old data, or start a new work directory."
+            )
+        best = metadata["best_validation_loss_nats"]
+        self.best_validation_loss = math.inf if best is None else best
+        self.last_validation_loss = metadata["last_validation_loss_nats"]
+        self.skipped_steps = metadata["skipped_steps"]
+
+    def summary(self):
+        return {
+            "step": self.trainer.step,
+            "validation_loss_nats": _finite_or_none(self.last_validation_loss),
+            "best_step": self.checkpoints.best_step(),
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def loop(self, *, train_metrics, eval_metrics, stop, show_step):
+        experiment, trainer = self.experiment, self.trainer
+        while trainer.step < experiment.train_steps:
+            start = time.perf_counter()
+            with doing(f"training step {trainer.step + 1:,}"):
+                self._pending.append(_Pending(trainer.step, trainer.train_steps(self._steps_of_next_call())))
+            self._seconds += time.perf_counter() - start
+            step = trainer.step
+            show_step(step)
+            is_last = step == experiment.train_steps
+            if step % experiment.log_every == 0 or is_last:
+                self._log(train_metrics)
+            loss, is_best = None, False
+            if step % experiment.eval_every == 0 or is_last:
+                self._check_finite()
+                with doing(f"evaluating after step {step:,}"):
+                    loss = self._evaluate(eval_metrics, show_step=show_step)
+                is_best = loss < self.best_validation_loss
+                self.best_validation_loss = (
+                    min(self.best_validation_loss, loss) if is_best else self.best_validation_loss
+                )
+                self.last_validation_loss = loss
+            if step % experiment.save_every == 0 or is_last or is_best or stop:
+                with doing(f"saving the checkpoint of step {step:,}"):
+                    self._save(loss)
+            if stop and not is_last:
+                raise StoppedEarlyError(f"stopped by {stop[0]} after step {step}; the checkpoint is saved")
+
+    def _save(self, validation_loss):
+        self._check_finite()
+        self.checkpoints.save(
+            self.trainer.step,
+            self.trainer.parameters(),
+            metadata={
+                "step": self.trainer.step,
+                "data_fingerprint": self.trainer.data.fingerprint,
+                "vocabulary_sha256": self.trainer.data.vocabulary_sha256,
+                "vocabularies": {"words": self.trainer.data.vocabulary_sha256},
+                "num_devices": self.trainer.strategy.num_replicas_in_sync,
+                "best_validation_loss_nats": _finite_or_none(self.best_validation_loss),
+                "last_validation_loss_nats": _finite_or_none(self.last_validation_loss),
+                "skipped_steps": self.skipped_steps,
+            },
+            validation_loss_nats=validation_loss,
+        )
+        self.workdir.mark_saved()
+
+    def _steps_of_next_call(self):
+        """steps_per_call, or fewer up to the next step at which something is due."""
+        experiment, step = self.experiment, self.trainer.step
+        due = (experiment.log_every, experiment.eval_every, experiment.save_every)
+        next_due = min(every - step % every for every in due)
+        return min(experiment.steps_per_call, next_due, experiment.train_steps - step)
+
+    def _check_finite(self):
+        """Reads the flags of the steps since the last check. Non-finite steps were never applied."""
+        start = time.perf_counter()
+        for call in self._pending:
+            if call.checked:
+                continue
+            call.checked = True
+            for offset in np.flatnonzero(~call.metrics["is_finite"].numpy()):
+                seen = (
+                    f"step {call.first_step + 1 + offset}: loss {float(call.metrics['loss'][offset])}, "
+                    f"gradient norm {float(call.metrics['gradient_norm'][offset])}"
+                )
+                if self.experiment.on_bad_step == "stop":
+                    raise NonFiniteError(
+                        f"The loss or the gradient is not finite at {seen}. The update was not applied. Go on with "
+                        "Experiment.on_bad_step = 'skip'. Or start a new work directory (from a copy of this one's "
+                        "checkpoints, if you like): Lower LEARNING_RATE there, or set Experiment.clip_norm."
+                    )
+                self.skipped_steps += 1
+                _logger.warning("skipped the update of %s", seen)
+        # Reading waits for the steps that a GPU has not done yet: it is their time.
+        self._seconds += time.perf_counter() - start
+
+    def _log(self, writer):
+        self._check_finite()
+        step = self.trainer.step
+        metrics = {
+            name: np.concatenate([call.metrics[name].numpy() for call in self._pending])
+            for name in self._pending[0].metrics
+        }
+        finite = metrics["is_finite"]
+        num_steps = len(finite)
+        values = {"gradient_norm": metrics["gradient_norm"][finite]}
+        loss_tag, loss_tags = _loss_tags(self.trainer.task.heads)
+        values |= {tag: metrics[name][finite] for tag, name in loss_tags.items()}
+        if np.any(metrics["penalty"]):
+            values["penalty_nats"] = metrics["penalty"][finite]
+        for name in self.trainer.model.tables:
+            for shard_id, rows in enumerate(metrics[f"rows_touched/{name}"][finite].T):
+                values[f"rows_touched/{name}/shard_{shard_id}"] = rows
+        step_secs = self._seconds / num_steps
+        scalars = {
+            **{tag: float(np.mean(x, dtype=np.float64)) if len(x) else math.nan for tag, x in values.items()},
+            **_by_tag("learning_rate", self.trainer.learning_rates(step - 1)),
+            "tokens_per_sec": self.trainer.batches.labels_per_step / step_secs,
+            "step_secs": step_secs,
+            "epoch": step / self.trainer.batches.steps_per_epoch,
+            "skipped_steps": self.skipped_steps,
+            **{f"memory_mib/{device}": value for device, value in device_memory_mib().items()},
+        }
+        writer.scalars(step, scalars)
+        shown = (loss_tag, "gradient_norm", "tokens_per_sec", "epoch")
+        _logger.info("%s", format_log_line(step, {name: scalars[name] for name in shown}))
+        self._pending, self._seconds = [], 0.0
+
+    def _evaluate(self, writer, *, show_step):
+        evaluator, task = self.evaluator, self.trainer.task
+        batches = task.evaluation_batches("valid")
+        with show_step.part(total=batches.num_steps, description="evaluating valid") as show_batch:
+            valid = evaluator.evaluate(batches, on_step=show_batch)
+        scalars = {
+            "valid/exact_loss_nats": valid.loss_nats,
+            "valid/exact_perplexity": valid.perplexity,
+            "valid/eval_secs": valid.seconds,
+        }
+        if self.experiment.probe_tokens:
+            probe = evaluator.evaluate(
+                task.evaluation_batches("train", limit=self.experiment.probe_tokens), with_training_loss=True
+            )
+            scalars["probe/exact_loss_nats"] = probe.loss_nats
+            scalars["probe/exact_perplexity"] = probe.perplexity
+            names = {head.name for head in task.heads.values()}
+            if names != {"exact"}:
+                name = "_".join(sorted(names))
+                scalars[f"probe/{name}_loss_nats"] = probe.training_loss_nats
+                scalars[f"probe/{name}_minus_exact_nats"] = probe.training_loss_nats - probe.loss_nats
+        writer.scalars(self.trainer.step, scalars)
+        shown = ("valid/exact_loss_nats", "valid/exact_perplexity", "valid/eval_secs")
+        _logger.info("%s", format_log_line(self.trainer.step, {name: scalars[name] for name in shown}))
+        return valid.loss_nats
+
+
+def _loss_tags(heads):
+    """(tag of the loss that is trained, {tag: metric}): of one head, that of the head; of several, also theirs."""
+    if len(heads) == 1:
+        (head,) = heads.values()
+        return f"{head.name}_loss_nats", {f"{head.name}_loss_nats": "loss"}
+    of_heads = {f"{name}/{head.name}_loss_nats": f"loss/{name}" for name, head in heads.items()}
+    return "loss_nats", {"loss_nats": "loss"} | of_heads
+
+
+def _by_tag(prefix, by_pattern):
+    """{tag: value} of values by the patterns of groups: `layers/.*` under `PREFIX/layers`."""
+    tags: dict = {}
+    for pattern, value in by_pattern.items():
+        tag = f"{prefix}/{re.sub(r'[^A-Za-z0-9_/]+', '', pattern).strip('/') or 'all'}"
+        tags[f"{tag}_{len(tags)}" if tag in tags else tag] = value
+    return tags
+
+
+def _finite_or_none(loss):
+    """JSON has neither NaN nor infinity."""
+    return loss if loss is not None and math.isfinite(loss) else None
