@@ -52,6 +52,29 @@ class ResolvedConfig:
             if there.get(name) != here.get(name)
         ]
 
+    def refused_changes(self, text: str) -> list[str]:
+        """What another configuration says otherwise, and a run that started with it must not go on with.
+
+        A parameter may change if its annotation is a `factories.MayChange`, and a macro if one of the parameters that
+        it decides, here or there, may: TRAIN_STEPS moves the end of a schedule, too.
+
+        Args:
+          text: the `text` of that configuration.
+
+        Returns:
+          Lines as of `differences`.
+        """
+        functions = {factory.name.rpartition("/")[2]: factory.function for factory in self.used}
+        users = [gin_text.macro_users(t) for t in (text, self.text)]
+
+        def may_change(name):
+            function, _, parameter = name.rpartition("/")[2].rpartition(".")
+            if function in functions:
+                return parameter in factories.may_change(functions[function])
+            return any(may_change(user) for macros in users for user in macros.get(name, ()) if "." in user)
+
+        return [line for line in self.differences(text) if not may_change(line.partition(":")[0])]
+
 
 def load(
     gin_files: Sequence[str],

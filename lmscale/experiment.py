@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from lmscale.bodies.body import Body
+from lmscale.factories import MayChange
 from lmscale.parameters.update_rules import UpdateRule
 from lmscale.softmax.head import Head
 
@@ -13,6 +14,9 @@ from lmscale.softmax.head import Head
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A run, but for where it writes and on which devices.
+
+    A run that goes on must keep its settings, but for those that are marked with `MayChange`: how long, how often,
+    where the same data lies.
 
     Attributes:
       data_dir: folder that `lmscale.prepare` wrote.
@@ -40,8 +44,8 @@ class Experiment:
       keep_checkpoints: newest checkpoints kept, beside the best.
     """
 
-    data_dir: str
-    train_steps: int
+    data_dir: MayChange[str]
+    train_steps: MayChange[int]
     global_batch_size: int
     window: int
     embed_dim: int
@@ -50,20 +54,20 @@ class Experiment:
     row_optimizer: UpdateRule
     body_optimizer: UpdateRule
     seed: int
-    log_every: int
-    eval_every: int
-    save_every: int
-    steps_per_call: int = 1
+    log_every: MayChange[int]
+    eval_every: MayChange[int]
+    save_every: MayChange[int]
+    steps_per_call: MayChange[int] = 1
     clip_norm: float | None = None
     softmax_bias: bool = True
     initial_bias: Literal["zeros", "log_frequency"] = "zeros"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     deterministic_ops: bool = False
-    on_bad_step: Literal["stop", "skip"] = "stop"
+    on_bad_step: MayChange[Literal["stop", "skip"]] = "stop"
     eval_batch_size: int = 24
     eval_window: int = 70
     probe_tokens: int = 10_000
-    keep_checkpoints: int = 3
+    keep_checkpoints: MayChange[int] = 3
 
     def __post_init__(self):
         for name in (

@@ -164,6 +164,20 @@ def assignments(text: str) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (s.partition(" =") for s in statements)}
 
 
+def macro_users(text: str) -> dict[str, set[str]]:
+    """{macro: names of the settings of a text that it decides}, directly or by way of other macros."""
+    users: dict[str, set[str]] = {}
+    for statement in _statements(text, name="text"):
+        if isinstance(statement, config_parser.BindingStatement):
+            for value in gin_config._iterate_flattened_values(statement.value):
+                if isinstance(value, MacroReference):
+                    users.setdefault(value.name, set()).add(_written_name(statement))
+    for _ in users:  # As often as a chain of macros can be long.
+        for settings in users.values():
+            settings |= {user for setting in settings for user in users.get(setting, ())}
+    return users
+
+
 def did_you_mean(name: str, names: typing.Iterable[str]) -> str:
     """` Did you mean ...?` with those of the names that resemble one, or nothing."""
     near = difflib.get_close_matches(name, sorted(set(names)))
@@ -324,21 +338,21 @@ def _decoded(content):
     )
 
 
-class _NoReferences(config_parser.ParserDelegate):
-    """For statements of which only the names and the places matter."""
+class _NothingImported(config_parser.ParserDelegate):
+    """For statements of which only the names, the macros and the places matter."""
 
     def configurable_reference(self, scoped_configurable_name, evaluate):
         return None
 
     def macro(self, macro_name):
-        return None
+        return MacroReference(macro_name)
 
 
 def _statements(text, *, name):
     """The statements of a gin file, up to one that is wrong, of which gin will tell."""
     statements = []
     with contextlib.suppress(SyntaxError, tokenize.TokenError):
-        statements.extend(config_parser.ConfigParser(_NamedText(text, name=name), _NoReferences()))
+        statements.extend(config_parser.ConfigParser(_NamedText(text, name=name), _NothingImported()))
     return statements
 
 

@@ -87,23 +87,12 @@ def main(argv):
     return 0
 
 
-# What a run may change when it goes on: how long, how often, where the same data lies.
-_MAY_CHANGE = {
-    *("TRAIN_STEPS", "LOG_EVERY", "EVAL_EVERY", "SAVE_EVERY", "DATA_DIR"),
-    *("experiment.Experiment.data_dir", "experiment.Experiment.train_steps"),
-    *(f"experiment.Experiment.{name}_every" for name in ("log", "eval", "save")),
-    *("experiment.Experiment.keep_checkpoints", "experiment.Experiment.on_bad_step"),
-    "experiment.Experiment.steps_per_call",
-}
-
-
 def _check_same_run(config, workdir):
     """Raises ValueError if the work directory is that of a run of other settings, which has saved."""
     has_saved = workdir.has_saved() or any(workdir.checkpoints_dir.glob("step_*"))
     if not workdir.config_path.exists() or not has_saved:
         return
-    differences = config.differences(workdir.config_path.read_text(encoding="utf-8"))
-    refused = [line for line in differences if line.split(":")[0] not in _MAY_CHANGE]
+    refused = config.refused_changes(workdir.config_path.read_text(encoding="utf-8"))
     if refused:
         raise ValueError(
             f"The run in {workdir.path} goes on with the settings it started with. Received other ones:\n  "

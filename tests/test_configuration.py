@@ -11,7 +11,9 @@ from typing import Literal
 import keras
 import pytest
 
-from lmscale import configuration
+from lmscale import configuration, factories
+from lmscale.experiment import Experiment
+from lmscale.factories import MayChange
 
 # ------------------------------------------------------------------- A small thing to configure, of all kinds
 
@@ -318,6 +320,91 @@ def test_differences_are_named(load):
     old, new = load(BASE, "STEPS = 9"), load(BASE, "standin.network.depth = 2")
     assert new.differences(old.text) == ["STEPS: 9 -> 10", "standin.network.depth: (not set) -> 2"]
     assert new.differences(new.text) == []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clock:
+    every: MayChange[int]
+    hours: int
+    hand: Callable[[], tuple]
+    rate: MayChange[float | None] = None
+
+
+class Hand:
+    def __init__(self, length: int, colour: MayChange[str] = "black"):
+        self.length, self.colour = length, colour
+
+
+def ticking(*, volume: MayChange[float] = 1.0, pitch: float = 440.0):
+    return volume, pitch
+
+
+CLOCK = """
+EVERY = %SECONDS
+SECONDS = 60
+HOURS = 12
+standin.Clock.every = %EVERY
+standin.Clock.hours = %HOURS
+standin.Clock.hand = @long/standin.Hand
+long/standin.Hand.length = 5
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "refused"),
+    [
+        ([], [], []),
+        (["SECONDS = 30"], [], []),
+        ([], ["standin.Clock.rate = 0.5"], []),
+        (["long/standin.Hand.colour = 'red'"], [], []),
+        ([], ["standin.Hand.colour = 'red'"], []),
+        (["HOURS = 24"], [], ["HOURS: 24 -> 12"]),
+        ([], ["long/standin.Hand.length = 6"], ["long/standin.Hand.length: 5 -> 6"]),
+        # A macro that decides what may change and what may not, as a schedule's length: one line to change both.
+        (["long/standin.Hand.length = %SECONDS"], ["long/standin.Hand.length = %SECONDS", "SECONDS = 7"], []),
+        # Bound otherwise, with the same value or another.
+        (["standin.Clock.every = 30"], [], []),
+        (["standin.Clock.hours = 12"], [], ["HOURS: (not set) -> 12", "standin.Clock.hours: 12 -> %HOURS"]),
+        # A function in place of a class, and its own parameters.
+        (
+            ["standin.Clock.hand = @standin.ticking", "standin.ticking.volume = 0.5"],
+            ["standin.Clock.hand = @standin.ticking", "standin.ticking.pitch = 880.0"],
+            ["standin.ticking.pitch: (not set) -> 880.0"],
+        ),
+    ],
+)
+def test_only_what_is_marked_may_change(tmp_path, old, new, refused):
+    def load(bindings):
+        text = CLOCK
+        for binding in bindings:
+            name, _, value = binding.partition(" = ")
+            text = re.sub(rf"^{re.escape(name)} = .*\n", "", text, flags=re.MULTILINE) + f"{name} = {value}\n"
+        for macro in ("HOURS", "EVERY", "SECONDS"):  # What nothing uses any more would be refused.
+            if f"%{macro}" not in text:
+                text = re.sub(rf"^{macro} = .*\n", "", text, flags=re.MULTILINE)
+        if "@long/standin.Hand" not in text:
+            text = re.sub(r"^long/standin.Hand.*\n", "", text, flags=re.MULTILINE)
+        (tmp_path / "clock.gin").write_text(IMPORTS + text)
+        return configuration.load([str(tmp_path / "clock.gin")], root=Clock)
+
+    assert load(new).refused_changes(load(old).text) == refused
+
+
+def test_an_annotation_that_marks_is_no_other_type(tmp_path):
+    (tmp_path / "clock.gin").write_text(IMPORTS + CLOCK)
+    with pytest.raises(
+        ValueError, match=r"standin.Clock.every must be of type int. Received: 'many' \(str\)"
+    ):
+        configuration.load([str(tmp_path / "clock.gin")], ["SECONDS = 'many'"], root=Clock)
+    with pytest.raises(ValueError, match=r"standin.Clock.rate must be of type float \| None. Received: 'x'"):
+        configuration.load([str(tmp_path / "clock.gin")], ["standin.Clock.rate = 'x'"], root=Clock)
+
+
+def test_what_a_run_may_change():
+    assert factories.may_change(Experiment) == {
+        *("train_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "on_bad_step"),
+        *("steps_per_call", "data_dir"),
+    }
 
 
 def test_description_shows_values_and_defaults(load):
