@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import keras
+
 from lmscale import factories, gin_text
 from lmscale.experiment import Experiment
 
@@ -85,7 +87,9 @@ def load(
 ) -> ResolvedConfig:
     """Reads, checks and builds a configuration.
 
-    Gin's global state is cleared before and after, so that configurations can be loaded one after the other.
+    Gin's global state is cleared before and after, so that configurations can be loaded one after the other. Keras,
+    Python, NumPy and TensorFlow are seeded with the root's `seed`, if it has one: Keras's initialisers draw their own
+    seeds when they are built.
 
     Args:
       gin_files: paths, later ones win over earlier ones.
@@ -117,12 +121,17 @@ def load(
     resolver = _Resolver(gin_text.parse(text))
     factory = resolver.root(root)
     resolver.check_all_used()
+    root_seed = dict(factory.arguments).get("seed")
+    if isinstance(root_seed, int):
+        # An initialiser without a seed draws one when it is built. Whether the root takes this one, it says itself.
+        keras.utils.set_random_seed(root_seed % 2**32)
+    experiment = factory()
     used: list[factories.Factory] = []
     for other in resolver.used.values():  # The same in two scopes is told once.
         used += [other] if other not in used else []
     macros = dict(sorted(resolver.macros.items()))
     settings = macros | dict(sorted(resolver.settings.items()))
-    return ResolvedConfig(experiment=factory(), text=text, macros=macros, settings=settings, used=used)
+    return ResolvedConfig(experiment=experiment, text=text, macros=macros, settings=settings, used=used)
 
 
 def describe(config: ResolvedConfig) -> str:

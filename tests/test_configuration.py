@@ -1,6 +1,7 @@
 """Configurations: what is built, what is refused, and that the resolved text says all."""
 
 import dataclasses
+import random
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import keras
+import numpy as np
 import pytest
 
 from lmscale import configuration, factories
@@ -220,6 +222,33 @@ def test_results_are_built_anew_at_each_call_of_a_factory(load):
     first, second = config.experiment.network()[3], config.experiment.network()[3]
     assert first == second == Rate(value=1)
     assert first is not second
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    initializer: Callable
+    other_initializer: Callable
+    seed: int
+
+
+def test_initialisers_of_keras_draw_their_seeds_from_the_seed(tmp_path):
+    """Whatever was drawn before, and from SEED alone."""
+    text = (
+        "from keras import initializers\nSEED = 3\nstandin.Layer.seed = %SEED\n"
+        "standin.Layer.initializer = @initializers.Orthogonal()\n"
+        "standin.Layer.other_initializer = @initializers.GlorotUniform()\n"
+    )
+    (tmp_path / "layer.gin").write_text(IMPORTS + text)
+
+    def values(seed):
+        layer = configuration.load([str(tmp_path / "layer.gin")], seed=seed, root=Layer).experiment
+        random.random()
+        return [np.asarray(i((5, 7))) for i in (layer.initializer, layer.other_initializer)]
+
+    first, again, other = values(3), values(3), values(2**31 - 1)
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    assert configuration.load([str(tmp_path / "layer.gin")], seed=-1, root=Layer).experiment.seed == -1
 
 
 def test_factories_take_positional_arguments(load):
