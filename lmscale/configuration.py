@@ -113,7 +113,7 @@ def load(
         bindings.append(f"SEED = {seed}")
     if isinstance(gin_files, str) or not gin_files:
         raise ValueError(
-            f"At least one gin file is needed. Received: {gin_files!r}. Pass --gin_file=configs/NAME.gin."
+            f"At least one gin file is needed. Received: {gin_files!r}. Pass --gin_file=quickstart.gin."
         )
 
     text = gin_text.read(gin_files, bindings)

@@ -5,7 +5,7 @@ A gin file names what it uses by import, so that the code it configures needs no
     from __gin__ import dynamic_registration
     from lmscale import experiment
     from lmscale.bodies import lstm
-    include 'shared/defaults.gin'               # beside this file, or else from the working directory
+    include 'shared/defaults.gin'               # beside this file, in the working directory, or one of lmscale's own
     TRAIN_STEPS = 1_000                         # a macro
     experiment.Experiment.train_steps = %TRAIN_STEPS
     experiment.Experiment.body = @lstm.lstm_body            # the function itself
@@ -102,7 +102,8 @@ def read(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> str:
     """Merges files and bindings into one text.
 
     Args:
-      gin_files: paths, later ones win over earlier ones.
+      gin_files: paths, later ones win over earlier ones. What is not there is looked for among the configurations
+        that come with lmscale: `quickstart.gin`.
       bindings: `NAME = value` each, with the names that the files import; they win.
 
     Returns:
@@ -249,7 +250,7 @@ def _forget():
 
 
 class _IncludedFile:
-    """Opens gin files: an included name is looked for beside the file that includes it, then as it stands.
+    """Opens gin files: a name is looked for beside the file that includes it, as it stands, then among lmscale's own.
 
     Warns of what a file sets above an include and the included file, or one that it includes, sets otherwise.
     """
@@ -295,7 +296,8 @@ class _IncludedFile:
     def find(cls, name):
         """The path of a file that is there, or None."""
         name = paths.expand(name)
-        names = [os.path.join(os.path.dirname(file.path), name) for file in cls._open_files[-1:]] + [name]
+        names = [os.path.join(os.path.dirname(file.path), name) for file in cls._open_files[-1:]]
+        names += [name, os.path.join(paths.CONFIGS, name)]
         return next((n for n in names if _FILE_SYSTEM.exists(n) and not _FILE_SYSTEM.isdir(n)), None)
 
     def set_above_next_include(self):
@@ -384,7 +386,7 @@ def _parse_file(path):
     if found is None:
         folder, name = os.path.split(path)
         there = _FILE_SYSTEM.listdir(folder or ".") if _FILE_SYSTEM.isdir(folder or ".") else []
-        near = did_you_mean(name, [n for n in there if n.endswith(".gin")])
+        near = did_you_mean(name, [n for n in [*there, *os.listdir(paths.CONFIGS)] if n.endswith(".gin")])
         raise ValueError(f"The gin file must exist. Received: {path!r}, which is not a file.{near}")
     with _explained(path):
         gin.parse_config_file(path)
@@ -460,5 +462,8 @@ def _advise(message):
     if message.startswith("No module named"):
         return f"{message}. Only modules can be imported, not the functions and classes in them."
     if match := re.fullmatch(r"Unable to open file: (.*)\. Searched config paths: .*", message):
-        return f"the included file {match[1]!r} is neither beside this file nor in the working directory."
+        return (
+            f"the included file {match[1]!r} is neither beside this file, nor in the working directory, nor one of "
+            f"those that come with lmscale ({paths.CONFIGS})."
+        )
     return f"{message}."

@@ -13,7 +13,11 @@ from absl import flags, logging
 
 from lmscale.command_line import DEFINE_multi_path, DEFINE_path, run_main
 
-_GIN_FILE = DEFINE_multi_path("gin_file", [], "Configuration file; may be given several times.")
+_GIN_FILE = DEFINE_multi_path(
+    "gin_file",
+    [],
+    "Configuration file, or the name of one of lmscale's own, such as quickstart.gin; may be given several times.",
+)
 _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "Override, such as LEARNING_RATE=0.001; may be repeated."
 )
@@ -40,7 +44,7 @@ def main(argv):
     del argv
     if not _GIN_FILE.value:
         raise ValueError(
-            "--gin_file is required. Received: none. Pass for example --gin_file=configs/quickstart.gin."
+            "--gin_file is required. Received: none. Pass for example --gin_file=quickstart.gin."
         )
     if not _WORKDIR.value and not _DRY_RUN.value:
         raise ValueError("--workdir is required. Received: none. Pass for example --workdir=runs/my_run.")
