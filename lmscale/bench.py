@@ -100,8 +100,7 @@ def _measure(section, shape, vocab_sizes, sides, output):
     from lmscale.benchmarks.sides import SideFailedError
     from lmscale.benchmarks.task import TaskFailedError, run_task
 
-    root = Path(__file__).parent.parent
-    config = root / "configs" / "wikitext2_fast.gin"
+    config = Path(paths.CONFIGS) / "wikitext2_fast.gin"
     try:
         if section == "step_time":
             return step_time.measure(
@@ -126,7 +125,7 @@ def _measure(section, shape, vocab_sizes, sides, output):
             )
         if section == "startup":
             _say("start-up")
-            return startup.measure(repeats=3 if _FULL.value else 1, root=root)
+            return startup.measure(repeats=3 if _FULL.value else 1)
         if section == "memory":
             return memory.measure(
                 shape,

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from lmscale.factories import MayChange
 from lmscale.parameters.groups import Group
 from lmscale.tasks.task import Task, TaskContext
 
@@ -11,6 +12,9 @@ from lmscale.tasks.task import Task, TaskContext
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A run, but for where it writes and on which devices.
+
+    A run that goes on must keep its settings, but for those that are marked with `MayChange`: how long, how often,
+    where the same data lies.
 
     Attributes:
       data_dir: folder that `lmscale.prepare` wrote.
@@ -20,34 +24,36 @@ class Experiment:
       global_batch_size: examples a step, over all devices.
       clip_norm: bound on the global norm of the gradient, over all parameters together; None for none.
       seed: of initial values, sampling, dropout and data order.
-      compute_dtype: of matrix products, in all parts that say nothing else; logits, sums and master values stay float32.
+      compute_dtype: of matrix products, in all parts that say nothing else; logits, sums and master values stay
+        float32.
       deterministic_ops: ask TensorFlow for deterministic kernels, which a bit-exact rerun on GPUs needs.
       on_bad_step: what a non-finite loss or gradient does: "stop" the run, or "skip" the update.
       steps_per_call: updates done in one call of TensorFlow, which saves what a call costs the host. Results do not
         depend on it; signals are answered between calls.
       log_every, eval_every, save_every: steps between log lines, evaluations, checkpoints.
       eval_batch_size: examples of an evaluation batch; of text, lanes that each start without context.
-      probe_tokens: length of the fixed piece of training data on which training and exact loss are compared; 0 for none.
+      probe_tokens: length of the fixed piece of training data on which training and exact loss are compared; 0 for
+        none.
       keep_checkpoints: newest checkpoints kept, beside the best.
     """
 
-    data_dir: str
+    data_dir: MayChange[str]
     task: Callable[[TaskContext], Task]
     groups: Sequence[Group]
-    train_steps: int
+    train_steps: MayChange[int]
     global_batch_size: int
     seed: int
-    log_every: int
-    eval_every: int
-    save_every: int
-    steps_per_call: int = 1
+    log_every: MayChange[int]
+    eval_every: MayChange[int]
+    save_every: MayChange[int]
+    steps_per_call: MayChange[int] = 1
     clip_norm: float | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     deterministic_ops: bool = False
-    on_bad_step: Literal["stop", "skip"] = "stop"
+    on_bad_step: MayChange[Literal["stop", "skip"]] = "stop"
     eval_batch_size: int = 24
     probe_tokens: int = 10_000
-    keep_checkpoints: int = 3
+    keep_checkpoints: MayChange[int] = 3
 
     def __post_init__(self):
         for name in (

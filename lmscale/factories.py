@@ -12,6 +12,12 @@ from typing import Any
 
 import keras
 
+_MAY_CHANGE = "may change when a run goes on"
+_T = typing.TypeVar("_T")
+# Annotation of a field, or of a parameter of __init__ or of a function, with which a run may go on after it started
+# with another value: `train_steps: MayChange[int]`. Whatever does not say so must stay what it was.
+MayChange = typing.Annotated[_T, _MAY_CHANGE]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Factory:
@@ -125,6 +131,19 @@ def parameters(function) -> Iterator[inspect.Parameter]:
     found = inspect.signature(_construction(function)).parameters.values()
     found_but_self = itertools.islice(found, int(inspect.isclass(function)), None)
     return (p for p in found_but_self if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def may_change(function) -> set[str]:
+    """The parameters that are annotated with `MayChange`."""
+    try:
+        hints = typing.get_type_hints(_construction(function), include_extras=True)
+    except (NameError, TypeError):
+        return set()
+    return {
+        name
+        for name, hint in hints.items()
+        if typing.get_origin(hint) is typing.Annotated and _MAY_CHANGE in hint.__metadata__
+    }
 
 
 def annotations(function) -> dict[str, Any]:

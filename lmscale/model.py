@@ -293,7 +293,7 @@ class Model:
     # -- on the host, outside strategy.run ------------------------------------------------------------------------
 
     def parameters(self):
-        """`Parameter`s of everything here, slots included, as logical tensors that do not show the number of devices."""
+        """`Parameter`s of everything here, slots included."""
         found = []
         for table_name, table in self.tables.items():
             for name, variable in table.variables().items():

@@ -5,6 +5,10 @@ import fnmatch
 import os
 import sys
 
+# What comes with lmscale, installed or in a checkout: configurations, and texts to try it on.
+CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
+BOOKS = os.path.join(os.path.dirname(CONFIGS), "books")
+
 
 def expand(path: str | os.PathLike) -> str:
     """The path, with `~` or `~name` at its start made the home directory, which a shell leaves as it is in `--flag=~`.

@@ -6,7 +6,8 @@ Either three texts or one which is split here:
   python -m lmscale.prepare --input='books/*.txt.xz' --output=DIR
 
 Each is a file, a glob or a comma-separated list of them: UTF-8, plain or compressed with gzip or xz. A name
-with a comma in it can be given alone, or in double quotes in a list.
+with a comma in it can be given alone, or in double quotes in a list. What is not there is looked for among the texts
+that come with lmscale, a novel: tiny-austen/train.txt, tiny-austen/valid.txt and tiny-austen/test.txt.
 One `<eos>` stands at the end of each line. The vocabulary comes from the training text alone: all its
 tokens, unless --vocab_size or --min_count limits it; the others become `<unk>`. --input is dealt to the
 splits in blocks of --block_lines lines, each block to the split that is furthest behind its fraction.
@@ -17,6 +18,7 @@ mode, and may be a mount point or the current directory. What a killed preparati
 """
 
 import contextlib
+import glob
 import os
 import sys
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 
 from absl import flags
 
-from lmscale import command_line
+from lmscale import command_line, paths
 from lmscale.data import preparation, token_files, tokenizers
 
 _TRAIN = command_line.DEFINE_paths("train", None, "Training text.")
@@ -94,12 +96,24 @@ def _corpus() -> preparation.Corpus:
             raise ValueError(
                 f"--input stands in place of --train, --valid and --test. Received also: {shown}."
             )
-        return preparation.Corpus({"input": _INPUT.value}, rule=preparation.LineBlockSplit(**rule))
+        return preparation.Corpus(
+            {"input": _or_shipped(_INPUT.value)}, rule=preparation.LineBlockSplit(**rule)
+        )
     if len(given) < len(texts):
         raise ValueError(f"--train, --valid and --test are needed, or --input alone. Received: {shown}.")
     if rule:
         raise ValueError(f"--{next(iter(rule))} applies to --input only. Received: {shown}.")
-    return preparation.Corpus(given)
+    return preparation.Corpus({name: _or_shipped(patterns) for name, patterns in given.items()})
+
+
+def _or_shipped(patterns: list[str]) -> list[str]:
+    """The patterns, but for those of nothing that is there: of such, the files that come with lmscale."""
+    found: list[str] = []
+    for pattern in patterns:
+        is_there = not pattern or os.path.lexists(pattern) or glob.glob(pattern, recursive=True)
+        shipped = os.path.join(glob.escape(paths.BOOKS), pattern)
+        found += (not is_there and sorted(glob.glob(shipped, recursive=True))) or [pattern]
+    return found
 
 
 def _summary(data: token_files.PreparedData) -> str:

@@ -13,7 +13,11 @@ from absl import flags, logging
 
 from lmscale.command_line import DEFINE_multi_path, DEFINE_path, run_main
 
-_GIN_FILE = DEFINE_multi_path("gin_file", [], "Configuration file; may be given several times.")
+_GIN_FILE = DEFINE_multi_path(
+    "gin_file",
+    [],
+    "Configuration file, or the name of one of lmscale's own, such as quickstart.gin; may be given several times.",
+)
 _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "Override, such as LEARNING_RATE=0.001; may be repeated."
 )
@@ -40,7 +44,7 @@ def main(argv):
     del argv
     if not _GIN_FILE.value:
         raise ValueError(
-            "--gin_file is required. Received: none. Pass for example --gin_file=configs/quickstart.gin."
+            "--gin_file is required. Received: none. Pass for example --gin_file=quickstart.gin."
         )
     if not _WORKDIR.value and not _DRY_RUN.value:
         raise ValueError("--workdir is required. Received: none. Pass for example --workdir=runs/my_run.")
@@ -88,23 +92,12 @@ def main(argv):
     return 0
 
 
-# What a run may change when it goes on: how long, how often, where the same data lies.
-_MAY_CHANGE = {
-    *("TRAIN_STEPS", "LOG_EVERY", "EVAL_EVERY", "SAVE_EVERY", "DATA_DIR"),
-    *("experiment.Experiment.data_dir", "experiment.Experiment.train_steps"),
-    *(f"experiment.Experiment.{name}_every" for name in ("log", "eval", "save")),
-    *("experiment.Experiment.keep_checkpoints", "experiment.Experiment.on_bad_step"),
-    "experiment.Experiment.steps_per_call",
-}
-
-
 def _check_same_run(config, workdir):
     """Raises ValueError if the work directory is that of a run of other settings, which has saved."""
     has_saved = workdir.has_saved() or any(workdir.checkpoints_dir.glob("step_*"))
     if not workdir.config_path.exists() or not has_saved:
         return
-    differences = config.differences(workdir.config_path.read_text(encoding="utf-8"))
-    refused = [line for line in differences if line.split(":")[0] not in _MAY_CHANGE]
+    refused = config.refused_changes(workdir.config_path.read_text(encoding="utf-8"))
     if refused:
         raise ValueError(
             f"The run in {workdir.path} goes on with the settings it started with. Received other ones:\n  "

@@ -1,6 +1,7 @@
 """Configurations: what is built, what is refused, and that the resolved text says all."""
 
 import dataclasses
+import random
 import re
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 import keras
+import numpy as np
 import pytest
 
-from lmscale import configuration
+from lmscale import configuration, factories
+from lmscale.experiment import Experiment
+from lmscale.factories import MayChange
 
 # ------------------------------------------------------------------- A small thing to configure, of all kinds
 
@@ -220,6 +224,33 @@ def test_results_are_built_anew_at_each_call_of_a_factory(load):
     assert first is not second
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    initializer: Callable
+    other_initializer: Callable
+    seed: int
+
+
+def test_initialisers_of_keras_draw_their_seeds_from_the_seed(tmp_path):
+    """Whatever was drawn before, and from SEED alone."""
+    text = (
+        "from keras import initializers\nSEED = 3\nstandin.Layer.seed = %SEED\n"
+        "standin.Layer.initializer = @initializers.Orthogonal()\n"
+        "standin.Layer.other_initializer = @initializers.GlorotUniform()\n"
+    )
+    (tmp_path / "layer.gin").write_text(IMPORTS + text)
+
+    def values(seed):
+        layer = configuration.load([str(tmp_path / "layer.gin")], seed=seed, root=Layer).experiment
+        random.random()
+        return [np.asarray(i((5, 7))) for i in (layer.initializer, layer.other_initializer)]
+
+    first, again, other = values(3), values(3), values(2**31 - 1)
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    assert configuration.load([str(tmp_path / "layer.gin")], seed=-1, root=Layer).experiment.seed == -1
+
+
 def test_factories_take_positional_arguments(load):
     assert load(BASE + "standin.Machine.apply = @standin.text_length\n").experiment.apply("four") == 4
 
@@ -318,6 +349,91 @@ def test_differences_are_named(load):
     old, new = load(BASE, "STEPS = 9"), load(BASE, "standin.network.depth = 2")
     assert new.differences(old.text) == ["STEPS: 9 -> 10", "standin.network.depth: (not set) -> 2"]
     assert new.differences(new.text) == []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clock:
+    every: MayChange[int]
+    hours: int
+    hand: Callable[[], tuple]
+    rate: MayChange[float | None] = None
+
+
+class Hand:
+    def __init__(self, length: int, colour: MayChange[str] = "black"):
+        self.length, self.colour = length, colour
+
+
+def ticking(*, volume: MayChange[float] = 1.0, pitch: float = 440.0):
+    return volume, pitch
+
+
+CLOCK = """
+EVERY = %SECONDS
+SECONDS = 60
+HOURS = 12
+standin.Clock.every = %EVERY
+standin.Clock.hours = %HOURS
+standin.Clock.hand = @long/standin.Hand
+long/standin.Hand.length = 5
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "refused"),
+    [
+        ([], [], []),
+        (["SECONDS = 30"], [], []),
+        ([], ["standin.Clock.rate = 0.5"], []),
+        (["long/standin.Hand.colour = 'red'"], [], []),
+        ([], ["standin.Hand.colour = 'red'"], []),
+        (["HOURS = 24"], [], ["HOURS: 24 -> 12"]),
+        ([], ["long/standin.Hand.length = 6"], ["long/standin.Hand.length: 5 -> 6"]),
+        # A macro that decides what may change and what may not, as a schedule's length: one line to change both.
+        (["long/standin.Hand.length = %SECONDS"], ["long/standin.Hand.length = %SECONDS", "SECONDS = 7"], []),
+        # Bound otherwise, with the same value or another.
+        (["standin.Clock.every = 30"], [], []),
+        (["standin.Clock.hours = 12"], [], ["HOURS: (not set) -> 12", "standin.Clock.hours: 12 -> %HOURS"]),
+        # A function in place of a class, and its own parameters.
+        (
+            ["standin.Clock.hand = @standin.ticking", "standin.ticking.volume = 0.5"],
+            ["standin.Clock.hand = @standin.ticking", "standin.ticking.pitch = 880.0"],
+            ["standin.ticking.pitch: (not set) -> 880.0"],
+        ),
+    ],
+)
+def test_only_what_is_marked_may_change(tmp_path, old, new, refused):
+    def load(bindings):
+        text = CLOCK
+        for binding in bindings:
+            name, _, value = binding.partition(" = ")
+            text = re.sub(rf"^{re.escape(name)} = .*\n", "", text, flags=re.MULTILINE) + f"{name} = {value}\n"
+        for macro in ("HOURS", "EVERY", "SECONDS"):  # What nothing uses any more would be refused.
+            if f"%{macro}" not in text:
+                text = re.sub(rf"^{macro} = .*\n", "", text, flags=re.MULTILINE)
+        if "@long/standin.Hand" not in text:
+            text = re.sub(r"^long/standin.Hand.*\n", "", text, flags=re.MULTILINE)
+        (tmp_path / "clock.gin").write_text(IMPORTS + text)
+        return configuration.load([str(tmp_path / "clock.gin")], root=Clock)
+
+    assert load(new).refused_changes(load(old).text) == refused
+
+
+def test_an_annotation_that_marks_is_no_other_type(tmp_path):
+    (tmp_path / "clock.gin").write_text(IMPORTS + CLOCK)
+    with pytest.raises(
+        ValueError, match=r"standin.Clock.every must be of type int. Received: 'many' \(str\)"
+    ):
+        configuration.load([str(tmp_path / "clock.gin")], ["SECONDS = 'many'"], root=Clock)
+    with pytest.raises(ValueError, match=r"standin.Clock.rate must be of type float \| None. Received: 'x'"):
+        configuration.load([str(tmp_path / "clock.gin")], ["standin.Clock.rate = 'x'"], root=Clock)
+
+
+def test_what_a_run_may_change():
+    assert factories.may_change(Experiment) == {
+        *("train_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "on_bad_step"),
+        *("steps_per_call", "data_dir"),
+    }
 
 
 def test_description_shows_values_and_defaults(load):
@@ -650,14 +766,14 @@ def divide(*, by: int):
 # --------------------------------------------------------------------------------- The shipped configurations
 
 
-def test_only_entry_points_and_configuration_know_of_gin():
+def test_only_one_module_knows_of_gin():
     package = Path(configuration.__file__).parent
     importing = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
         if re.search(r"^\s*(import|from) gin\b", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    assert importing == {"configuration.py"}
+    assert importing == {"gin_text.py"}
 
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.gin"))

@@ -7,22 +7,22 @@ import tempfile
 import time
 from pathlib import Path
 
+from lmscale import paths
 from lmscale.benchmarks.task import TaskFailedError
 
 
-def measure(*, repeats, root):
+def measure(*, repeats):
     """Prepares the book that comes with the project and starts the quickstart's training `repeats` times.
 
     Args:
       repeats: starts.
-      root: the project's folder, which has configs/ and data/.
 
     Returns:
       {"secs": [...]}: until the first line of train/metrics.jsonl, written after the first step.
     """
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
     with tempfile.TemporaryDirectory() as folder:
-        book, data = Path(root) / "data/tiny-austen", Path(folder) / "data"
+        book, data = Path(paths.BOOKS) / "tiny-austen", Path(folder) / "data"
         splits = [f"--{split}={book / split}.txt" for split in ("train", "valid", "test")]
         _run(["lmscale.prepare", *splits, f"--output={data}", "--tokenizer=whitespace"], environment)
         seconds = []
@@ -32,7 +32,7 @@ def measure(*, repeats, root):
             start = time.perf_counter()
             process = subprocess.Popen(
                 [sys.executable, "-m", "lmscale.train", "--cpu_devices=4", f"--workdir={workdir}"]
-                + [f"--gin_file={Path(root) / 'configs/quickstart.gin'}"]
+                + [f"--gin_file={Path(paths.CONFIGS) / 'quickstart.gin'}"]
                 + [f"--gin_param={name}={value}" for name, value in bindings.items()],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

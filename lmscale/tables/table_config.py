@@ -23,7 +23,7 @@ class TableConfig:
     def __post_init__(self):
         if self.embed_dim < 1:
             raise ValueError(
-                f"embed_dim must be at least 1. Received: embed_dim={self.embed_dim}. Set EMBED_DIM to a positive number."
+                f"embed_dim must be at least 1. Received: embed_dim={self.embed_dim}. Set EMBED_DIM, say."
             )
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {BIASES}. Received: bias={self.bias!r}.")
