@@ -16,6 +16,7 @@ from lmscale.parameters.tree import Parameter
 from lmscale.softmax.full import full_softmax_loss
 from lmscale.tables.rows import Rows
 from lmscale.tables.table import PulledRows, RowGradients, ShardedTable
+from lmscale.tables.table_config import table_paths
 from lmscale.tasks.task import Labels
 
 
@@ -319,15 +320,6 @@ class Model:
                 for slot, variable in slots.items()
             ]
         return found
-
-
-def table_paths(tables):
-    """Paths of the parameters of tables, in order; `tables` {name: `TableConfig`}."""
-    return [
-        f"tables/{name}/{parameter}"
-        for name, config in tables.items()
-        for parameter in (["embedding"] if config.bias == "none" else ["embedding", "bias"])
-    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,23 @@ def make_task(experiment, *, data, num_replicas, training=True):
     return experiment.task(context)
 
 
+def learning_rates(treatments, step):
+    """{pattern of a group: learning rate of the update number `step`, a float}, of the groups that have a rule."""
+    rules = {t.group: t.update for t in treatments.values() if t.update}
+    return {group: float(rule.learning_rate_at(step)) for group, rule in rules.items()}
+
+
+def check_learning_rates(treatments):
+    """Raises ValueError unless all learning rates start as finite numbers, 0 or more. Runs operations."""
+    for group, rate in learning_rates(treatments, 0).items():
+        if not 0 <= rate < math.inf:
+            raise ValueError(
+                "A learning rate must be finite and at least 0. Received: "
+                f"{rate} at the first step, of the group {group!r}. Set LEARNING_RATE and ROW_LEARNING_RATE to "
+                "positive numbers."
+            )
+
+
 class Trainer:
     """An experiment on the devices of a strategy: its task, its model, and the step that joins them.
 
@@ -82,7 +99,7 @@ class Trainer:
         self._rules = list(
             {id(t.update): t.update for t in self.model.treatments.values() if t.update}.values()
         )
-        self._check_learning_rates()
+        check_learning_rates(self.model.treatments)
         self.step = 0
         self._prefetcher = Prefetcher(self.batches, steps_per_call=experiment.steps_per_call)
         with strategy.scope():
@@ -91,19 +108,9 @@ class Trainer:
                 for initial in self.task.initial_state(self._per_replica_batch_size)
             ]
 
-    def _check_learning_rates(self):
-        for group, rate in self.learning_rates(0).items():
-            if not 0 <= rate < math.inf:
-                raise ValueError(
-                    "A learning rate must be finite and at least 0. Received: "
-                    f"{rate} at the first step, of the group {group!r}. Set LEARNING_RATE and ROW_LEARNING_RATE to "
-                    "positive numbers."
-                )
-
     def learning_rates(self, step):
         """{pattern of a group: learning rate of the update number `step`, a float}, of the groups that have a rule."""
-        rules = {t.group: t.update for t in self.model.treatments.values() if t.update}
-        return {group: float(rule.learning_rate_at(step)) for group, rule in rules.items()}
+        return learning_rates(self.model.treatments, step)
 
     # -- the step -------------------------------------------------------------------------------------------------
 

@@ -27,3 +27,12 @@ class TableConfig:
             )
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {BIASES}. Received: bias={self.bias!r}.")
+
+
+def table_paths(tables):
+    """Paths of the parameters of tables, in order; `tables` {name: `TableConfig`}."""
+    return [
+        f"tables/{name}/{parameter}"
+        for name, config in tables.items()
+        for parameter in (["embedding"] if config.bias == "none" else ["embedding", "bias"])
+    ]
