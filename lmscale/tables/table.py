@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from lmscale.distribution import collectives
 from lmscale.distribution.strategies import first_local_replica
-from lmscale.tables.exchange import Route, StaticExchange
+from lmscale.tables.all_to_all import choose_exchange
+from lmscale.tables.exchange import Route
 from lmscale.tables.placement import Placement
 
 # Ids initialised at a time: fixed, so that a row's first value depends on (seed, id) and not on the number of shards.
@@ -59,7 +60,8 @@ class RowGradients:
 class MergedGradients:
     """What this shard is about to apply: each of its rows at most once.
 
-    `local_rows` [rows] int32 are local row numbers, padded with the scratch row; None means every row of the shard.
+    `local_rows` [rows] int32 are local row numbers, perhaps padded with the scratch row, whose gradient is 0; None
+    means every row of the shard.
     """
 
     local_rows: tf.Tensor | None
@@ -90,6 +92,7 @@ class ShardedTable:
         bias=True,
         initializer=None,
         seed=0,
+        static_shapes=False,
     ):
         """Args:
         vocab_size: rows.
@@ -99,6 +102,8 @@ class ShardedTable:
         initializer: function (shape, seed) -> float32 tensor, called for blocks of rows; by default uniform
           with bound embed_dim ** -0.5, which gives logits of unit order for a hidden state of unit order.
         seed: int.
+        static_shapes: whether rows are exchanged in shapes that do not depend on ids, at more cost: for steps that
+          XLA compiles (jit_compile=True).
         """
         strategy = tf.distribute.get_strategy()
         self.placement = Placement(vocab_size=vocab_size, num_shards=strategy.num_replicas_in_sync)
@@ -106,7 +111,7 @@ class ShardedTable:
         self.embed_dim = embed_dim
         self.optimizer = optimizer
         self._strategy = strategy
-        self._exchange = StaticExchange()
+        self._exchange = choose_exchange(strategy, static_shapes=static_shapes)
         self._layout = table_layout(
             vocab_size=vocab_size, embed_dim=embed_dim, optimizer=optimizer, bias=bias
         )
