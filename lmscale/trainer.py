@@ -206,26 +206,27 @@ class Trainer:
             for name, g in body_gradients.items()
         }
 
-        # One push brings back the gradients of the three roles, merged before a single update of a row.
-        merged = table.merge(window, window_gradients(window, input_gradient, loss), dense=loss.shard)
-        body_gradients, mean_loss, penalty = collectives.all_reduce_sum(
+        # One push brings back the gradients of the three roles, summed before a single update of a row.
+        collected = table.collect(window, window_gradients(window, input_gradient, loss), dense=loss.shard)
+        body_gradients, mean_loss, penalty, row_squared_norm = collectives.all_reduce_sum(
             [
                 {name: tf.cast(g, tf.float32) for name, g in body_gradients.items()},
                 tf.reduce_sum(loss.loss) / num_tokens,
                 penalty,
+                tf.add_n(list(collected.squared_norm.values())),
             ]
         )
         mean_penalty = penalty[0] if penalty else tf.constant(0.0)
         mean_loss += mean_penalty
         gradient_norm = tf.sqrt(
-            merged.squared_norm
+            row_squared_norm
             + tf.add_n([tf.reduce_sum(tf.square(g)) for g in body_gradients.values()] or [0.0])
         )
         is_finite = tf.math.is_finite(mean_loss) & tf.math.is_finite(gradient_norm)
         scale = 1.0
         if experiment.clip_norm is not None:
             scale = tf.minimum(1.0, experiment.clip_norm / tf.maximum(gradient_norm, 1e-30))
-        table.apply(merged, step=step, scale=scale, keep=is_finite)
+        table.apply(collected, step=step, scale=scale, keep=is_finite)
         self.model.apply_body_gradients(body_gradients, step=step, scale=scale, keep=is_finite)
         for variable, new, old in zip(carried, new_state, state, strict=True):
             variable.assign(tf.where(is_finite, new, old))
@@ -236,7 +237,7 @@ class Trainer:
             "penalty": mean_penalty,
             "gradient_norm": gradient_norm,
             "is_finite": is_finite,
-            "rows_touched": merged.num_rows,
+            "rows_touched": collected.num_rows,
         }
         return metrics
 
