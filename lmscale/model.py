@@ -66,7 +66,7 @@ class Model:
       treatments: {path: `Treatment`} of the parameters that may be trained; empty if no training follows.
     """
 
-    def __init__(self, task, *, groups, vocab_size, counts, seed, training=True):
+    def __init__(self, task, *, groups, vocab_size, counts, seed, training=True, static_shapes=False):
         """Args:
           task: `Task`, built.
           groups: sequence of `Group`.
@@ -74,6 +74,7 @@ class Model:
           counts: [vocab_size] int, how often each row occurs in the training data.
           seed: of initial values.
           training: whether to make optimizer slots, and initial values that are not about to be restored.
+          static_shapes: as of `ShardedTable`.
 
         Raises:
           ValueError: if the groups do not fit the parameters, or the layers the devices.
@@ -83,7 +84,9 @@ class Model:
         paths = [*table_paths(task.tables), *self.layers.trainable_variables]
         self.treatments = treat(groups, paths) if training else {}
         self.tables = {
-            name: self._make_table(name, config, vocab_size=vocab_size, seed=seed)
+            name: self._make_table(
+                name, config, vocab_size=vocab_size, seed=seed, static_shapes=static_shapes
+            )
             for name, config in task.tables.items()
         }
         if training:
@@ -97,7 +100,7 @@ class Model:
             if training and self.treatments[path].update is not None
         }
 
-    def _make_table(self, name, config, *, vocab_size, seed):
+    def _make_table(self, name, config, *, vocab_size, seed, static_shapes):
         path = f"tables/{name}"
         treatments = {k.rpartition("/")[2]: t for k, t in self.treatments.items() if k.startswith(f"{path}/")}
         return ShardedTable(
@@ -108,6 +111,7 @@ class Model:
             initializer=treatments["embedding"].initializer if treatments else None,
             seed=seed,
             path=path,
+            static_shapes=static_shapes,
         )
 
     def _initialise_layers(self, seed):
@@ -244,14 +248,14 @@ class Model:
         Returns:
           {table: collected gradients}, of the tables that were pulled from.
 
-        Communication: `ShardedTable.merge` of each table.
+        Communication: `ShardedTable.collect` of each table.
         """
         collected = {}
         for name, receipt in reading.receipts.items():
             table = self.tables[name]
             own = _stacked(receipt.own_parts, d_rows, table=table)
             shared = _stacked(receipt.shared_parts, d_rows, table=table)
-            collected[name] = table.merge(
+            collected[name] = table.collect(
                 receipt.pulled,
                 RowGradients(
                     embedding=own.embedding,

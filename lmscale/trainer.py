@@ -66,13 +66,14 @@ class Trainer:
       task, model, batches: `Task`, `Model`, and the task's training batches.
     """
 
-    def __init__(self, experiment, *, data, strategy):
+    def __init__(self, experiment, *, data, strategy, static_shapes=False):
         """Builds the model; the loop is that of `run.py`.
 
         Args:
           experiment: `Experiment`.
           data: `PreparedData`.
           strategy: `tf.distribute.Strategy`.
+          static_shapes: whether `replica_step` is to be compiled by XLA, which needs shapes that do not depend on ids.
 
         Raises:
           ValueError: if the experiment does not fit the devices or the data.
@@ -92,6 +93,7 @@ class Trainer:
                 vocab_size=data.vocab_size,
                 counts=data.counts,
                 seed=experiment.seed,
+                static_shapes=static_shapes,
             )
         self.batches = self.task.training_batches()
         self._per_replica_batch_size = experiment.global_batch_size // num_replicas
@@ -198,18 +200,26 @@ class Trainer:
         gradients = self._value_and_gradients(reading, state, dropout=dropout)
         collected = model.collect(reading, gradients.d_rows, d_shards=gradients.d_shards)
 
-        d_layers, losses, penalty = collectives.all_reduce_sum(
-            [gradients.d_layers, gradients.losses, gradients.penalty]
+        d_layers, losses, penalty, row_squares = collectives.all_reduce_sum(
+            [
+                gradients.d_layers,
+                gradients.losses,
+                gradients.penalty,
+                {name: c.squared_norm for name, c in collected.items()},
+            ]
         )
+        squares = {path: tf.reduce_sum(tf.square(g)) for path, g in d_layers.items()} | {
+            f"tables/{name}/{p}": square for name, of in row_squares.items() for p, square in of.items()
+        }
+        active = {path: self.model.treatments[path].active.at(step) for path in squares}
+        squares = {
+            path: square if active[path] is True else tf.where(active[path], square, 0.0)
+            for path, square in squares.items()
+        }
         loss = tf.add_n([*losses.values(), penalty])
-        gradient_norm = tf.sqrt(
-            tf.add_n(
-                [c.squared_norm for c in collected.values()]
-                + [tf.reduce_sum(tf.square(g)) for g in d_layers.values()]
-            )
-        )
+        gradient_norm = tf.sqrt(tf.add_n(list(squares.values())))
         is_finite = tf.math.is_finite(loss) & tf.math.is_finite(gradient_norm)
-        self._apply(collected, d_layers, step=step, is_finite=is_finite, gradient_norm=gradient_norm)
+        self._apply(collected, d_layers, step=step, active=active, is_finite=is_finite, squares=squares)
         for variable, new, old in zip(carried, gradients.state, state, strict=True):
             variable.assign(tf.where(is_finite, new, old))
         for variable, old in statistics:
@@ -282,19 +292,24 @@ class Trainer:
             state=new_state,
         )
 
-    def _apply(self, collected, d_layers, *, step, is_finite, gradient_norm):
-        """Updates rows and layers, each as its groups say."""
+    def _apply(self, collected, d_layers, *, step, active, is_finite, squares):
+        """Updates rows and layers, each as its groups say.
+
+        Args:
+          collected, d_layers: gradients of rows {table: `CollectedGradients`} and of layers {path: tensor}.
+          step: int32 scalar.
+          active: {path: whether its groups are active}.
+          is_finite: bool scalar: whether anything may be updated.
+          squares: {path: squared norm of its gradient}, over all replicas; 0 where inactive.
+        """
         model = self.model
-        scale = 1.0
-        if self.experiment.clip_norm is not None:
-            scale = tf.minimum(1.0, self.experiment.clip_norm / tf.maximum(gradient_norm, 1e-30))
         rates = {id(rule): rule.learning_rate_at(step) for rule in self._rules}
-        steps, learning_rates, scales, keeps = {}, {}, {}, {}
+        scales = _clipping(squares, model.treatments, clip_norm=self.experiment.clip_norm)
+        steps, learning_rates, keeps = {}, {}, {}
         for path, treatment in model.treatments.items():
             steps[path] = treatment.active.num_active(step)
             learning_rates[path] = rates.get(id(treatment.update))
-            scales[path] = scale
-            keeps[path] = is_finite & treatment.active.at(step)
+            keeps[path] = is_finite & active[path] if path in active else is_finite
         for name, gradients in collected.items():
             prefix = f"tables/{name}/"
             model.tables[name].apply(
@@ -366,6 +381,28 @@ class _Gradients:
     d_shards: dict
     d_layers: dict
     state: list
+
+
+def _clipping(squares, treatments, *, clip_norm):
+    """{path: factor on its gradient} that bounds the norm of each clip group, and of the parameters that have none.
+
+    Args:
+      squares: {path: squared norm of its gradient}.
+      treatments: {path: `Treatment`}.
+      clip_norm: bound for those without a clip group; None for none.
+    """
+    members: dict = {}
+    for path in squares:
+        members.setdefault(treatments[path].clip, []).append(path)
+    scales = {}
+    for clip, paths in members.items():
+        bound = clip_norm if clip is None else clip.norm
+        scale = 1.0
+        if bound is not None:
+            norm = tf.sqrt(tf.add_n([squares[path] for path in paths]))
+            scale = tf.minimum(1.0, bound / tf.maximum(norm, 1e-30))
+        scales |= dict.fromkeys(paths, scale)
+    return scales
 
 
 def _d_shards(task, results):

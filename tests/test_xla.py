@@ -19,7 +19,11 @@ def _make_step(*, jit_compile):
     """A step on a table of its own: (table, function of the step number that returns the loss)."""
     keras.utils.set_random_seed(0)
     table = ShardedTable(
-        vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, optimizer=Adam(learning_rate=0.01), seed=0
+        vocab_size=VOCAB_SIZE,
+        embed_dim=EMBED_DIM,
+        optimizer=Adam(learning_rate=0.01),
+        seed=0,
+        static_shapes=jit_compile,
     )
     encoder = Encoder(
         lstm_body(num_layers=2, hidden_dim=9, dropout=0.2, dropout_over_time=True),

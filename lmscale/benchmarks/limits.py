@@ -16,6 +16,7 @@ from lmscale.benchmarks.own_step import LmscaleBody, make_trainer, sampled_softm
 from lmscale.benchmarks.peers.peer import ModelShape
 from lmscale.benchmarks.synthetic import ZipfText
 from lmscale.data.batches import ContiguousBatches
+from lmscale.distribution import collectives
 from lmscale.distribution.strategies import make_strategy
 from lmscale.softmax.full import full_softmax_loss
 from lmscale.tables.table import PulledRows, RowGradients
@@ -145,9 +146,10 @@ def _step_parts(shape, model, dtype):
             shared_embedding=pulled.shared_embedding,
             shared_bias=pulled.shared_bias,
         )
-        merged = table.merge(pulled, gradients)
-        table.apply(merged, step=number, scale=1e-6, keep=tf.math.is_finite(merged.squared_norm))
-        return merged.squared_norm
+        collected = table.collect(pulled, gradients)
+        squared_norm = collectives.all_reduce_sum(tf.add_n(list(collected.squared_norm.values())))
+        table.apply(collected, step=number, scale=1e-6, keep=tf.math.is_finite(squared_norm))
+        return squared_norm
 
     def all_of_it(number):
         drawn = candidates(number)
@@ -155,14 +157,15 @@ def _step_parts(shape, model, dtype):
         loss = value_and_gradients(pulled.labels_of_windows(), drawn)
         # The body's gradient in place of one that has gone through it.
         input_gradient = tf.reshape(loss.hidden, [shape.batch_size, shape.window, shape.embed_dim])
-        merged = table.merge(pulled, window_gradients(pulled, input_gradient, loss))
+        collected = table.collect(pulled, window_gradients(pulled, input_gradient, loss))
+        squared_norm = collectives.all_reduce_sum(tf.add_n(list(collected.squared_norm.values())))
         table.apply(
-            merged,
+            collected,
             step=number,
             scale=1e-6,
-            keep=tf.math.is_finite(tf.reduce_sum(loss.loss) + merged.squared_norm),
+            keep=tf.math.is_finite(tf.reduce_sum(loss.loss) + squared_norm),
         )
-        return merged.squared_norm, loss.hidden
+        return squared_norm, loss.hidden
 
     flops = 3 * 2 * shape.tokens * shape.num_sampled * shape.embed_dim
     rows = len(np.union1d(ids, candidates(0).sampled_ids))

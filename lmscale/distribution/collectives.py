@@ -27,7 +27,8 @@ def all_gather(x, axis=0):
 
     Communication: all-gather of `x`; every replica receives num_replicas times its bytes.
     """
-    if num_replicas() == 1:
+    # TensorFlow crashes on gathering nothing from several replicas.
+    if num_replicas() == 1 or x.shape[axis] == 0:
         return x
     # all_gather of a tensor captured from outside the replica function fails ("destinations can not be empty").
     gathered = tf.distribute.get_replica_context().all_gather(tf.identity(x), axis=axis)
@@ -48,6 +49,29 @@ def all_reduce_sum(x):
     return tf.distribute.get_replica_context().all_reduce(
         tf.distribute.ReduceOp.SUM, tf.nest.map_structure(tf.identity, x)
     )
+
+
+def all_to_all(parts):
+    """Sends a tensor to each replica, and receives one from each. Only where one process has all the replicas.
+
+    Args:
+      parts: list of num_replicas tensors, the i-th for replica i. Their shapes may be dynamic, and differ from replica
+        to replica.
+
+    Returns:
+      List of num_replicas tensors, the i-th from replica i.
+
+    Communication: each part goes straight to its replica; a replica's own stays where it is.
+    """
+    if num_replicas() == 1:
+        return parts
+    context = tf.distribute.get_replica_context()
+    # sent[i][j] is for replica i, from replica j. Identities: one tensor that all replicas pass would arrive unwrapped.
+    sent = context.merge_call(
+        lambda strategy, *parts: [strategy.experimental_local_results(part) for part in parts],
+        args=[tf.identity(part) for part in parts],
+    )
+    return list(sent[replica_id()])
 
 
 def local_variable(initial_value, *, dtype=None, name=None):

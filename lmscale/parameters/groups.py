@@ -58,6 +58,14 @@ class Group:
 _SAID = ("update", "active", "clip_norm", "initializer")
 
 
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A bound on the norm of the gradient of all parameters that take it from the group of this pattern."""
+
+    group: str
+    norm: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Treatment:
     """What the groups say about one parameter.
@@ -65,14 +73,14 @@ class Treatment:
     Attributes:
       update: its rule; None for a parameter that is never active.
       active: when it is updated.
-      clip_group: pattern of the group that bounds its gradient; None for the experiment's bound.
+      clip: the group that bounds its gradient's norm, and the bound; None for the experiment's.
       initializer: None for what the layer or the table says.
       group: pattern of the group that gives the rule, or that freezes it.
     """
 
     update: UpdateRule | None
     active: Activity
-    clip_group: str | None
+    clip: Clip | None
     initializer: keras.initializers.Initializer | None
     group: str
 
@@ -112,7 +120,7 @@ def treat(groups: Sequence[Group], paths: Sequence[str]) -> Mapping[str, Treatme
         treatments[path] = Treatment(
             update=None if isinstance(active, Never) else said["update"],
             active=active,
-            clip_group=first["clip_norm"][1].pattern if first["clip_norm"] else None,
+            clip=Clip(first["clip_norm"][1].pattern, said["clip_norm"]) if first["clip_norm"] else None,
             initializer=said["initializer"],
             group=deciding_group[1].pattern,
         )

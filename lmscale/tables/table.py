@@ -9,7 +9,8 @@ import tensorflow as tf
 from lmscale.distribution import collectives
 from lmscale.distribution.strategies import first_local_replica
 from lmscale.parameters.initializers import default_initializer, initial_rows
-from lmscale.tables.exchange import Route, StaticExchange
+from lmscale.tables.all_to_all import choose_exchange
+from lmscale.tables.exchange import Route
 from lmscale.tables.placement import Placement
 
 
@@ -55,16 +56,19 @@ class RowGradients:
 
 
 @dataclasses.dataclass(frozen=True)
-class MergedGradients:
+class CollectedGradients:
     """What this shard is about to apply: each of its rows at most once.
 
-    `local_rows` [rows] int32 are local row numbers, padded with the scratch row; None means every row of the shard.
+    `local_rows` [rows] int32 are local row numbers, perhaps padded with the scratch row, whose gradient is 0; None
+    means every row of the shard.
     """
 
     local_rows: tf.Tensor | None
     gradients: dict  # parameter name -> [rows, ...]
     num_rows: tf.Tensor  # rows of the vocabulary touched on this shard
-    squared_norm: tf.Tensor  # over all shards
+    squared_norm: (
+        dict  # parameter name -> scalar: of this shard's part; sum it over the replicas for the whole
+    )
 
 
 class ShardedTable:
@@ -73,7 +77,7 @@ class ShardedTable:
     Tied use: the same row is a word's input embedding and its softmax weight. The optimizer's slots are sharded with
     the rows. Neither is ever replicated, gathered whole, or made dense. Create it inside `strategy.scope()`, of a
     strategy whose replicas all have variables of their own (Mirrored, MultiWorkerMirrored, OneDevice, or none); call
-    `pull`, `merge`, `apply` and `push` inside `strategy.run`.
+    `pull`, `collect`, `apply` and `push` inside `strategy.run`.
 
     Attributes:
       parameters: {name: per-replica variable [allocated_rows, ...]}, names "embedding" and "bias".
@@ -90,6 +94,7 @@ class ShardedTable:
         initializer=None,
         seed=0,
         path="table",
+        static_shapes=False,
     ):
         """Args:
         vocab_size: rows.
@@ -101,13 +106,15 @@ class ShardedTable:
           logits of unit order for a hidden state of unit order.
         seed: int.
         path: what the first values depend on beside the seed, so that two tables do not start alike.
+        static_shapes: whether rows are exchanged in shapes that do not depend on ids, at more cost: for steps that
+          XLA compiles (jit_compile=True).
         """
         strategy = tf.distribute.get_strategy()
         self.placement = Placement(vocab_size=vocab_size, num_shards=strategy.num_replicas_in_sync)
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
         self._strategy = strategy
-        self._exchange = StaticExchange()
+        self._exchange = choose_exchange(strategy, static_shapes=static_shapes)
         names = ["embedding", "bias"] if bias else ["embedding"]
         self.update_rules = (
             {name: update_rule.get(name) for name in names}
@@ -200,7 +207,7 @@ class ShardedTable:
             route=route,
         )
 
-    def merge(self, pulled, gradients, *, dense=None):
+    def collect(self, pulled, gradients, *, dense=None):
         """Brings gradients home: every shard receives those of its rows, duplicates summed.
 
         Args:
@@ -210,16 +217,16 @@ class ShardedTable:
             full softmax), or None. With it, every row counts as touched.
 
         Returns:
-          `MergedGradients`.
+          `CollectedGradients`.
 
         Raises:
           ValueError: if `pulled` has no route.
 
-        Communication: that of the exchange's `collect`; an all-reduce of the scalar squared norm.
+        Communication: that of the exchange's `collect`.
         """
         if pulled.route is None:
             raise ValueError(
-                "Gradients are merged along the route that their rows came. Received: PulledRows with route=None. "
+                "Gradients are collected along the route that their rows came. Received: PulledRows with route=None. "
                 "Pass what pull returned, and the gradients of all of it."
             )
         values = [
@@ -227,27 +234,26 @@ class ShardedTable:
             for own, shared in self._with_zeros(pulled, gradients)
         ]
         local_rows, sums = self._exchange.collect(pulled.route, values)
-        merged = dict(zip(self.parameters, sums, strict=True))
+        sums = dict(zip(self.parameters, sums, strict=True))
         if dense is None:
             num_rows = tf.reduce_sum(tf.cast(local_rows < self.placement.scratch_row, tf.int32))
         else:
             is_row = tf.range(self.placement.allocated_rows) < self.placement.scratch_row
-            merged = {
+            sums = {
                 name: tf.tensor_scatter_nd_add(
                     tf.where(tf.reshape(is_row, [-1] + [1] * (len(x.shape) - 1)), dense[name], 0.0),
                     local_rows[:, tf.newaxis],
                     x,
                 )
-                for name, x in merged.items()
+                for name, x in sums.items()
             }
             local_rows = None
             num_rows = tf.cast(self.num_valid_rows, tf.int32)
-        squared_norm = tf.add_n([tf.reduce_sum(tf.square(x)) for x in merged.values()])
-        return MergedGradients(
+        return CollectedGradients(
             local_rows=local_rows,
-            gradients=merged,
+            gradients=sums,
             num_rows=num_rows,
-            squared_norm=collectives.all_reduce_sum(squared_norm),
+            squared_norm={name: tf.reduce_sum(tf.square(x)) for name, x in sums.items()},
         )
 
     def _with_zeros(self, pulled, gradients):
@@ -266,7 +272,7 @@ class ShardedTable:
         The arguments but the first may be {parameter: value}; parameters without an update rule stay as they are.
 
         Args:
-          merged: `MergedGradients`.
+          merged: `CollectedGradients`.
           step: int scalar tensor, updates done before this one.
           learning_rate: float32 scalar; None for that of `step` (see `UpdateRule.update`).
           scale: factor on the gradients (clipping by a norm).
@@ -312,10 +318,10 @@ class ShardedTable:
                     variables[key].scatter_update(tf.IndexedSlices(value, rows))
 
     def push(self, pulled, gradients, *, step):
-        """`merge` and `apply` in one: for training loops without clipping over body and rows together."""
-        merged = self.merge(pulled, gradients)
-        self.apply(merged, step=step)
-        return merged
+        """`collect` and `apply` in one: for training loops without clipping over body and rows together."""
+        collected = self.collect(pulled, gradients)
+        self.apply(collected, step=step)
+        return collected
 
     # -- on the host, outside strategy.run ------------------------------------------------------------------------
 

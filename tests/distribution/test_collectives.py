@@ -38,6 +38,14 @@ def test_all_gather_of_a_captured_tensor_and_of_integers(mirrored, num_replicas)
         assert result.dtype == np.int32
 
 
+@pytest.mark.parametrize("num_replicas", [2, 3])
+def test_all_gather_of_nothing_is_nothing(mirrored, num_replicas):
+    for result in _run(
+        mirrored(num_replicas), lambda: collectives.all_gather(tf.zeros([0, 4])), compiled=True
+    ):
+        assert result.shape == (0, 4)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("num_replicas", [2, 3])
 def test_all_reduce_sum_adds_over_the_replicas(mirrored, num_replicas, compiled):
@@ -59,6 +67,26 @@ def test_all_reduce_sum_adds_over_the_replicas(mirrored, num_replicas, compiled)
         np.testing.assert_array_equal(scalar, values["scalar"].sum())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("num_replicas", [1, 2, 3])
+def test_all_to_all_transposes_parts_of_any_length(mirrored, num_replicas, compiled):
+    # Part j of replica i: i + j numbers.
+    parts = [
+        [np.full([i + j], 10 * i + j, np.int32) for j in range(num_replicas)] for i in range(num_replicas)
+    ]
+    # The same tensors on every replica, too.
+    captured = [tf.constant(j) for j in range(num_replicas)]
+
+    def exchange():
+        own = [tf.constant(x) for x in parts[collectives.replica_id()]]
+        return collectives.all_to_all(own), collectives.all_to_all(captured)
+
+    for j, (received, same) in enumerate(_run(mirrored(num_replicas), exchange, compiled=compiled)):
+        for i, part in enumerate(received):
+            np.testing.assert_array_equal(part, parts[i][j])
+        np.testing.assert_array_equal(same, [j] * num_replicas)
+
+
 @pytest.mark.parametrize("in_strategy", [False, True])
 def test_one_replica_exchanges_nothing(mirrored, in_strategy):
     x = tf.constant([1.0, 2.0])
@@ -67,6 +95,7 @@ def test_one_replica_exchanges_nothing(mirrored, in_strategy):
         assert collectives.num_replicas() == 1
         assert collectives.replica_id() == 0
         assert collectives.all_gather(x) is x
+        assert collectives.all_to_all([x])[0] is x
         assert collectives.all_reduce_sum(x) is x
         nested = [x, {"x": x}]
         assert collectives.all_reduce_sum(nested) is nested

@@ -106,7 +106,7 @@ def _run(strategy, problem, make_loss):
             sampled_ids = None if candidates is None else candidates.sampled_ids
             pulled = table.pull(own["labels"], sampled_ids)
             result = loss.value_and_gradients(pulled=pulled, candidates=candidates, table=table, **own)
-            merged = table.merge(
+            collected = table.collect(
                 pulled,
                 RowGradients(
                     embedding=result.true_rows,
@@ -116,7 +116,7 @@ def _run(strategy, problem, make_loss):
                 ),
                 dense=result.shard,
             )
-            local_rows = merged.local_rows
+            local_rows = collected.local_rows
             if local_rows is None:
                 local_rows = tf.range(table.placement.allocated_rows)
             return {
@@ -124,7 +124,7 @@ def _run(strategy, problem, make_loss):
                 "hidden": result.hidden,
                 "local_rows": local_rows,
                 "sampled_ids": tf.zeros([0]) if sampled_ids is None else sampled_ids,
-                **merged.gradients,
+                **collected.gradients,
             }
 
         return strategy.run(replica_compute)

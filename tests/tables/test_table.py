@@ -119,15 +119,16 @@ def _replica_gradients(table, push):
 
 
 def _compiled_push(strategy, table, *, num_replicas):
-    """A function of (push, step, scale, keep): one update in a `tf.function`; returns `_run`'s results."""
+    """A function of (push, step, scale, keep): one update in a `tf.function`; returns each replica's
+    {"num_rows": number, parameter: squared norm of this shard's part}."""
 
     @tf.function
     def update(arrays, step, scale, keep):
         def replica_update():
             pulled, gradients = _replica_gradients(table, Push(**arrays))
-            merged = table.merge(pulled, gradients)
-            table.apply(merged, step=step, scale=scale, keep=keep)
-            return {"num_rows": merged.num_rows, "squared_norm": merged.squared_norm}
+            collected = table.collect(pulled, gradients)
+            table.apply(collected, step=step, scale=scale, keep=keep)
+            return {"num_rows": collected.num_rows, **collected.squared_norm}
 
         return strategy.run(replica_update)
 
@@ -267,7 +268,7 @@ def test_labels_of_windows_are_the_positions_from_1_on(mirrored):
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_push_merges_duplicates_and_updates_each_row_once_as_the_dense_rule(mirrored, name, num_replicas):
+def test_push_sums_duplicates_and_updates_each_row_once_as_the_dense_rule(mirrored, name, num_replicas):
     steps = 5
     strategy = mirrored(num_replicas)
     table = _make_table(strategy, optimizer=OPTIMIZERS[name])
@@ -285,9 +286,10 @@ def test_push_merges_duplicates_and_updates_each_row_once_as_the_dense_rule(mirr
             np.testing.assert_array_equal(after[key][untouched], before[key][untouched], err_msg=key)
         for shard_id, result in enumerate(results):
             assert result["num_rows"] == np.sum(touched % num_replicas == shard_id)
-            np.testing.assert_allclose(
-                result["squared_norm"], sum(np.sum(g**2) for g in dense.values()), rtol=1e-5
-            )
+            for parameter, gradient in dense.items():
+                np.testing.assert_allclose(
+                    result[parameter], np.sum(gradient[shard_id::num_replicas] ** 2), rtol=1e-5
+                )
     reference.assert_equals(table, steps=steps)
 
 
@@ -335,7 +337,8 @@ def test_keep_false_changes_nothing_even_where_gradients_are_not_finite(mirrored
     second.embedding[0, 0, 0, 0] = np.nan
     second.shared_bias[-1, 1] = np.inf
     results = run(second, step=1, scale=np.nan, keep=False)
-    assert not np.isfinite(results[0]["squared_norm"])
+    for parameter in ("embedding", "bias"):
+        assert not np.isfinite(sum(result[parameter] for result in results))
     after = _logical(table)
     for key in before:
         np.testing.assert_array_equal(after[key], before[key], err_msg=key)
@@ -372,9 +375,9 @@ def test_dense_gradients_update_every_row(mirrored, name, num_replicas):
         def replica_update():
             pulled, gradients = _replica_gradients(table, Push(**arrays))
             own = {name: values[collectives.replica_id()] for name, values in dense.items()}
-            merged = table.merge(pulled, gradients, dense=own)
-            table.apply(merged, step=step, keep=keep)
-            return merged.squared_norm, merged.num_rows
+            collected = table.collect(pulled, gradients, dense=own)
+            table.apply(collected, step=step, keep=keep)
+            return collected.squared_norm, collected.num_rows
 
         return strategy.run(replica_update)
 
@@ -397,15 +400,20 @@ def test_dense_gradients_update_every_row(mirrored, name, num_replicas):
 
         squared_norm, num_rows = update(arrays, by_shard, tf.constant(step), tf.constant(True))
         reference.update(total, np.arange(VOCAB_SIZE), step=step)
-        np.testing.assert_allclose(
-            strategy.experimental_local_results(squared_norm)[0],
-            sum(np.sum(g**2) for g in total.values()),
-            rtol=1e-5,
-        )
+        for parameter, gradient in total.items():
+            for shard_id, norm in enumerate(strategy.experimental_local_results(squared_norm[parameter])):
+                np.testing.assert_allclose(norm, np.sum(gradient[shard_id::num_replicas] ** 2), rtol=1e-5)
         assert sum(int(x) for x in strategy.experimental_local_results(num_rows)) == VOCAB_SIZE
     reference.assert_equals(table, steps=steps)
     for parameter in ("embedding", "bias"):
         np.testing.assert_array_equal(_physical(strategy, table)[parameter][:, -1], 0.0)
+
+
+def test_gradients_of_rows_that_were_only_looked_at_are_refused():
+    table = ShardedTable(vocab_size=7, embed_dim=EMBED_DIM, optimizer=OPTIMIZERS["sgd"])
+    pulled = table.pull(tf.constant([[1, 2, 3]])).labels_of_windows()
+    with pytest.raises(ValueError, match="Received: PulledRows with route=None"):
+        table.push(pulled, RowGradients(embedding=pulled.embedding), step=0)
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
