@@ -22,6 +22,8 @@ class Experiment:
       groups: how parameters are updated, frozen, clipped and initialised, in order (`parameters/groups.py`).
       train_steps: updates.
       global_batch_size: examples a step, over all devices.
+      gradient_accumulation_steps: parts into which the examples of each device are cut, to be computed one after the
+        other: less memory for activations and logits, the same step up to rounding.
       clip_norm: bound on the global norm of the gradient, over all parameters together; None for none.
       seed: of initial values, sampling, dropout and data order.
       compute_dtype: of matrix products, in all parts that say nothing else; logits, sums and master values stay
@@ -47,6 +49,7 @@ class Experiment:
     eval_every: MayChange[int]
     save_every: MayChange[int]
     steps_per_call: MayChange[int] = 1
+    gradient_accumulation_steps: int = 1
     clip_norm: float | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     deterministic_ops: bool = False
@@ -60,6 +63,7 @@ class Experiment:
             "train_steps",
             "global_batch_size",
             "steps_per_call",
+            "gradient_accumulation_steps",
             "log_every",
             "eval_every",
             "save_every",
@@ -87,10 +91,17 @@ class Experiment:
                 )
 
     def check_devices(self, num_devices):
-        """Raises ValueError unless the global batch can be divided over `num_devices`."""
-        if self.global_batch_size % num_devices:
+        """Raises ValueError unless the global batch can be divided over `num_devices`, and their parts of it."""
+        parts = num_devices * self.gradient_accumulation_steps
+        if self.global_batch_size % parts:
+            times = (
+                f" x {self.gradient_accumulation_steps} gradient_accumulation_steps"
+                if parts > num_devices
+                else ""
+            )
             raise ValueError(
-                "global_batch_size must be a multiple of the number of devices. Received: "
-                f"global_batch_size={self.global_batch_size}, devices={num_devices}. "
-                f"Set GLOBAL_BATCH_SIZE to a multiple of {num_devices}."
+                "global_batch_size must be a multiple of the number of devices"
+                f"{' times gradient_accumulation_steps' if times else ''}. Received: "
+                f"global_batch_size={self.global_batch_size}, devices={num_devices}{times}. "
+                f"Set GLOBAL_BATCH_SIZE to a multiple of {parts}."
             )

@@ -149,10 +149,12 @@ class Model:
         ]
         shared = []
         if step is not None:
-            for name, head in heads.items():
+            for number, (name, head) in enumerate(heads.items()):
                 if head.needs_label_rows:
                     own.append(("labels", name, head.table, labels[name].ids))
-                found = head.candidates(seed=tf.stack([seed, step]), labels=everyone[name].ids)
+                found = head.candidates(
+                    seed=tf.stack([(seed + number) % 2**31, step]), labels=everyone[name].ids
+                )
                 candidates[name] = found
                 if found is not None:
                     shared.append(("candidates", name, head.table, found.sampled_ids))

@@ -1,6 +1,5 @@
 """The step, for any task: pull, compute, push."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -10,6 +9,7 @@ from lmscale import keras_settings
 from lmscale.bodies.dropout import DropoutStream
 from lmscale.data.batches import Prefetcher
 from lmscale.distribution import collectives
+from lmscale.micro_batches import Gradients, accumulate
 from lmscale.model import Model, StepRows
 from lmscale.parameters.layers import check_all_listed
 from lmscale.parameters.tree import Parameter
@@ -196,8 +196,14 @@ class Trainer:
         statistics = [(v, tf.identity(v.value)) for v in model.layers.statistics.values()]
 
         reading = model.read(features, first, self._per_replica_batch_size, seed=seed, step=step)
-        dropout = DropoutStream(seed=seed, step=step, first_example=first)
-        gradients = self._value_and_gradients(reading, state, dropout=dropout)
+        gradients = accumulate(
+            lambda part, its_state, offset: self._value_and_gradients(
+                part, its_state, dropout=DropoutStream(seed=seed, step=step, first_example=first + offset)
+            ),
+            reading,
+            state,
+            num_parts=self.experiment.gradient_accumulation_steps,
+        )
         collected = model.collect(reading, gradients.d_rows, d_shards=gradients.d_shards)
 
         d_layers, losses, penalty, row_squares = collectives.all_reduce_sum(
@@ -242,7 +248,7 @@ class Trainer:
           dropout: `DropoutStream`.
 
         Returns:
-          `_Gradients`.
+          `Gradients`.
         """
         task, model = self.task, self.model
         variables = model.layers.trainable_variables
@@ -270,7 +276,7 @@ class Trainer:
                 *(tf.ones([]) for _ in penalty),
             ],
         )
-        return _Gradients(
+        return Gradients(
             losses={
                 name: tf.reduce_sum(r.loss * reading.labels[name].weights) / reading.total_weights[name]
                 for name, r in results.items()
@@ -360,27 +366,6 @@ class Trainer:
         components = self.strategy.experimental_local_results(self._state[i])
         for component, part in zip(components, np.split(whole, len(components)), strict=True):
             component.assign(part)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Gradients:
-    """What one replica's examples give.
-
-    Attributes:
-      losses: {head: scalar}, shares of the mean losses.
-      penalty: scalar, share of the penalty.
-      d_rows: `StepRows`.
-      d_shards: {table: {parameter: gradient of every row of this shard}}, complete over all replicas.
-      d_layers: {path: tensor}, shares of the gradients of the layers.
-      state: list of [examples, ...], what is carried on.
-    """
-
-    losses: dict
-    penalty: tf.Tensor
-    d_rows: StepRows
-    d_shards: dict
-    d_layers: dict
-    state: list
 
 
 def _clipping(squares, treatments, *, clip_norm):
