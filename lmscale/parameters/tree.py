@@ -1,9 +1,9 @@
 """Every tensor of a run under a path that says what it is.
 
-    tables/words/embedding                       a table's rows, sharded
-    layers/lstm_0/kernel                         a layer's weights, a copy on each device
-    slots/tables/words/embedding/second_moment   what an update rule keeps beside a parameter
-    state/0                                      what a body carries from window to window
+tables/words/embedding                       a table's rows, sharded
+layers/lstm_0/kernel                         a layer's weights, a copy on each device
+slots/tables/words/embedding/second_moment   what an update rule keeps beside a parameter
+state/0                                      what a body carries from window to window
 """
 
 import dataclasses
