@@ -43,6 +43,7 @@ NOT_NUMBERS = "not numbers"
 NOT_FINITE = "not finite"
 DUPLICATE = "duplicate"
 CUT_OFF = "cut off"
+BEFORE_MALFORMED = "before a malformed word, so perhaps with a space"
 
 _SKIP = "set PretrainedVectors.on_malformed = 'skip' to leave out what is malformed and count it"
 
@@ -145,33 +146,28 @@ class VectorReader:
         ValueError: at what is malformed, if that is to stop; if the file is damaged, has a line that is longer than
           4 MiB, or is binary and out of step. Names the line or byte.
         """
+        if not self._is_binary:
+            for place, word, numbers in self._checked(self._text_rows()):
+                if word is not None:
+                    yield place, word, numbers
+            return
         malformed_in_a_row = 0
-        for place, word, numbers in self._binary_rows() if self._is_binary else self._text_rows():
-            if self.num_rows == self._file.num_rows:
-                self.report(
-                    OTHER_COUNT,
-                    place,
-                    must=f"the file must end here, after the {self.num_rows:,} rows that its first line announces",
-                    received=f"a row of the word {_shown(word)}",
-                    advice="Correct the first line",
-                )
-            self.num_rows += 1
-            text = self._text_of(word, place) if self._has_width(word, numbers, place) else None
-            if text is not None:
-                malformed_in_a_row = 0
-                yield place, text, numbers
-                continue
-            malformed_in_a_row += 1
-            if self._is_binary and malformed_in_a_row == _MAX_MALFORMED_IN_A_ROW:
+        held = (
+            None  # A word with a space ends there, and its numbers begin with its rest: the next word tells.
+        )
+        for place, word, numbers in self._checked(self._binary_rows()):
+            if held is not None and word is not None:
+                yield held
+            elif held is not None:
+                self.skipped[BEFORE_MALFORMED] += 1
+            held = None if word is None else (place, word, numbers)
+            malformed_in_a_row = malformed_in_a_row + 1 if word is None else 0
+            if malformed_in_a_row == _MAX_MALFORMED_IN_A_ROW:
                 raise self._out_of_step(place, f"{malformed_in_a_row} malformed words in a row")
-        if self._file.num_rows is not None and self.num_rows < self._file.num_rows:
-            self.report(
-                OTHER_COUNT,
-                None,
-                must=f"must have the {self._file.num_rows:,} rows that its first line announces",
-                received=f"{self.num_rows:,} rows",
-                advice="The file may be cut off: get it again, or correct its first line",
-            )
+        if held is not None and CUT_OFF in self.skipped:
+            self.skipped[BEFORE_MALFORMED] += 1
+        elif held is not None:
+            yield held
 
     def vector(self, numbers: bytes, *, word: str, place: int) -> np.ndarray | None:
         """The numbers of a row, [dim] float32; None if they are malformed.
@@ -226,10 +222,36 @@ class VectorReader:
 
     def _out_of_step(self, place: int, received: str) -> ValueError:
         return ValueError(
-            f"{self._where(place)}: must be a word, a blank and {self._file.dim} float32 numbers. Received: {received}. An "
-            "earlier word may have a space in it, or the first line tell another number of numbers: get the file "
-            "again, or in text."
+            f"{self._where(place)}: must be a word, a blank and {self._file.dim} float32 numbers. Received: "
+            f"{received}. An earlier word may have a space in it, or the first line announce another width: get the "
+            "file again, or in text."
         )
+
+    def _checked(self, rows: Iterator[tuple[int, bytes, bytes]]) -> Iterator[tuple[int, str | None, bytes]]:
+        """The rows, counted; without a word if they are malformed."""
+        for place, word, numbers in rows:
+            if self.num_rows == self._file.num_rows:
+                self.report(
+                    OTHER_COUNT,
+                    place,
+                    must=f"the file must end here, after the {self.num_rows:,} rows that its first line announces",
+                    received=f"a row of the word {_shown(word)}",
+                    advice="Correct the first line",
+                )
+            self.num_rows += 1
+            yield (
+                place,
+                self._text_of(word, place) if self._has_width(word, numbers, place) else None,
+                numbers,
+            )
+        if self._file.num_rows is not None and self.num_rows < self._file.num_rows:
+            self.report(
+                OTHER_COUNT,
+                None,
+                must=f"must have the {self._file.num_rows:,} rows that its first line announces",
+                received=f"{self.num_rows:,} rows",
+                advice="The file may be cut off: get it again, or correct its first line",
+            )
 
     def _has_width(self, word: bytes, numbers: bytes, place: int) -> bool:
         if self._is_binary:
