@@ -81,7 +81,8 @@ class PretrainedVectors:
         spaces or not UTF-8, another number of numbers, numbers that are not or are not finite, a word met before
         (the first stays), another number of rows than announced, an end within a row. That a word is met again, and
         what its numbers are, is known of the vocabulary's words only: of all it would take memory and time.
-        A damaged archive stops always, and a binary file of which nothing can be made.
+        In the binary form the row before a malformed word is left out, too, as it may be a part of it. A damaged
+        archive stops always, and so does a binary file where no more words are found.
     """
 
     path: str

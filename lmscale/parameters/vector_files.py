@@ -129,6 +129,10 @@ class VectorReader:
     and its numbers as the file has them, for `vector`. What is malformed is not among them. The numbers are counted in
     each row, but read by `vector` alone.
 
+    A word with a space puts the binary form out of step: it ends at the space, and its numbers begin with the rest of
+    it. What shows it is that no word follows. So there a row before a malformed word, or before an end within a row, is
+    left out, too.
+
     Attributes:
       num_rows: how many were read, malformed ones included.
       skipped: how often each kind of malformed row was met, by the reason.
@@ -152,9 +156,7 @@ class VectorReader:
                     yield place, word, numbers
             return
         malformed_in_a_row = 0
-        held = (
-            None  # A word with a space ends there, and its numbers begin with its rest: the next word tells.
-        )
+        held = None  # Until the next word tells that this one was no part of a word with a space.
         for place, word, numbers in self._checked(self._binary_rows()):
             if held is not None and word is not None:
                 yield held
@@ -239,11 +241,8 @@ class VectorReader:
                     advice="Correct the first line",
                 )
             self.num_rows += 1
-            yield (
-                place,
-                self._text_of(word, place) if self._has_width(word, numbers, place) else None,
-                numbers,
-            )
+            text = self._text_of(word, place) if self._has_width(word, numbers, place) else None
+            yield place, text, numbers
         if self._file.num_rows is not None and self.num_rows < self._file.num_rows:
             self.report(
                 OTHER_COUNT,

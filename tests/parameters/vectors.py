@@ -17,10 +17,11 @@ def text(words, rows, *, header=True, trailing="", line_end="\n"):
 
 def binary(words, rows, *, behind=b"\n"):
     """word2vec's binary form; word2vec ends each row with a line feed, gensim with nothing."""
-    content = f"{len(words)} {rows.shape[1]}\n".encode()
-    for word, row in zip(words, rows, strict=True):
-        content += word.encode() + b" " + struct.pack(f"<{len(row)}f", *row.tolist()) + behind
-    return content
+    first = f"{len(words)} {rows.shape[1]}\n".encode()
+    return first + b"".join(
+        word.encode() + b" " + struct.pack(f"<{len(row)}f", *row.tolist()) + behind
+        for word, row in zip(words, rows, strict=True)
+    )
 
 
 def random_rows(num_rows, dim, *, seed=0):
