@@ -110,7 +110,7 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
         the line. Text of UTF-16 or UTF-32 is named as such, also where its bytes happen to be UTF-8.
     """
     with path.open("rb") as raw:
-        stream = _decompressed(raw, path)
+        stream = decompressed(raw, path)
         position = 0
         lines_before = 0
         held: list[bytes] = []  # What was read behind the last cut; it is not searched again.
@@ -120,7 +120,7 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
         damage: Exception | None = None
         while not at_end:
             if damage is None:
-                data, damage = _read_full(stream, max(BLOCK_BYTES, tarfile.BLOCKSIZE if at_start else 1))
+                data, damage = read_full(stream, max(BLOCK_BYTES, tarfile.BLOCKSIZE if at_start else 1))
             else:
                 data = b""
             if damage is not None and not data:  # What came before is handed out first.
@@ -130,7 +130,7 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
             position = raw.tell()
             at_end = not data
             if at_start and not held:
-                _check_start(data, path)
+                check_start(data, path)
                 data = data.removeprefix(codecs.BOM_UTF8)
             if b"\0" in data and (encoding := _wide_encoding(before + data)):
                 shown = f"what looks like {encoding}, from line {lines_before + 1:,} on"
@@ -165,8 +165,8 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
             raise ValueError(f"{path}: holds no text. Remove it from the list or fill it.")
 
 
-def _read_full(stream, size: int) -> tuple[bytes, Exception | None]:
-    """Reads until there are `size` bytes, the end or an error, as decoders may give little at a time."""
+def read_full(stream, size: int) -> tuple[bytes, Exception | None]:
+    """What is read until there are `size` bytes, the end or an error, as decoders may give little at a time."""
     pieces: list[bytes] = []
     missing = size
     try:
@@ -185,7 +185,12 @@ def _last_cut(data: bytes) -> int | None:
     return line_end or (blank if blank >= 0 else None)
 
 
-def _decompressed(raw: BinaryIO, path: Path):
+def decompressed(raw: BinaryIO, path: Path):
+    """The content of a plain, gzip or xz file that stands at its beginning: `read(size)` gives some bytes of it.
+
+    Raises:
+      ValueError: if the name says that it is compressed and its first bytes do not.
+    """
     start = raw.read(6)
     raw.seek(0)
     named = _READERS.get(path.suffix)
@@ -200,7 +205,8 @@ def _decompressed(raw: BinaryIO, path: Path):
     return raw
 
 
-def _check_start(data: bytes, path: Path):
+def check_start(data: bytes, path: Path):
+    """Raises ValueError if the first `tarfile.BLOCKSIZE` bytes of a file, or more, are of UTF-16, UTF-32 or tar."""
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
             raise _wide_encoding_error(path, encoding, f"the byte order mark of {encoding}")
