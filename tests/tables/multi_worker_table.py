@@ -19,7 +19,7 @@ from lmscale.tables.table import RowGradients, ShardedTable  # noqa: E402
 
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
 with strategy.scope():
-    table = ShardedTable(vocab_size=11, embed_dim=3, optimizer=SGD(learning_rate=1.0), seed=5)
+    table = ShardedTable(vocab_size=11, embed_dim=3, update_rule=SGD(learning_rate=1.0), seed=5)
 
 
 @tf.function

@@ -271,7 +271,7 @@ def test_labels_of_windows_are_the_positions_from_1_on(mirrored):
 def test_push_sums_duplicates_and_updates_each_row_once_as_the_dense_rule(mirrored, name, num_replicas):
     steps = 5
     strategy = mirrored(num_replicas)
-    table = _make_table(strategy, optimizer=OPTIMIZERS[name])
+    table = _make_table(strategy, update_rule=OPTIMIZERS[name])
     reference = DenseReference(_logical(table), OPTIMIZERS[name])
     run = _compiled_push(strategy, table, num_replicas=num_replicas)
     for step, push in enumerate(_pushes(num_replicas, steps)):
@@ -297,7 +297,7 @@ def test_push_sums_duplicates_and_updates_each_row_once_as_the_dense_rule(mirror
 def test_vocabulary_smaller_than_the_number_of_devices(mirrored, name):
     steps = 3
     strategy = mirrored(3)
-    table = _make_table(strategy, vocab_size=2, optimizer=OPTIMIZERS[name])
+    table = _make_table(strategy, vocab_size=2, update_rule=OPTIMIZERS[name])
     reference = DenseReference(_logical(table), OPTIMIZERS[name])
     run = _compiled_push(strategy, table, num_replicas=3)
     for step, push in enumerate(_pushes(3, steps, vocab_size=2)):
@@ -313,7 +313,7 @@ def test_vocabulary_smaller_than_the_number_of_devices(mirrored, name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_scratch_and_padding_rows_stay_zero(mirrored, name):
     strategy = mirrored(3)
-    table = _make_table(strategy, optimizer=OPTIMIZERS[name])
+    table = _make_table(strategy, update_rule=OPTIMIZERS[name])
     run = _compiled_push(strategy, table, num_replicas=3)
     for step, push in enumerate(_pushes(3, 3)):
         run(push, step=step, keep=step != 1)
@@ -329,7 +329,7 @@ def test_scratch_and_padding_rows_stay_zero(mirrored, name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_keep_false_changes_nothing_even_where_gradients_are_not_finite(mirrored, name, num_replicas):
     strategy = mirrored(num_replicas)
-    table = _make_table(strategy, optimizer=OPTIMIZERS[name])
+    table = _make_table(strategy, update_rule=OPTIMIZERS[name])
     run = _compiled_push(strategy, table, num_replicas=num_replicas)
     first, second, third = _pushes(num_replicas, 3)
     run(first, step=0)
@@ -349,7 +349,7 @@ def test_keep_false_changes_nothing_even_where_gradients_are_not_finite(mirrored
 
 def test_scale_multiplies_the_gradients(mirrored):
     strategy = mirrored(2)
-    tables = [_make_table(strategy, optimizer=OPTIMIZERS["adagrad"]) for _ in range(2)]
+    tables = [_make_table(strategy, update_rule=OPTIMIZERS["adagrad"]) for _ in range(2)]
     runs = [_compiled_push(strategy, table, num_replicas=2) for table in tables]
     # A power of two: exact.
     (push,) = _pushes(2, 1)
@@ -365,7 +365,7 @@ def test_scale_multiplies_the_gradients(mirrored):
 def test_dense_gradients_update_every_row(mirrored, name, num_replicas):
     steps = 3
     strategy = mirrored(num_replicas)
-    table = _make_table(strategy, optimizer=OPTIMIZERS[name])
+    table = _make_table(strategy, update_rule=OPTIMIZERS[name])
     reference = DenseReference(_logical(table), OPTIMIZERS[name])
     allocated = table.placement.allocated_rows
     rng = np.random.default_rng(5)
@@ -410,7 +410,7 @@ def test_dense_gradients_update_every_row(mirrored, name, num_replicas):
 
 
 def test_gradients_of_rows_that_were_only_looked_at_are_refused():
-    table = ShardedTable(vocab_size=7, embed_dim=EMBED_DIM, optimizer=OPTIMIZERS["sgd"])
+    table = ShardedTable(vocab_size=7, embed_dim=EMBED_DIM, update_rule=OPTIMIZERS["sgd"])
     pulled = table.pull(tf.constant([[1, 2, 3]])).labels_of_windows()
     with pytest.raises(ValueError, match="Received: PulledRows with route=None"):
         table.push(pulled, RowGradients(embedding=pulled.embedding), step=0)
@@ -419,7 +419,7 @@ def test_gradients_of_rows_that_were_only_looked_at_are_refused():
 @pytest.mark.parametrize("num_replicas", [1, 3])
 def test_gradients_left_out_stand_for_zero(mirrored, num_replicas):
     strategy = mirrored(num_replicas)
-    table = _make_table(strategy, optimizer=OPTIMIZERS["sgd"])
+    table = _make_table(strategy, update_rule=OPTIMIZERS["sgd"])
     before = _logical(table)
     (push,) = _pushes(num_replicas, 1)
 
@@ -437,7 +437,7 @@ def test_gradients_left_out_stand_for_zero(mirrored, num_replicas):
 @pytest.mark.parametrize("num_replicas", [1, 2, 3])
 def test_push_without_compilation_equals_compiled(mirrored, num_replicas):
     strategy = mirrored(num_replicas)
-    eager, compiled = (_make_table(strategy, optimizer=OPTIMIZERS["adam"]) for _ in range(2))
+    eager, compiled = (_make_table(strategy, update_rule=OPTIMIZERS["adam"]) for _ in range(2))
     run = _compiled_push(strategy, compiled, num_replicas=num_replicas)
     for step, push in enumerate(_pushes(num_replicas, 2)):
 
@@ -452,7 +452,7 @@ def test_push_without_compilation_equals_compiled(mirrored, num_replicas):
 
 def test_table_without_a_strategy(mirrored):
     optimizer = OPTIMIZERS["adagrad"]
-    table = ShardedTable(vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, optimizer=optimizer)
+    table = ShardedTable(vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, update_rule=optimizer)
     reference = DenseReference(_logical(table), optimizer)
     (push,) = _pushes(1, 1)
     table.push(*_replica_gradients(table, push), step=tf.constant(0))
@@ -463,7 +463,7 @@ def test_table_without_a_strategy(mirrored):
 
 def test_bias_is_optional_in_updates(mirrored):
     strategy = mirrored(2)
-    table = _make_table(strategy, optimizer=OPTIMIZERS["sgd"], bias=False)
+    table = _make_table(strategy, update_rule=OPTIMIZERS["sgd"], bias=False)
     before = table.read_rows("embedding", 0, VOCAB_SIZE)
     (push,) = _pushes(2, 1)
     strategy.run(lambda: table.push(*_replica_gradients(table, push), step=tf.constant(0)) and None)
@@ -475,7 +475,7 @@ def test_bias_is_optional_in_updates(mirrored):
 def test_schedule_is_read_at_the_step_of_the_push(mirrored):
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([2], [1.0, 0.125])
     strategy = mirrored(2)
-    table = _make_table(strategy, optimizer=update_rules.SGD(learning_rate=schedule))
+    table = _make_table(strategy, update_rule=update_rules.SGD(learning_rate=schedule))
     run = _compiled_push(strategy, table, num_replicas=2)
     (push,) = _pushes(2, 1)
     for step, rate in ((2, 1.0), (3, 0.125)):
@@ -489,7 +489,7 @@ def test_schedule_is_read_at_the_step_of_the_push(mirrored):
 @pytest.mark.parametrize("name", ["embedding", "bias", "bias/last_step"])
 def test_rows_are_written_and_read_at_any_place(mirrored, num_replicas, name):
     vocab_size = 23
-    table = _make_table(mirrored(num_replicas), vocab_size=vocab_size, optimizer=OPTIMIZERS["adam"])
+    table = _make_table(mirrored(num_replicas), vocab_size=vocab_size, update_rule=OPTIMIZERS["adam"])
     expected = table.read_rows(name, 0, vocab_size)
     rng = np.random.default_rng(3)
     for start, stop in [(0, 23), (0, 1), (22, 23), (5, 5), (1, 3), (4, 17), (7, 22), (2, 20)]:
@@ -506,7 +506,7 @@ def test_rows_are_written_and_read_at_any_place(mirrored, num_replicas, name):
 @pytest.mark.parametrize("name", ["embedding", "bias", "embedding/second_moment"])
 def test_rows_are_written_by_id_in_any_order(mirrored, num_replicas, name):
     vocab_size = 23
-    table = _make_table(mirrored(num_replicas), vocab_size=vocab_size, optimizer=OPTIMIZERS["adam"])
+    table = _make_table(mirrored(num_replicas), vocab_size=vocab_size, update_rule=OPTIMIZERS["adam"])
     expected = _logical(table)
     rng = np.random.default_rng(3)
     for num_ids in (0, 1, 5, 22, 23):
@@ -540,7 +540,7 @@ def test_rows_by_ids_that_are_repeated_or_not_there_are_refused(mirrored):
 
 def test_rows_may_be_written_between_updates(mirrored):
     strategy = mirrored(3)
-    table = _make_table(strategy, optimizer=OPTIMIZERS["sgd"])
+    table = _make_table(strategy, update_rule=OPTIMIZERS["sgd"])
     run = _compiled_push(strategy, table, num_replicas=3)
     first, second = _pushes(3, 2)
     run(first)
@@ -586,9 +586,8 @@ def test_initial_values_are_uniform_with_the_stated_bound(mirrored):
 def test_initializer_and_initial_slots_are_those_given(mirrored):
     table = _make_table(
         mirrored(2),
-        initializer=lambda shape, seed: tf.fill(shape, tf.cast(seed[0], tf.float32)),
-        seed=11,
-        optimizer=update_rules.Adagrad(learning_rate=1.0, initial_accumulator=0.375),
+        initializer=keras.initializers.Constant(11.0),
+        update_rule=update_rules.Adagrad(learning_rate=1.0, initial_accumulator=0.375),
     )
     np.testing.assert_array_equal(table.read_rows("embedding", 0, VOCAB_SIZE), 11.0)
     np.testing.assert_array_equal(table.read_rows("embedding/accumulator", 0, VOCAB_SIZE), 0.375)
@@ -600,7 +599,7 @@ def test_each_device_holds_its_share_of_the_bytes(mirrored, num_replicas):
     vocab_size, embed_dim = 33_278, 8
     strategy = mirrored(num_replicas)
     table = _make_table(
-        strategy, vocab_size=vocab_size, embed_dim=embed_dim, optimizer=OPTIMIZERS["adam"], random_bias=False
+        strategy, vocab_size=vocab_size, embed_dim=embed_dim, update_rule=OPTIMIZERS["adam"], random_bias=False
     )
     # The parameter and two moments per element, two numbers per row of each.
     whole = 4 * vocab_size * (3 * (embed_dim + 1) + 2 * 2)
@@ -615,8 +614,9 @@ def test_each_device_holds_its_share_of_the_bytes(mirrored, num_replicas):
 
 def test_layout_names_what_a_table_makes(mirrored):
     optimizer = OPTIMIZERS["adam"]
-    table = _make_table(mirrored(2), optimizer=optimizer)
-    layout = table_layout(vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, optimizer=optimizer, bias=True)
+    table = _make_table(mirrored(2), update_rule=optimizer)
+    rules = dict.fromkeys(["embedding", "bias"], optimizer)
+    layout = table_layout(vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, update_rules=rules)
     variables = table.variables()
     assert {entry.name for entry in layout} == variables.keys()
     for entry in layout:
@@ -624,11 +624,11 @@ def test_layout_names_what_a_table_makes(mirrored):
         assert variables[entry.name].dtype == entry.dtype
 
 
-def test_update_without_an_optimizer_is_refused(mirrored):
+def test_update_without_an_update_rule_is_refused(mirrored):
     strategy = mirrored(1)
     table = _make_table(strategy)
     (push,) = _pushes(1, 1)
-    with pytest.raises(ValueError, match="Received: optimizer=None"):
+    with pytest.raises(ValueError, match="Received: update_rule=None"):
         strategy.run(lambda: table.push(*_replica_gradients(table, push), step=tf.constant(0)))
 
 
@@ -665,7 +665,7 @@ def test_table_made_outside_the_scope_is_refused(mirrored):
 
 def test_gradients_left_out_are_zero(mirrored):
     strategy = mirrored(2)
-    table = _make_table(strategy, optimizer=update_rules.SGD(learning_rate=1.0))
+    table = _make_table(strategy, update_rule=update_rules.SGD(learning_rate=1.0))
     before = _logical(table)
 
     def push():
