@@ -114,15 +114,21 @@ def _measure(section, shape, vocab_sizes, sides, output):
         if section == "limits":
             vocab_size = 793_470 if _FULL.value else vocab_sizes[-1]
             _say(f"limits, vocabulary {vocab_size:,}")
-            return run_task(
+            common = {"shape": vars(shape) | {"vocab_size": vocab_size}, "repeats": _REPEATS.value}
+            limits = run_task(
                 "lmscale.benchmarks.limits:measure",
-                {
-                    "shape": vars(shape) | {"vocab_size": vocab_size},
-                    "evaluation_tokens": 4096 if _FULL.value else shape.tokens,
-                    "repeats": _REPEATS.value,
-                },
+                common | {"evaluation_tokens": 4096 if _FULL.value else shape.tokens},
                 log=output / "logs" / "limits.log",
             )
+            exchanges = [
+                run_task(
+                    "lmscale.benchmarks.limits:measure_exchanges",
+                    common | {"num_devices": num_devices},
+                    log=output / "logs" / f"exchanges_{num_devices}.log",
+                )
+                for num_devices in (1, 4)
+            ]
+            return limits | {"exchanges": exchanges}
         if section == "startup":
             _say("start-up")
             return startup.measure(repeats=3 if _FULL.value else 1)

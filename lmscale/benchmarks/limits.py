@@ -18,8 +18,9 @@ from lmscale.benchmarks.synthetic import ZipfText
 from lmscale.data.batches import ContiguousBatches
 from lmscale.distribution import collectives
 from lmscale.distribution.strategies import make_strategy
+from lmscale.parameters.update_rules import Adam
 from lmscale.softmax.full import full_softmax_loss
-from lmscale.tables.table import PulledRows, RowGradients
+from lmscale.tables.table import PulledRows, RowGradients, ShardedTable
 from lmscale.trainer import window_gradients
 
 _SQUARE = 2048
@@ -94,6 +95,84 @@ def measure(*, shape, evaluation_tokens, repeats):
     }
 
 
+def measure_exchanges(*, shape, num_devices, repeats):
+    """Times pull, push and update by the exchange of static shapes and by the one that a strategy gets, in turn.
+
+    Args:
+      shape: fields of a `ModelShape`; batch_size is that of each device.
+      num_devices: logical devices of the CPU.
+      repeats: rounds, of 10 steps by either.
+
+    Returns:
+      {"num_devices", "secs": {"static", "chosen": median seconds of a step}, "speedup": the one over the other}.
+    """
+    shape = ModelShape(**shape)
+    strategy = make_strategy(cpu_devices=num_devices)
+    text = ZipfText(shape.vocab_size).split("train")
+    batches = ContiguousBatches(
+        text, global_batch_size=num_devices * shape.batch_size, window=shape.window, seed=0
+    )
+    sampler = sampled_softmax(shape, compute_dtype="float32")(vocab_size=shape.vocab_size, counts=None)
+    steps = {}
+    for name, static_shapes in (("static", True), ("chosen", False)):
+        with strategy.scope():
+            table = ShardedTable(
+                vocab_size=shape.vocab_size,
+                embed_dim=shape.embed_dim,
+                optimizer=Adam(learning_rate=0.001, beta_1=0.0),
+                static_shapes=static_shapes,
+            )
+        steps[name] = _exchange_step(strategy, table, batch_size=shape.batch_size)
+    secs = {name: [] for name in steps}
+    for i in range(repeats + 1):
+        batch = tf.constant(batches.at(i).window_ids)
+        labels = tf.reshape(batch[:, 1:], [-1])
+        sampled_ids = tf.identity(sampler.candidates(seed=tf.constant([0, i]), labels=labels).sampled_ids)
+        for j in range(10):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                results = step(batch, sampled_ids, tf.constant(10 * i + j))
+                for result in strategy.experimental_local_results(results):
+                    result.numpy()
+                if i:
+                    secs[name].append(time.perf_counter() - start)
+    medians = {name: float(np.median(x)) for name, x in secs.items()}
+    return {
+        "num_devices": num_devices,
+        "secs": medians,
+        "speedup": medians["static"] / medians["chosen"],
+    }
+
+
+def _exchange_step(strategy, table, *, batch_size):
+    """A compiled pull, push and update; the gradients are the rows themselves."""
+
+    @tf.function(autograph=False)
+    def step(batch, sampled_ids, number):
+        def replica_step():
+            first = collectives.replica_id() * batch_size
+            return _exchange(table, batch[first : first + batch_size], sampled_ids, number)
+
+        return strategy.run(replica_step)
+
+    return step
+
+
+def _exchange(table, ids, sampled_ids, number):
+    """Pull, push and update, on one replica; returns the squared norm over all of them."""
+    pulled = table.pull(ids, sampled_ids)
+    gradients = RowGradients(
+        embedding=pulled.embedding,
+        bias=pulled.bias,
+        shared_embedding=pulled.shared_embedding,
+        shared_bias=pulled.shared_bias,
+    )
+    collected = table.collect(pulled, gradients)
+    squared_norm = collectives.all_reduce_sum(tf.add_n(list(collected.squared_norm.values())))
+    table.apply(collected, step=number, scale=1e-6, keep=tf.math.is_finite(squared_norm))
+    return squared_norm
+
+
 def _call(strategy, function):
     """Calls it under the strategy and waits for everything that it computes."""
     step = tf.function(lambda number: strategy.run(function, args=(number,)), autograph=False)
@@ -139,17 +218,7 @@ def _step_parts(shape, model, dtype):
         return {name: x for name, x in vars(value_and_gradients(pulled, drawn)).items() if x is not None}
 
     def exchange_alone(number):
-        pulled = table.pull(ids, candidates(number).sampled_ids)
-        gradients = RowGradients(
-            embedding=pulled.embedding,
-            bias=pulled.bias,
-            shared_embedding=pulled.shared_embedding,
-            shared_bias=pulled.shared_bias,
-        )
-        collected = table.collect(pulled, gradients)
-        squared_norm = collectives.all_reduce_sum(tf.add_n(list(collected.squared_norm.values())))
-        table.apply(collected, step=number, scale=1e-6, keep=tf.math.is_finite(squared_norm))
-        return squared_norm
+        return _exchange(table, ids, candidates(number).sampled_ids, number)
 
     def all_of_it(number):
         drawn = candidates(number)

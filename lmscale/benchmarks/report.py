@@ -154,6 +154,30 @@ def _limits(section):
             for dtype, ratio in section["vocabulary_over_body"].items()
         )
         + ".",
+        # A file from before they were measured has none.
+        *(_exchanges(section) if "exchanges" in section else []),
+    ]
+
+
+def _exchanges(section):
+    shape = section["shape"]
+    return [
+        "",
+        "Pull, push, update over logical devices of the CPU, "
+        f"{shape['batch_size']} x {shape['window']} tokens on each, {shape['num_sampled']:,} samples:",
+        "",
+        *_table(
+            ["devices", "static shapes, ms", "as chosen, ms", "times faster"],
+            [
+                [
+                    exchange["num_devices"],
+                    _number(exchange["secs"]["static"] * 1e3, 1),
+                    _number(exchange["secs"]["chosen"] * 1e3, 1),
+                    _number(exchange["speedup"], 2),
+                ]
+                for exchange in section["exchanges"]
+            ],
+        ),
     ]
 
 

@@ -97,5 +97,5 @@ def choose_exchange(strategy, *, static_shapes):
         return StaticExchange()
     if strategy.num_replicas_in_sync == 1:
         return LocalExchange()
-    # Between processes there is no merge_call.
+    # merge_call, which AllToAllExchange needs, reaches the replicas of one process alone.
     return AllToAllExchange() if isinstance(strategy, tf.distribute.MirroredStrategy) else StaticExchange()

@@ -101,6 +101,15 @@ def test_parts_are_compared_with_the_machine(results):
         assert 64 < rows < 8 * 6 + 64
 
 
+def test_exchanges_are_compared(results):
+    output, stdout = results
+    section = json.loads((output / "results.json").read_text())["sections"]["limits"]
+    assert [exchange["num_devices"] for exchange in section["exchanges"]] == [1, 4]
+    for exchange in section["exchanges"]:
+        assert exchange["speedup"] == pytest.approx(exchange["secs"]["static"] / exchange["secs"]["chosen"])
+    assert "as chosen, ms" in stdout
+
+
 def test_start_up_and_memory_are_measured(results):
     output, _ = results
     sections = json.loads((output / "results.json").read_text())["sections"]
