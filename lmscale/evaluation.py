@@ -1,5 +1,6 @@
 """Exact loss of a model over a piece of text: the full softmax, every token once."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -14,6 +15,7 @@ from lmscale.distribution import collectives
 from lmscale.doing import doing
 from lmscale.metrics import progress
 from lmscale.model import Model
+from lmscale.parameters import averages
 from lmscale.trainer import make_task
 
 
@@ -141,6 +143,13 @@ def _sum_of_labels(losses, labels):
     )
 
 
+def evaluated_weights(experiment, model, *, step):
+    """A context in which the parameters hold what the experiment evaluates: its weights, or averages of them."""
+    if not experiment.evaluate_averages:
+        return contextlib.nullcontext()
+    return averages.in_place_of_weights(model, step=step)
+
+
 def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
     """Restores a checkpoint of a run and evaluates it exactly.
 
@@ -173,7 +182,8 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
             vocab_size=data.vocab_size,
             counts=data.counts,
             seed=experiment.seed,
-            training=False,
+            # Averages are slots.
+            training=experiment.evaluate_averages,
         )
     batches = task.evaluation_batches(split)
     with doing("restoring the checkpoint"):
@@ -198,7 +208,8 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
         doing(f"evaluating {split}"),
         progress(total=batches.num_steps, initial=0, description=f"evaluating {split}") as show_step,
     ):
-        result = evaluator.evaluate(batches, on_step=show_step)
+        with evaluated_weights(experiment, model, step=metadata["step"]):
+            result = evaluator.evaluate(batches, on_step=show_step)
     return {
         "split": split,
         "step": metadata["step"],

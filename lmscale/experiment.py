@@ -34,6 +34,9 @@ class Experiment:
         depend on it; signals are answered between calls.
       log_every, eval_every, save_every: steps between log lines, evaluations, checkpoints.
       eval_batch_size: examples of an evaluation batch; of text, lanes that each start without context.
+      eval_tokens: tokens of the validation split that the evaluations inside the run predict, always the first ones,
+        the last evaluation included; None for all. (`lmscale.evaluate` takes the whole split.)
+      evaluate_averages: evaluate the averages of weights in place of the weights, where a group's rule is `Averaged`.
       probe_tokens: length of the fixed piece of training data on which training and exact loss are compared; 0 for
         none.
       keep_checkpoints: newest checkpoints kept, beside the best.
@@ -55,6 +58,8 @@ class Experiment:
     deterministic_ops: bool = False
     on_bad_step: MayChange[Literal["stop", "skip"]] = "stop"
     eval_batch_size: int = 24
+    eval_tokens: int | None = None
+    evaluate_averages: bool = False
     probe_tokens: int = 10_000
     keep_checkpoints: MayChange[int] = 3
 
@@ -77,6 +82,10 @@ class Experiment:
                 )
         if self.seed < 0 or self.seed >= 2**31:
             raise ValueError(f"seed must be in [0, 2**31). Received: seed={self.seed}. Choose another SEED.")
+        if self.eval_tokens is not None and self.eval_tokens < 1:
+            raise ValueError(
+                f"eval_tokens must be at least 1 or None. Received: eval_tokens={self.eval_tokens}."
+            )
         if self.probe_tokens < 0:
             raise ValueError(f"probe_tokens must be at least 0. Received: probe_tokens={self.probe_tokens}.")
         if self.clip_norm is not None and not self.clip_norm > 0:

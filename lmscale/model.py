@@ -80,7 +80,8 @@ class Model:
           ValueError: if the groups do not fit the parameters, or the layers the devices.
         """
         self.task = task
-        self.layers = Layers(task.layers, num_replicas=tf.distribute.get_strategy().num_replicas_in_sync)
+        self._strategy = tf.distribute.get_strategy()
+        self.layers = Layers(task.layers, num_replicas=self._strategy.num_replicas_in_sync)
         paths = [*table_paths(task.tables), *self.layers.trainable_variables]
         self.treatments = treat(groups, paths) if training else {}
         self.tables = {
@@ -298,6 +299,22 @@ class Model:
                 slots[slot].assign(tf.where(keep[path], value, slots[slot]))
 
     # -- on the host, outside strategy.run ------------------------------------------------------------------------
+
+    def components(self, path):
+        """[(variable, {slot: variable})] of the parameter at `path` on each device of this process.
+
+        Of a table, rows [allocated_rows, ...] of each. A layer's variable is one row to its slots, [1, ...].
+        """
+        if path in self.layer_slots:
+            variable, slots = self.layers.trainable_variables[path].value, self.layer_slots[path]
+        else:
+            _, table, name = path.split("/")
+            variable, slots = self.tables[table].parameters[name], self.tables[table].slots[name]
+        of_slots = {slot: self._strategy.experimental_local_results(v) for slot, v in slots.items()}
+        return [
+            (component, {slot: of_slots[slot][i] for slot in slots})
+            for i, component in enumerate(self._strategy.experimental_local_results(variable))
+        ]
 
     def parameters(self):
         """`Parameter`s of everything here, slots included."""

@@ -13,8 +13,9 @@ from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.token_files import PreparedData
 from lmscale.doing import doing
-from lmscale.evaluation import Evaluator
+from lmscale.evaluation import Evaluator, evaluated_weights
 from lmscale.metrics import MetricsWriter, device_memory_mib, format_log_line, progress, read_metrics
+from lmscale.parameters.report import as_table, as_text, parameter_lines
 from lmscale.stop_signals import collect_stop_signals
 from lmscale.trainer import Trainer
 
@@ -51,6 +52,7 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
         data = PreparedData.open(experiment.data_dir)
     with doing(f"building the model, with tables of {data.vocab_size:,} rows"):
         trainer = Trainer(experiment, data=data, strategy=strategy)
+    _logger.info("%s", _parameter_table(trainer))
     checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints)
     with doing("restoring the newest checkpoint"):
         parameters = trainer.parameters()
@@ -82,6 +84,19 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
         run.loop(train_metrics=train_metrics, eval_metrics=eval_metrics, stop=stop, show_step=show_step)
     hparams_tab.mark_finished(workdir)
     return run.summary()
+
+
+def _parameter_table(trainer):
+    """The table of parameters as text."""
+    model = trainer.model
+    lines = parameter_lines(
+        trainer.task,
+        model.layers,
+        model.treatments,
+        vocab_size=trainer.data.vocab_size,
+        num_devices=trainer.strategy.num_replicas_in_sync,
+    )
+    return as_text(as_table(lines))
 
 
 def _check_nothing_lost(workdir):
@@ -120,6 +135,7 @@ class _Run:
         self.evaluator = Evaluator.of_experiment(trainer.experiment, trainer.model, strategy=trainer.strategy)
         self.best_validation_loss = math.inf
         self.last_validation_loss = None
+        self.last_validation_tokens = None
         self.skipped_steps = 0
         self._pending = []
         self._seconds = 0.0
@@ -142,12 +158,15 @@ class _Run:
         best = metadata["best_validation_loss_nats"]
         self.best_validation_loss = math.inf if best is None else best
         self.last_validation_loss = metadata["last_validation_loss_nats"]
+        self.last_validation_tokens = metadata.get("last_validation_tokens")
+        self._resume_unlogged(metadata.get("unlogged"))
         self.skipped_steps = metadata["skipped_steps"]
 
     def summary(self):
         return {
             "step": self.trainer.step,
             "validation_loss_nats": _finite_or_none(self.last_validation_loss),
+            "validation_tokens": self.last_validation_tokens,
             "best_step": self.checkpoints.best_step(),
             "skipped_steps": self.skipped_steps,
         }
@@ -193,11 +212,50 @@ class _Run:
                 "num_devices": self.trainer.strategy.num_replicas_in_sync,
                 "best_validation_loss_nats": _finite_or_none(self.best_validation_loss),
                 "last_validation_loss_nats": _finite_or_none(self.last_validation_loss),
+                "last_validation_tokens": self.last_validation_tokens,
+                "unlogged": self._unlogged(),
                 "skipped_steps": self.skipped_steps,
             },
             validation_loss_nats=validation_loss,
         )
         self.workdir.mark_saved()
+
+    def _unlogged(self):
+        """What the next log line will tell of the steps that are done, for `_resume_unlogged`: JSON."""
+        metrics = self._pending_metrics()
+        return {
+            "seconds": self._seconds,
+            # JSON has neither NaN nor infinity.
+            "metrics": {
+                name: np.where(np.isfinite(x), x, None).tolist() if x.dtype.kind == "f" else x.tolist()
+                for name, x in metrics.items()
+            },
+        }
+
+    def _resume_unlogged(self, unlogged):
+        """Goes on with the log line that a checkpoint was saved in the middle of."""
+        if not unlogged or not unlogged["metrics"]:
+            return
+        metrics = {
+            name: np.array(x)
+            if name == "is_finite" or name.startswith("rows_touched/")
+            else np.array(x, np.float32)
+            for name, x in unlogged["metrics"].items()
+        }
+        num_shards = self.trainer.strategy.num_replicas_in_sync
+        for name, x in metrics.items():
+            if name.startswith("rows_touched/") and x.shape[1] != num_shards:
+                return  # Of other shards: the line begins here.
+        first_step = self.trainer.step - len(metrics["is_finite"])
+        self._pending = [_Pending(first_step, metrics, checked=True)]
+        self._seconds = unlogged["seconds"]
+
+    def _pending_metrics(self):
+        """{metric: array over the steps since the last log line}."""
+        return {
+            name: np.concatenate([np.asarray(call.metrics[name]) for call in self._pending])
+            for name in (self._pending[0].metrics if self._pending else ())
+        }
 
     def _steps_of_next_call(self):
         """steps_per_call, or fewer up to the next step at which something is due."""
@@ -232,10 +290,7 @@ class _Run:
     def _log(self, writer):
         self._check_finite()
         step = self.trainer.step
-        metrics = {
-            name: np.concatenate([call.metrics[name].numpy() for call in self._pending])
-            for name in self._pending[0].metrics
-        }
+        metrics = self._pending_metrics()
         finite = metrics["is_finite"]
         num_steps = len(finite)
         values = {"gradient_norm": metrics["gradient_norm"][finite]}
@@ -263,18 +318,22 @@ class _Run:
 
     def _evaluate(self, writer, *, show_step):
         evaluator, task = self.evaluator, self.trainer.task
-        batches = task.evaluation_batches("valid")
-        with show_step.part(total=batches.num_steps, description="evaluating valid") as show_batch:
-            valid = evaluator.evaluate(batches, on_step=show_batch)
+        batches = task.evaluation_batches("valid", limit=self.experiment.eval_tokens)
+        probe = None
+        with evaluated_weights(self.experiment, self.trainer.model, step=self.trainer.step):
+            with show_step.part(total=batches.num_steps, description="evaluating valid") as show_batch:
+                valid = evaluator.evaluate(batches, on_step=show_batch)
+            if self.experiment.probe_tokens:
+                probe_batches = task.evaluation_batches("train", limit=self.experiment.probe_tokens)
+                probe = evaluator.evaluate(probe_batches, with_training_loss=True)
+        self.last_validation_tokens = valid.tokens
         scalars = {
             "valid/exact_loss_nats": valid.loss_nats,
             "valid/exact_perplexity": valid.perplexity,
+            "valid/eval_tokens": valid.tokens,
             "valid/eval_secs": valid.seconds,
         }
-        if self.experiment.probe_tokens:
-            probe = evaluator.evaluate(
-                task.evaluation_batches("train", limit=self.experiment.probe_tokens), with_training_loss=True
-            )
+        if probe is not None:
             scalars["probe/exact_loss_nats"] = probe.loss_nats
             scalars["probe/exact_perplexity"] = probe.perplexity
             names = {head.name for head in task.heads.values()}
@@ -283,7 +342,7 @@ class _Run:
                 scalars[f"probe/{name}_loss_nats"] = probe.training_loss_nats
                 scalars[f"probe/{name}_minus_exact_nats"] = probe.training_loss_nats - probe.loss_nats
         writer.scalars(self.trainer.step, scalars)
-        shown = ("valid/exact_loss_nats", "valid/exact_perplexity", "valid/eval_secs")
+        shown = ("valid/exact_loss_nats", "valid/exact_perplexity", "valid/eval_tokens", "valid/eval_secs")
         _logger.info("%s", format_log_line(self.trainer.step, {name: scalars[name] for name in shown}))
         return valid.loss_nats
 

@@ -1,9 +1,11 @@
 """The table of parameters that a run prints at its start, and a dry run before it."""
 
 import dataclasses
+import io
 import math
 
 import tensorflow as tf
+from rich.console import Console
 from rich.table import Table
 
 from lmscale.parameters import keras_layers
@@ -11,6 +13,8 @@ from lmscale.parameters.initializers import default_initializer, describe
 from lmscale.tables.placement import Placement
 from lmscale.tables.table import table_layout
 from lmscale.tables.table_config import table_paths
+
+_WIDTH = 140
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,6 +166,13 @@ def as_table(lines):
             mib(line.slot_bytes_per_device) if line.slot_bytes_per_device else "",
         )
     return table
+
+
+def as_text(table):
+    """A `rich.table.Table` as plain text, of the width that its longest lines need."""
+    text = io.StringIO()
+    Console(file=text, width=_WIDTH).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def mib(num_bytes):

@@ -92,7 +92,7 @@ class UpdateRule(abc.ABC):
         """What `update` does before the weights decay; arguments and results as there, all of them given."""
 
 
-def _per_row(values, like):
+def per_row(values, like):
     """Reshapes [rows] to broadcast against [rows, ...]."""
     return tf.reshape(values, [-1] + [1] * (len(like.shape) - 1))
 
@@ -165,7 +165,7 @@ class RowWiseAdagrad(UpdateRule):
         squares = tf.square(gradients)
         accumulator = slots["accumulator"] + tf.reduce_mean(squares, axis=list(range(1, len(squares.shape))))
         scale = learning_rate / (tf.sqrt(accumulator) + self.epsilon)
-        return weights - _per_row(scale, gradients) * gradients, {"accumulator": accumulator}
+        return weights - per_row(scale, gradients) * gradients, {"accumulator": accumulator}
 
 
 class Adam(UpdateRule):
@@ -225,7 +225,7 @@ class Adam(UpdateRule):
 
     def update_rows(self, *, weights, gradients, slots, step, learning_rate):
         number = tf.cast(step, tf.float32) + 1
-        decay = tf.exp(_log(self.beta_2) * _per_row(number - slots["last_step"], gradients))
+        decay = tf.exp(_log(self.beta_2) * per_row(number - slots["last_step"], gradients))
         second = decay * slots["second_moment"] + (1 - self.beta_2) * tf.square(gradients)
         new_slots = {"second_moment": second, "last_step": tf.fill(tf.shape(slots["last_step"]), number)}
         direction = gradients
@@ -233,9 +233,9 @@ class Adam(UpdateRule):
             num_updates = slots["num_updates"] + 1
             first = self.beta_1 * slots["first_moment"] + (1 - self.beta_1) * gradients
             new_slots.update(first_moment=first, num_updates=num_updates)
-            direction = first / _per_row(_one_minus_power(self.beta_1, num_updates), gradients)
+            direction = first / per_row(one_minus_power(self.beta_1, num_updates), gradients)
         # sqrt(v / c) + epsilon = (sqrt(v) + epsilon * sqrt(c)) / sqrt(c)
-        root = tf.sqrt(_one_minus_power(self.beta_2, number))
+        root = tf.sqrt(one_minus_power(self.beta_2, number))
         scale = learning_rate * root
         return weights - scale * direction / (tf.sqrt(second) + self.epsilon * root), new_slots
 
@@ -245,8 +245,8 @@ def _log(beta):
     return math.log(beta) if beta else -math.inf
 
 
-def _one_minus_power(beta, n):
-    """1 - beta**n for n >= 1, exact also for a beta that float32 cannot tell from 1."""
+def one_minus_power(beta, n):
+    """1 - beta**n for n >= 0 (>= 1 at beta = 0), exact also for a beta that float32 cannot tell from 1."""
     return -tf.math.expm1(_log(beta) * n)
 
 
