@@ -13,6 +13,7 @@ import numpy as np
 
 from lmscale.checkpoints.saved import SavedCheckpoint, open_checkpoint
 from lmscale.data.vocab import Vocabulary
+from lmscale.parameters.pieces import spell
 from lmscale.parameters.tree import Parameter
 from lmscale.paths import expand
 
@@ -24,6 +25,8 @@ _TABLE = re.compile(r"(slots/)?tables/(?P<name>[^/]+)/.+")
 _LAST_STEP = "last_step"
 # Rows are written in parts of this size: what a write copies is small beside the block that was read.
 _PART_BYTES = 2**23
+# Sums of pieces that are held at a time: the checkpoint's rows are read once for each so many.
+_SUM_BYTES = 2**24
 _NAMED_WORDS = 10
 _SAME = r"\g<0>"
 
@@ -120,6 +123,13 @@ class _RowsByWord:
     new_ids: np.ndarray  # [old rows] int64
     without_old: np.ndarray  # ids of the words that only the new vocabulary has
     removed_words: tuple[str, ...]
+    # The old rows that spell the words of `without_old`, word after word, and how many are of each.
+    pieces: np.ndarray
+    num_pieces: np.ndarray
+
+    @property
+    def num_kept(self):
+        return int(np.count_nonzero(self.new_ids >= 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +161,9 @@ class WarmStart:
       rows_by_word: bring the rows of `tables/...` to the ids that their words have in the new run's vocabulary.
         Otherwise both runs must have the same.
       vocabulary: the vocab.txt of the old run, if its working directory holds none.
-      new_rows: what the rows of words without an old row start from: the new run's "initializer", or the "mean" of the
-        rows that were kept. Their slots start anew.
+      new_rows: what the rows of words without an old row start from: the new run's "initializer"; the "mean" of the
+        rows that were kept; or the mean of the "pieces", the old tokens that spell the word, the longest that fits
+        first, and of all kept rows for a word that they cannot spell. Their slots start anew.
     """
 
     checkpoint: str
@@ -161,14 +172,14 @@ class WarmStart:
     slots: bool = False
     rows_by_word: bool = False
     vocabulary: str | None = None
-    new_rows: Literal["initializer", "mean"] = "initializer"
+    new_rows: Literal["initializer", "mean", "pieces"] = "initializer"
 
     def __post_init__(self):
         for pair in self.rename:
             _check_pair(pair)
-        if self.new_rows not in ("initializer", "mean"):
+        if self.new_rows not in ("initializer", "mean", "pieces"):
             raise ValueError(
-                f"new_rows must be 'initializer' or 'mean'. Received: new_rows={self.new_rows!r}."
+                f"new_rows must be 'initializer', 'mean' or 'pieces'. Received: new_rows={self.new_rows!r}."
             )
         if not self.rows_by_word and (self.new_rows != "initializer" or self.vocabulary is not None):
             raise ValueError(
@@ -338,7 +349,10 @@ class WarmStart:
                 "data that the old run was trained on."
             ) from error
         except ValueError as error:
-            raise ValueError(f"{path} must be the vocab.txt of the old run: {error}") from error
+            raise ValueError(
+                f"{path} must be the vocab.txt of the old run: {error} Set WarmStart.vocabulary to the vocab.txt of "
+                "the data that the old run was trained on."
+            ) from error
         digest = hashlib.sha256(content).hexdigest()
         for move in moves.values():
             if not move.by_word:
@@ -356,11 +370,15 @@ class WarmStart:
         new_ids = np.fromiter((ids.get(token, -1) for token in old.tokens), np.int64, count=len(old))
         has_old = np.zeros([len(vocabulary)], bool)
         has_old[new_ids[new_ids >= 0]] = True
-        removed = np.flatnonzero(new_ids < 0)
+        removed, without_old = np.flatnonzero(new_ids < 0), np.flatnonzero(~has_old)
+        spelled = without_old if self.new_rows == "pieces" else ()
+        pieces, num_pieces = spell((vocabulary.tokens[i] for i in spelled), old.tokens)
         return _RowsByWord(
             new_ids=new_ids,
-            without_old=np.flatnonzero(~has_old),
+            without_old=without_old,
             removed_words=tuple(old.tokens[i] for i in removed[:_NAMED_WORDS]),
+            pieces=pieces,
+            num_pieces=num_pieces,
         )
 
     # Moving it.
@@ -373,27 +391,51 @@ class WarmStart:
             rows_kept = parameter.shape[0] if parameter.shape else 1
             return Loaded(path=parameter.path, from_path=move.from_path, rows_kept=rows_kept)
         assert rows is not None
+        has_mean = self.new_rows != "initializer" and not _SLOT.fullmatch(parameter.path)
         total = np.zeros(parameter.shape[1:], np.float64)
         for start, values in parts:
             new_ids = rows.new_ids[start : start + len(values)]
             kept = np.flatnonzero(new_ids >= 0)
             values = values[kept]
             parameter.scatter(new_ids[kept], values)
-            if self.new_rows == "mean":
+            if has_mean:
                 total += values.sum(axis=0, dtype=np.float64)
-        num_kept = int(np.count_nonzero(rows.new_ids >= 0))
-        if self.new_rows == "mean" and not _SLOT.fullmatch(parameter.path):
+        if has_mean:
             # <unk> is in every vocabulary: one row at least was kept.
-            mean = (total / num_kept).astype(parameter.dtype)
-            for ids in _parts(rows.without_old, row_bytes=mean.nbytes):
-                parameter.scatter(ids, np.broadcast_to(mean, (len(ids), *mean.shape)))
+            mean = total / rows.num_kept
+            unspelled = rows.without_old
+            if self.new_rows == "pieces":
+                unspelled = rows.without_old[rows.num_pieces == 0]
+                self._fill_spelled(saved, move.from_path, parameter, rows)
+            for ids in _parts(unspelled, row_bytes=mean.nbytes):
+                parameter.scatter(ids, np.broadcast_to(mean.astype(parameter.dtype), (len(ids), *mean.shape)))
         return Loaded(
             path=parameter.path,
             from_path=move.from_path,
-            rows_kept=num_kept,
+            rows_kept=rows.num_kept,
             new_rows=len(rows.without_old),
-            removed_rows=len(rows.new_ids) - num_kept,
+            removed_rows=len(rows.new_ids) - rows.num_kept,
         )
+
+    def _fill_spelled(self, saved, from_path, parameter, rows):
+        """Sets the row of each new word that old tokens spell to the mean of their rows."""
+        row_bytes = math.prod(parameter.shape[1:]) * np.dtype(np.float64).itemsize
+        word_of_piece = np.repeat(np.arange(len(rows.without_old)), rows.num_pieces)
+        spelled = np.flatnonzero(rows.num_pieces)
+        for words in _parts(spelled, row_bytes=row_bytes, part_bytes=_SUM_BYTES):
+            first, last = np.searchsorted(word_of_piece, [words[0], words[-1] + 1])
+            pieces = rows.pieces[first:last]
+            position = np.searchsorted(words, word_of_piece[first:last])  # Of each piece's word; rising.
+            sums = np.zeros((len(words), *parameter.shape[1:]), np.float64)
+            for start, values in self._rows(saved, from_path):
+                here = np.flatnonzero((pieces >= start) & (pieces < start + len(values)))
+                if len(here):
+                    # One addition a word, of all its pieces that are here.
+                    starts = np.flatnonzero(np.diff(position[here], prepend=-1))
+                    found = values[pieces[here] - start].astype(np.float64)
+                    sums[position[here][starts]] += np.add.reduceat(found, starts, axis=0)
+            num_pieces = rows.num_pieces[words].reshape([-1] + [1] * (sums.ndim - 1))
+            parameter.scatter(rows.without_old[words], (sums / num_pieces).astype(parameter.dtype))
 
     def _rows(self, saved, path) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows) of a tensor of the checkpoint, part by part; steps as the new run counts them."""
@@ -446,9 +488,9 @@ def _mismatch(saved, parameter, *, is_table, by_word, same_words, num_words):
     return None
 
 
-def _parts(rows, *, row_bytes):
-    """The rows in parts of about `_PART_BYTES`."""
-    num_rows = max(_PART_BYTES // max(row_bytes, 1), 1)
+def _parts(rows, *, row_bytes, part_bytes=_PART_BYTES):
+    """The rows in parts of about so many bytes."""
+    num_rows = max(part_bytes // max(row_bytes, 1), 1)
     for start in range(0, len(rows), num_rows):
         yield rows[start : start + num_rows]
 

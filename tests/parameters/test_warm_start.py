@@ -15,6 +15,7 @@ from warm_start_peak_memory import table_parameters
 from lmscale import configuration
 from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.vocab import EOS, UNK, Vocabulary
+from lmscale.parameters import warm_start
 from lmscale.parameters.update_rules import Adam
 from lmscale.parameters.warm_start import Loaded, Skipped, WarmStart
 from lmscale.tables.table import ShardedTable
@@ -173,6 +174,33 @@ def test_rows_go_where_their_words_are(tmp_path, mirrored, num_devices, slots, n
     assert list(report.removed_words) == removed[:10]
     assert f"removed words: '{removed[0]}', " in report.text()
     assert " and 30 more\n" in report.text()
+
+
+@pytest.mark.parametrize("sum_bytes", [1, 200, 2**24])
+def test_new_rows_of_the_pieces_that_spell_the_word(tmp_path, monkeypatch, sum_bytes):
+    """In one pass over the old rows, in one a word, and in some between."""
+    monkeypatch.setattr(warm_start, "_SUM_BYTES", sum_bytes)
+    words = [word for word in OLD.tokens if word not in (UNK, EOS)]
+    tokens = (UNK, EOS, "word_", *"0123456789", *words)[:OLD_ROWS]
+    old_words = Vocabulary(tokens=tokens, counts=np.arange(OLD_ROWS, 0, -1))
+    new_words = Vocabulary(tokens=(*NEW.tokens[: NEW_ROWS - 1], "odd_one"), counts=np.arange(NEW_ROWS, 0, -1))
+    old, new = model_arrays(OLD_ROWS, 1), model_arrays(NEW_ROWS, 2)
+    checkpoint = save_run(tmp_path, old, vocabulary=old_words)
+    after, _ = apply(new, words=new_words, checkpoint=checkpoint, rows_by_word=True, new_rows="pieces")
+    row_of = {word: i for i, word in enumerate(old_words.tokens)}
+    kept = [row_of[word] for word in new_words.tokens if word in row_of]
+    num_spelled = 0
+    for path in ("tables/words/embedding", "tables/words/bias"):
+        for word, row in zip(new_words.tokens, after[path], strict=True):
+            if word in row_of:
+                np.testing.assert_array_equal(row, old[path][row_of[word]])
+                continue
+            # No old word goes on as the new ones do: `word_1` is old, `word_100` is `word_1`, `0`, `0`.
+            prefix = max((w for w in row_of if word.startswith(w)), key=len, default=None)
+            rows = kept if prefix is None else [row_of[prefix], *(row_of[d] for d in word[len(prefix) :])]
+            num_spelled += prefix is not None
+            np.testing.assert_allclose(row, np.mean(old[path][rows].astype(np.float64), axis=0), rtol=1e-6)
+    assert num_spelled > 2 * 80
 
 
 def test_the_same_vocabulary_needs_no_words(tmp_path):
@@ -374,7 +402,7 @@ def test_the_words_of_the_old_run_must_be_known_and_its_own(tmp_path):
         )
     path.write_text("cut off")
     refused(
-        r"given\.txt must be the vocab\.txt of the old run: .*cut off",
+        r"given\.txt must be the vocab\.txt of the old run: .*cut off\. Set WarmStart",
         new,
         words=NEW,
         vocabulary=str(path),
