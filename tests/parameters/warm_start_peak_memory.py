@@ -1,10 +1,13 @@
 """Prints speed and peak memory of a warm start by words, from a saved checkpoint into a table, as one line of JSON.
 
-    python tests/parameters/warm_start_peak_memory.py OLD_ROWS NEW_ROWS EMBED_DIM DEVICES parameters|slots [FOLDER]
+    python tests/parameters/warm_start_peak_memory.py OLD_ROWS NEW_ROWS EMBED_DIM DEVICES WHAT [FOLDER]
+
+WHAT is `parameters`, `slots` for both, or `pieces` for parameters whose new rows are the mean of the old words that
+spell theirs, instead of that of all.
 
 A tenth of the old words is not among the new; both vocabularies are shuffled. The checkpoint, which was just written,
-is still in the page cache. One measurement per process: what earlier work leaves
-in allocators would hide what later work needs.
+is still in the page cache. One measurement per process: what earlier work leaves in allocators would hide what later
+work needs.
 """
 
 import json
@@ -30,8 +33,8 @@ from lmscale.tables.table import ShardedTable
 
 
 def make_vocabulary(numbers):
-    """A vocabulary of the words `word_7` of some numbers, in their order; 0 and 1 are <unk> and <eos>."""
-    tokens = tuple({0: UNK, 1: EOS}.get(number, f"word_{number}") for number in numbers.tolist())
+    """A vocabulary of numbers, in their order; 0 and 1 are <unk> and <eos>."""
+    tokens = tuple({0: UNK, 1: EOS}.get(number, str(number)) for number in numbers.tolist())
     return Vocabulary(tokens=tokens, counts=np.arange(len(tokens), 0, -1))
 
 
@@ -82,7 +85,7 @@ def worst_error(parameters, numbers, num_old, *, slots):
     return worst
 
 
-def main(num_old, num_new, embed_dim, num_devices, slots, folder):
+def main(num_old, num_new, embed_dim, num_devices, what, folder):
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * num_devices)
     rng = np.random.default_rng(0)
@@ -100,7 +103,12 @@ def main(num_old, num_new, embed_dim, num_devices, slots, folder):
         parameter.write(0, parameter.read(0, num_devices))
     save_run(folder, old, parameters)
     vocabulary = make_vocabulary(new)
-    warm_start = WarmStart(checkpoint=str(folder), slots=slots, rows_by_word=True, new_rows="mean")
+    warm_start = WarmStart(
+        checkpoint=str(folder),
+        slots=what == "slots",
+        rows_by_word=True,
+        new_rows="pieces" if what == "pieces" else "mean",
+    )
     before, _ = machine.resident_mib()
     machine.reset_peak()
     start = time.perf_counter()
@@ -114,11 +122,11 @@ def main(num_old, num_new, embed_dim, num_devices, slots, folder):
         "matrix_mib": num_old * embed_dim * 4 / 2**20,
         "num_loaded": len(report.loaded),
         "rows": [embedding.rows_kept, embedding.new_rows, embedding.removed_rows],
-        "worst_error": worst_error(parameters, new, num_old, slots=slots),
+        "worst_error": worst_error(parameters, new, num_old, slots=what == "slots"),
     }
 
 
 if __name__ == "__main__":
     *sizes, what = sys.argv[1:6]
     with tempfile.TemporaryDirectory(dir=sys.argv[6] if len(sys.argv) > 6 else None) as folder:
-        print(json.dumps(main(*map(int, sizes), {"parameters": False, "slots": True}[what], Path(folder))))
+        print(json.dumps(main(*map(int, sizes), what, Path(folder))))
