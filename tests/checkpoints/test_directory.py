@@ -12,49 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
+from array_parameters import array_parameter, array_parameters, callback_parameter
 
 from lmscale.checkpoints import document as documents
 from lmscale.checkpoints.directory import Checkpoints
-from lmscale.parameters.tree import Parameter
 
 REPOSITORY = Path(__file__).parents[2]
 TINY_BLOCK_MIB = 1e-3
-
-
-def make_item(name, array, *, log=None):
-    """An item that reads from and writes to `array`."""
-
-    def read(start, stop):
-        if log is not None:
-            log.append((name, start, stop))
-        return array[start:stop] if array.ndim else array
-
-    def write(start, rows):
-        if log is not None:
-            log.append((name, start, start + len(rows) if array.ndim else 1))
-        if array.ndim:
-            array[start : start + len(rows)] = rows
-        else:
-            array[...] = rows
-
-    return make_parameter(name, array.shape, array.dtype, read=read, write=write)
-
-
-def make_parameter(path, shape, dtype, *, read, write):
-    return Parameter(
-        path=path,
-        shape=shape,
-        dtype=dtype,
-        sharded=False,
-        trainable=True,
-        read=read,
-        write=write,
-        scatter=lambda *_: None,
-    )
-
-
-def make_items(arrays, **kwargs):
-    return [make_item(name, array, **kwargs) for name, array in arrays.items()]
 
 
 def make_arrays(seed=0):
@@ -93,14 +57,14 @@ def save_small(directory, step, *, loss=None, value=None, **kwargs):
     rows = np.full((50, 3), step if value is None else value, np.float32)
     checkpoints = Checkpoints(directory, block_mib=2e-4, **kwargs)
     return checkpoints.save(
-        step, [make_item("rows", rows)], metadata={"tokens": step * 10}, validation_loss_nats=loss
+        step, [array_parameter("rows", rows)], metadata={"tokens": step * 10}, validation_loss_nats=loss
     )
 
 
 def restore_small(directory, **kwargs):
     """Returns the value that all rows hold, and the metadata."""
     rows = np.full((50, 3), np.nan, np.float32)
-    metadata = Checkpoints(directory).restore([make_item("rows", rows)], **kwargs)
+    metadata = Checkpoints(directory).restore([array_parameter("rows", rows)], **kwargs)
     assert metadata is None or (rows == rows[0, 0]).all()
     return rows[0, 0], metadata
 
@@ -111,7 +75,7 @@ def hidden_names(directory):
 
 def test_stock_tensorflow_reads_whole_tensors(tmp_path):
     arrays = make_arrays()
-    path = Checkpoints(tmp_path, block_mib=TINY_BLOCK_MIB).save(7, make_items(arrays), metadata={})
+    path = Checkpoints(tmp_path, block_mib=TINY_BLOCK_MIB).save(7, array_parameters(arrays), metadata={})
     reader = tf.train.load_checkpoint(path)
     assert sorted(reader.get_variable_to_shape_map()) == sorted(arrays)
     assert_same({name: reader.get_tensor(name) for name in arrays}, arrays)
@@ -121,10 +85,10 @@ def test_stock_tensorflow_reads_whole_tensors(tmp_path):
 def test_restore_with_another_block_size(tmp_path, block_mib):
     arrays = make_arrays()
     Checkpoints(tmp_path, block_mib=TINY_BLOCK_MIB).save(
-        7, make_items(arrays), metadata={"seed": 3, "name": "é"}, validation_loss_nats=np.float32(2.5)
+        7, array_parameters(arrays), metadata={"seed": 3, "name": "é"}, validation_loss_nats=np.float32(2.5)
     )
     restored = zeros_like(arrays)
-    metadata = Checkpoints(tmp_path, block_mib=block_mib).restore(make_items(restored))
+    metadata = Checkpoints(tmp_path, block_mib=block_mib).restore(array_parameters(restored))
     assert metadata == {"seed": 3, "name": "é", "step": 7, "validation_loss_nats": 2.5}
     assert_same(restored, arrays)
 
@@ -133,8 +97,8 @@ def test_blocks_are_passed_in_order_each_row_once(tmp_path):
     arrays = make_arrays()
     reads, writes = [], []
     checkpoints = Checkpoints(tmp_path, block_mib=TINY_BLOCK_MIB)
-    checkpoints.save(7, make_items(arrays, log=reads), metadata={})
-    checkpoints.restore(make_items(zeros_like(arrays), log=writes))
+    checkpoints.save(7, array_parameters(arrays, log=reads), metadata={})
+    checkpoints.restore(array_parameters(zeros_like(arrays), log=writes))
     assert writes == reads
     assert list(dict.fromkeys(name for name, _, _ in reads)) == list(arrays)
     for name, array in arrays.items():
@@ -149,7 +113,7 @@ def test_blocks_are_passed_in_order_each_row_once(tmp_path):
 
 def test_small_tensors_share_files(tmp_path):
     arrays = {f"small_{i}": np.full((3,), i) for i in range(40)}
-    Checkpoints(tmp_path).save(1, make_items(arrays), metadata={})
+    Checkpoints(tmp_path).save(1, array_parameters(arrays), metadata={})
     assert sorted(path.name for path in (tmp_path / "step_00000001").iterdir()) == [
         "metadata.json",
         "tensors.data-00000-of-00001",
@@ -164,7 +128,7 @@ def test_memory_is_bounded_by_the_block(tmp_path):
         import numpy as np
         from pathlib import Path
         from lmscale.checkpoints.directory import Checkpoints
-        from tests.checkpoints.test_directory import make_parameter
+        from array_parameters import callback_parameter
 
         def peak_mib():
             return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
@@ -177,7 +141,7 @@ def test_memory_is_bounded_by_the_block(tmp_path):
             restored_rows.append(len(rows))
 
         def item(rows):
-            return make_parameter("t", (rows, 256), np.float32, read=row_numbers, write=check)
+            return callback_parameter("t", (rows, 256), np.float32, read=row_numbers, write=check)
 
         restored_rows = []
         Checkpoints(sys.argv[1] + "/warm").save(1, [item(5)], metadata={})
@@ -195,7 +159,12 @@ def test_memory_is_bounded_by_the_block(tmp_path):
 
 
 def run_python(script, *arguments):
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY / "tests"),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     completed = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -271,7 +240,7 @@ def test_a_save_that_fails_leaves_the_earlier_ones(tmp_path):
             raise RuntimeError("device lost")
         return np.zeros((stop - start, 3), np.float32)
 
-    item = make_parameter("rows", (50, 3), np.float32, read=read, write=lambda *_: None)
+    item = callback_parameter("rows", (50, 3), np.float32, read=read, write=lambda *_: None)
     with pytest.raises(RuntimeError, match="device lost"):
         Checkpoints(tmp_path, block_mib=2e-4).save(20, [item], metadata={})
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
@@ -424,12 +393,12 @@ def test_a_damaged_one_does_not_count_among_those_kept(tmp_path):
 
 def test_a_checkpoint_that_does_not_fit_is_named_and_not_skipped(tmp_path):
     def restore(arrays, **kwargs):
-        Checkpoints(tmp_path).restore(make_items(arrays), **kwargs)
+        Checkpoints(tmp_path).restore(array_parameters(arrays), **kwargs)
 
     saved = {"table": np.zeros((1003, 7), np.float32), "kernel": np.zeros((7, 8), np.float32)}
     other = {"table": np.zeros((1000, 7), np.float32), "kernel": np.zeros((7, 8), np.float32)}
-    Checkpoints(tmp_path).save(10, make_items(other), metadata={})
-    Checkpoints(tmp_path).save(20, make_items(saved), metadata={})
+    Checkpoints(tmp_path).save(10, array_parameters(other), metadata={})
+    Checkpoints(tmp_path).save(20, array_parameters(saved), metadata={})
     # Without its data: the comparison comes before any of it is read.
     data = next((tmp_path / "step_00000020").glob("*.data-*"))
     content = data.read_bytes()
@@ -479,28 +448,28 @@ def test_a_checkpoint_of_format_1_is_restored_to_the_paths_of_today(tmp_path):
     expected = {path: reader.get_tensor(name) for path, name in FORMAT_1_NAMES.items()}
     restored = zeros_like(expected)
     with pytest.raises(ValueError, match="tables/words/embedding: requested with shape"):
-        checkpoints.restore(make_items(restored), subset=True)
+        checkpoints.restore(array_parameters(restored), subset=True)
     with pytest.raises(ValueError, match=r"table/bias: in the checkpoint with shape \(211,\), not requested"):
-        checkpoints.restore(make_items(restored), format_1_names=FORMAT_1_NAMES)
+        checkpoints.restore(array_parameters(restored), format_1_names=FORMAT_1_NAMES)
     assert not any(array.any() for array in restored.values())
-    metadata = checkpoints.restore(make_items(restored), subset=True, format_1_names=FORMAT_1_NAMES)
+    metadata = checkpoints.restore(array_parameters(restored), subset=True, format_1_names=FORMAT_1_NAMES)
     assert metadata["step"] == 20
     assert_same(restored, expected)
     # Saved again it is of format 2, whose paths no mapping touches.
-    path = Checkpoints(tmp_path).save(20, make_items(restored), metadata={})
+    path = Checkpoints(tmp_path).save(20, array_parameters(restored), metadata={})
     assert sorted(tf.train.load_checkpoint(path).get_variable_to_shape_map()) == sorted(FORMAT_1_NAMES)
     again = zeros_like(expected)
-    Checkpoints(tmp_path).restore(make_items(again), format_1_names=FORMAT_1_NAMES)
+    Checkpoints(tmp_path).restore(array_parameters(again), format_1_names=FORMAT_1_NAMES)
     assert_same(again, expected)
 
 
 def test_mistakes_change_nothing(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     rows = np.zeros((5, 3), np.float32)
-    item = make_item("rows", rows)
+    item = array_parameter("rows", rows)
 
     def item_reading(result):
-        return make_parameter("rows", (5, 3), np.float32, read=lambda *_: result, write=lambda *_: None)
+        return callback_parameter("rows", (5, 3), np.float32, read=lambda *_: result, write=lambda *_: None)
 
     with pytest.raises(
         ValueError, match=r"parameter rows must return shape \(5, 3\) of float32. Received: shape \(4, 3\)"
@@ -522,7 +491,7 @@ def test_mistakes_change_nothing(tmp_path):
     with pytest.raises(ValueError, match="block_mib=0"):
         Checkpoints(tmp_path, block_mib=0)
     with pytest.raises(ValueError, match="dtype=<U3"):
-        make_item("words", np.array(["abc"]))
+        array_parameter("words", np.array(["abc"]))
 
 
 def test_readonly_leaves_a_running_save_alone(tmp_path):
@@ -530,11 +499,11 @@ def test_readonly_leaves_a_running_save_alone(tmp_path):
     (tmp_path / ".step_00000020.saving").mkdir()
     rows = np.zeros((50, 3), np.float32)
     checkpoints = Checkpoints(tmp_path, readonly=True)
-    assert checkpoints.restore([make_item("rows", rows)])["step"] == 10
+    assert checkpoints.restore([array_parameter("rows", rows)])["step"] == 10
     assert rows[0, 0] == 10
     assert hidden_names(tmp_path) == [".step_00000020.saving"]
     with pytest.raises(ValueError, match="readonly"):
-        checkpoints.save(30, [make_item("rows", rows)], metadata={})
+        checkpoints.save(30, [array_parameter("rows", rows)], metadata={})
     with pytest.raises(ValueError, match="readonly"):
         checkpoints.mark_best(10, 1.0)
     assert Checkpoints(tmp_path / "absent", readonly=True).steps() == []
@@ -555,7 +524,7 @@ def test_directories_that_tensorflow_takes_for_a_pattern(tmp_path, monkeypatch):
     monkeypatch.chdir(directory)  # A relative path is what TensorFlow gets.
     arrays = make_arrays()
     checkpoints = Checkpoints("c")
-    checkpoints.save(1, make_items(arrays), metadata={})
+    checkpoints.save(1, array_parameters(arrays), metadata={})
     restored = zeros_like(arrays)
-    assert checkpoints.restore(make_items(restored))["step"] == 1
+    assert checkpoints.restore(array_parameters(restored))["step"] == 1
     assert_same(restored, arrays)

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_directory import TINY_BLOCK_MIB, flip, make_arrays, make_items, remove, save_small, truncate
+from array_parameters import array_parameters
+from test_directory import TINY_BLOCK_MIB, flip, make_arrays, remove, save_small, truncate
 
 from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import Checkpoints
@@ -23,7 +24,7 @@ def workdir(tmp_path):
 
 def test_reads_every_tensor_whole_and_in_parts(tmp_path):
     arrays = make_arrays()
-    Checkpoints(tmp_path, block_mib=TINY_BLOCK_MIB).save(7, make_items(arrays), metadata={"seed": 3})
+    Checkpoints(tmp_path, block_mib=TINY_BLOCK_MIB).save(7, array_parameters(arrays), metadata={"seed": 3})
     saved = open_checkpoint(tmp_path)
     assert saved.metadata == {"seed": 3, "step": 7, "validation_loss_nats": None}
     assert saved.step == 7
@@ -153,6 +154,6 @@ def test_format_1_of_other_bodies_keeps_its_names():
 )
 def test_the_vocabulary_of_a_table(tmp_path, metadata, expected):
     arrays = {"tables/words/embedding": np.ones((5, 3), np.float32)}
-    Checkpoints(tmp_path).save(1, make_items(arrays), metadata=metadata)
+    Checkpoints(tmp_path).save(1, array_parameters(arrays), metadata=metadata)
     saved = open_checkpoint(tmp_path)
     assert {table: saved.vocabulary_sha256(table) for table in expected} == expected
