@@ -6,6 +6,7 @@ from typing import Literal
 
 from lmscale.factories import MayChange
 from lmscale.parameters.groups import Group
+from lmscale.parameters.warm_start import WarmStart
 from lmscale.tasks.task import Task, TaskContext
 
 
@@ -20,6 +21,7 @@ class Experiment:
       data_dir: folder that `lmscale.prepare` wrote.
       task: function of a `TaskContext` that returns the `Task`; called in the strategy's scope.
       groups: how parameters are updated, frozen, clipped and initialised, in order (`parameters/groups.py`).
+      warm_start: parameters of another run's checkpoint that this one starts from; None for none. Not read on resume.
       train_steps: updates.
       global_batch_size: examples a step, over all devices.
       gradient_accumulation_steps: parts into which the examples of each device are cut, to be computed one after the
@@ -52,6 +54,7 @@ class Experiment:
     eval_every: MayChange[int]
     save_every: MayChange[int]
     steps_per_call: MayChange[int] = 1
+    warm_start: WarmStart | None = None
     gradient_accumulation_steps: int = 1
     clip_norm: float | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"

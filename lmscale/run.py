@@ -11,11 +11,12 @@ import numpy as np
 from lmscale import hparams_tab
 from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import Checkpoints
-from lmscale.data.token_files import PreparedData
+from lmscale.data.token_files import VOCAB_FILE, PreparedData
 from lmscale.doing import doing
 from lmscale.evaluation import Evaluator, evaluated_weights
 from lmscale.metrics import MetricsWriter, device_memory_mib, format_log_line, progress, read_metrics
 from lmscale.parameters.report import as_table, as_text, parameter_lines
+from lmscale.start import start_from_elsewhere
 from lmscale.stop_signals import collect_stop_signals
 from lmscale.trainer import Trainer
 
@@ -60,8 +61,11 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
             parameters, format_1_names=format_1.names([p.path for p in parameters], trainer.task.layers)
         )
     run = _Run(trainer, checkpoints=checkpoints, workdir=workdir)
+    reports = {}
     if metadata is None:
         _check_nothing_lost(workdir)
+        with doing("reading what the run starts from"):
+            reports = start_from_elsewhere(experiment, trainer)
     else:
         run.resume(metadata)
         workdir.mark_saved()
@@ -69,6 +73,10 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
     # From here on it is another run than the one that finished; a mistake in the settings was noticed before.
     workdir.clear_finished()
     workdir.write_config(config_text)
+    workdir.write_vocabulary(data.directory / VOCAB_FILE)
+    for name, text in reports.items():
+        workdir.write_report(name, text=text)
+        _logger.info("%s", text)
     # Without a checkpoint, whatever an earlier start has logged is void: step 0 included.
     resume_step = -1 if metadata is None else trainer.step
     hparams_tab.list_run(workdir, settings=hparams)
@@ -81,6 +89,8 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
         # Of the first step that runs with it: a start that goes on from the same step replaces it.
         code_block = "\n".join("    " + line for line in config_text.splitlines())
         train_metrics.text("config", code_block, step=resume_step + 1)
+        for name, text in reports.items():
+            train_metrics.text(name, text, step=resume_step + 1)
         run.loop(train_metrics=train_metrics, eval_metrics=eval_metrics, stop=stop, show_step=show_step)
     hparams_tab.mark_finished(workdir)
     return run.summary()

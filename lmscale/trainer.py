@@ -262,8 +262,12 @@ class Trainer:
             role: Rows(tf.identity(r.embedding), None if r.bias is None else tf.identity(r.bias))
             for role, r in reading.rows.roles.items()
         }
+        sources = {
+            role: {"embedding": r.embedding} if r.bias is None else {"embedding": r.embedding, "bias": r.bias}
+            for role, r in roles.items()
+        }
         with tf.GradientTape() as tape:
-            tape.watch([x for r in roles.values() for x in (r.embedding, r.bias) if x is not None])
+            tape.watch(sources)
             hidden, new_state = model.forward(roles, reading.features, state, dropout=dropout)
             # Regularisers of layers, and what they add to the loss: means over a replica's examples, or the same on
             # each replica. The shares of the replicas add up.
@@ -276,7 +280,7 @@ class Trainer:
         results = model.head_gradients(hidden, reading, loss_weights=loss_weights)
         d_roles, d_layers = tape.gradient(
             [*hidden.values(), *penalty],
-            ({role: (r.embedding, r.bias) for role, r in roles.items()}, variables),
+            (sources, variables),
             output_gradients=[
                 *(results[name].d_hidden for name in hidden),
                 *(tf.ones([]) for _ in penalty),
@@ -289,7 +293,7 @@ class Trainer:
             },
             penalty=penalty[0] if penalty else tf.zeros([]),
             d_rows=StepRows(
-                roles={role: Rows(*d) for role, d in d_roles.items()},
+                roles={role: Rows(**{"bias": None} | d) for role, d in d_roles.items()},
                 labels={name: r.d_label_rows for name, r in results.items()},
                 candidates={name: r.d_candidate_rows for name, r in results.items()},
             ),

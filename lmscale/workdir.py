@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import IO
@@ -14,6 +15,8 @@ class Workdir:
     """The directory that holds all that a run writes.
 
     config.gin       the configuration of the run, resolved
+    vocab.txt        the vocabulary of its data: what the rows of its checkpoints stand for
+    warm_start.txt   what was loaded from another run; pretrained_TABLE.txt likewise
     checkpoints/     see `lmscale.checkpoints.directory`
     train/ eval/     TensorBoard events and metrics.jsonl of the training and of the evaluations
     saved.json       there since the run's first checkpoint
@@ -79,6 +82,20 @@ class Workdir:
         """Writes config.gin, in one piece or not at all."""
         self._check_writer()
         replace_file(self.config_path, text=text)
+
+    def write_vocabulary(self, source) -> None:
+        """Copies the vocab.txt at `source`, for those who read the checkpoints later; in one piece or not at all."""
+        self._check_writer()
+        target = self.path / "vocab.txt"
+        temporary = target.with_name(f"{target.name}.tmp")
+        with naming(temporary):
+            shutil.copyfile(source, temporary)
+        temporary.replace(target)
+
+    def write_report(self, name: str, *, text: str) -> None:
+        """Writes NAME.txt, in one piece or not at all."""
+        self._check_writer()
+        replace_file(self.path / f"{name}.txt", text=text.rstrip() + "\n")
 
     @property
     def saved_path(self) -> Path:

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from lmscale.parameters.update_rules import Slot, UpdateRule, one_minus_power, per_row
 
-_AVERAGE, _AVERAGED_AT = "average", "averaged_at"
+AVERAGE_SLOTS = _AVERAGE, _AVERAGED_AT = "average", "averaged_at"
 _BLOCK_ROWS = 65_536
 
 

@@ -120,7 +120,9 @@ def treat(groups: Sequence[Group], paths: Sequence[str]) -> Mapping[str, Treatme
         treatments[path] = Treatment(
             update=None if isinstance(active, Never) else said["update"],
             active=active,
-            clip=Clip(first["clip_norm"][1].pattern, said["clip_norm"]) if first["clip_norm"] else None,
+            clip=Clip(first["clip_norm"][1].pattern, float(said["clip_norm"]))
+            if first["clip_norm"]
+            else None,
             initializer=said["initializer"],
             group=deciding_group[1].pattern,
         )

@@ -13,6 +13,7 @@ import numpy as np
 
 from lmscale.checkpoints.saved import SavedCheckpoint, open_checkpoint
 from lmscale.data.vocab import Vocabulary
+from lmscale.parameters.averages import AVERAGE_SLOTS
 from lmscale.parameters.pieces import spell
 from lmscale.parameters.tree import Parameter
 from lmscale.paths import expand
@@ -321,6 +322,8 @@ class WarmStart:
             reason = None
             if not self.slots:
                 reason = "slots = False"
+            elif match["slot"] in AVERAGE_SLOTS:
+                reason = "averages start anew with the clock"
             elif owner is None:
                 reason = "its parameter is not loaded"
             elif path not in new:

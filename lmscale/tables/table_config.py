@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from lmscale.parameters.pretrained import PretrainedVectors
+
 BIASES = ("none", "zeros", "log_frequency")
 
 
@@ -15,10 +17,14 @@ class TableConfig:
       bias: "none"; or each row has a softmax bias, which starts from "zeros", or from the row's "log_frequency" in the
         training data, so that the first thing that training has to find out, how frequent each row is, is known to
         begin with. One that stays fixed is a matter of groups: freeze `tables/NAME/bias`.
+      pretrained: word vectors that rows start from where a run starts; None for none. Of another width than embed_dim
+        they are refused: give the table theirs, and let a learned layer map it to what reads it
+        (`NextToken.input_dim`).
     """
 
     embed_dim: int
     bias: Literal["none", "zeros", "log_frequency"] = "zeros"
+    pretrained: PretrainedVectors | None = None
 
     def __post_init__(self):
         if self.embed_dim < 1:
