@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from lmscale import keras_settings, paths, stop_signals
+from lmscale import keras_settings, paths, quiet_start, stop_signals
 from lmscale.doing import doing, what_was_done
 
 # The flags that are defined by way of this module belong to the module that asks for them.
@@ -30,7 +30,8 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     printed too. Ctrl-C gives 130, SIGTERM 143, the other signals of `lmscale.stop_signals` 128 + their number.
     Any other exception is a bug of ours and keeps its traceback.
 
-    What is printed does not end a command: see `_open_standard_streams`.
+    What is printed does not end a command: see `_open_standard_streams`. TensorFlow's notices are not printed: see
+    `lmscale.quiet_start`.
 
     Args:
       main: the entry point; `--help` prints the docstring and the flags of the module that defines it.
@@ -75,6 +76,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     _open_standard_streams()
     # Read when matplotlib is imported, as Keras does where it can. A notebook's own may be unknown here: an error.
     os.environ["MPLBACKEND"] = "Agg"
+    quiet_start.hide_notices()
     # The training loop has handlers of its own.
     stop_signals.exit_on_stop_signals()
     app.run(guarded, flags_parser=parse)

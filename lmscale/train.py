@@ -6,7 +6,6 @@ saving: run the same command again to go on.
 """
 
 import json
-import os
 import sys
 
 from absl import flags, logging
@@ -49,7 +48,6 @@ def main(argv):
     if not _WORKDIR.value and not _DRY_RUN.value:
         raise ValueError("--workdir is required. Received: none. Pass for example --workdir=runs/my_run.")
     # TensorFlow takes seconds to import: complain about flags before.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from lmscale import configuration, trainer
     from lmscale.distribution.strategies import make_strategy
     from lmscale.workdir import Workdir
