@@ -83,8 +83,8 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
 
 
 def DEFINE_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
-    """As `flags.DEFINE_string`, for a path: `~` is expanded, and it must not be empty."""
-    return flags.DEFINE(_PathParser(), name, default, help)
+    """As `flags.DEFINE_string`, for a path: `~` is expanded, it must not be empty, and there cannot be two."""
+    return flags.DEFINE_flag(_PathFlag(_PathParser(), flags.ArgumentSerializer(), name, default, help))
 
 
 def DEFINE_multi_path(name: str, default: Sequence[str] | None, help: str) -> flags.FlagHolder:
@@ -98,6 +98,18 @@ def DEFINE_paths(name: str, default: list[str] | None, help: str) -> flags.FlagH
     A path with a comma needs nothing if it is given alone, and double quotes around it in a list, as in CSV.
     """
     return flags.DEFINE(_PathsParser(), name, default, help, serializer=flags.CsvListSerializer(","))
+
+
+class _PathFlag(flags.Flag):
+    """Takes one value: of two, one would be ignored."""
+
+    def parse(self, argument):
+        first = self.value if self.present else None
+        super().parse(argument)
+        if first is not None and self.value != first:
+            raise flags.IllegalFlagValueError(
+                f"--{self.name} must be given once. Received: {first} and {self.value}. Remove one of them."
+            )
 
 
 class _PathParser(flags.ArgumentParser):
