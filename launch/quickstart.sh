@@ -19,7 +19,6 @@ esac
 
 readonly book=data/tiny-austen data=runs/data/tiny-austen run=runs/quickstart
 readonly python=.venv/bin/python
-export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL-2} # TensorFlow's own notices of the start.
 
 # Shows a command, as it may be typed from this directory, and runs it.
 step() {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from lmscale import keras_settings, paths, stop_signals
+from lmscale import keras_settings, paths, quiet_start, stop_signals
 from lmscale.doing import doing, what_was_done
 
 # The flags that are defined by way of this module belong to the module that asks for them.
@@ -30,7 +30,8 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     printed too. Ctrl-C gives 130, SIGTERM 143, the other signals of `lmscale.stop_signals` 128 + their number.
     Any other exception is a bug of ours and keeps its traceback.
 
-    What is printed does not end a command: see `_open_standard_streams`.
+    What is printed does not end a command: see `_open_standard_streams`. TensorFlow's notices are not printed: see
+    `lmscale.quiet_start`.
 
     Args:
       main: the entry point; `--help` prints the docstring and the flags of the module that defines it.
@@ -75,14 +76,15 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     _open_standard_streams()
     # Read when matplotlib is imported, as Keras does where it can. A notebook's own may be unknown here: an error.
     os.environ["MPLBACKEND"] = "Agg"
+    quiet_start.hide_notices()
     # The training loop has handlers of its own.
     stop_signals.exit_on_stop_signals()
     app.run(guarded, flags_parser=parse)
 
 
 def DEFINE_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
-    """As `flags.DEFINE_string`, for a path: `~` is expanded, and it must not be empty."""
-    return flags.DEFINE(_PathParser(), name, default, help)
+    """As `flags.DEFINE_string`, for a path: `~` is expanded, it must not be empty, and there cannot be two."""
+    return flags.DEFINE_flag(_PathFlag(_PathParser(), flags.ArgumentSerializer(), name, default, help))
 
 
 def DEFINE_multi_path(name: str, default: Sequence[str] | None, help: str) -> flags.FlagHolder:
@@ -96,6 +98,18 @@ def DEFINE_paths(name: str, default: list[str] | None, help: str) -> flags.FlagH
     A path with a comma needs nothing if it is given alone, and double quotes around it in a list, as in CSV.
     """
     return flags.DEFINE(_PathsParser(), name, default, help, serializer=flags.CsvListSerializer(","))
+
+
+class _PathFlag(flags.Flag):
+    """Takes one value: of two, one would be ignored."""
+
+    def parse(self, argument):
+        first = self.value if self.present else None
+        super().parse(argument)
+        if first is not None and self.value != first:
+            raise flags.IllegalFlagValueError(
+                f"--{self.name} must be given once. Received: {first} and {self.value}. Remove one of them."
+            )
 
 
 class _PathParser(flags.ArgumentParser):

@@ -5,7 +5,6 @@ Full softmax over every row of the vocabulary, every token of the split once. Th
 
 import json
 import math
-import os
 
 from absl import flags, logging
 
@@ -31,7 +30,6 @@ def main(argv):
     checkpoint = _CHECKPOINT.value
     if checkpoint not in ("latest", "best") and not checkpoint.isdecimal():
         raise ValueError(f"--checkpoint must be a step, `latest` or `best`. Received: {checkpoint}.")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from lmscale import configuration
     from lmscale.distribution.strategies import make_strategy
     from lmscale.evaluation import evaluate_checkpoint

@@ -42,6 +42,12 @@ logger = logging.getLogger(__name__)
 # Local and remote paths alike. (gin.tf, which is meant for that, asks for tf.estimator, which is gone.)
 _FILE_SYSTEM = tf.io.gfile
 _MACRO = "gin.macro"
+_MOVED = {
+    "losses": "lmscale.softmax",
+    "models": "lmscale.bodies",
+    "vocabulary": "lmscale.softmax (samplers), lmscale.tables (table) and lmscale.parameters (row_optimizers, now "
+    "update_rules)",
+}
 
 
 class _Required:
@@ -458,6 +464,11 @@ def _advise(message):
         return (
             f"{match[1]} is not known. The gin file must begin with `from __gin__ import "
             "dynamic_registration` and import the module."
+        )
+    if (match := re.match(r"No module named 'lmscale\.(\w+)", message)) and match[1] in _MOVED:
+        return (
+            f"{message}. The modules that version 0.1.0 had in lmscale.{match[1]} are in {_MOVED[match[1]]} now. "
+            "Write so in the gin file; CHANGELOG.md tells more."
         )
     if message.startswith("No module named"):
         return f"{message}. Only modules can be imported, not the functions and classes in them."

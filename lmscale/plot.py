@@ -6,7 +6,6 @@ files to which the last lines of lmscale.evaluate were appended. Needs matplotli
 
 import json
 import math
-import os
 from pathlib import Path
 
 from lmscale import paths
@@ -91,7 +90,6 @@ def _plotted(value):
 
 def _metrics(directory):
     """The lines of a run's metrics.jsonl."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from lmscale.metrics import read_metrics
 
     lines = read_metrics(directory)

@@ -6,7 +6,6 @@ saving: run the same command again to go on.
 """
 
 import json
-import os
 import sys
 
 from absl import flags, logging
@@ -49,10 +48,9 @@ def main(argv):
     if not _WORKDIR.value and not _DRY_RUN.value:
         raise ValueError("--workdir is required. Received: none. Pass for example --workdir=runs/my_run.")
     # TensorFlow takes seconds to import: complain about flags before.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from lmscale import configuration
-    from lmscale import run as running
     from lmscale.distribution.strategies import make_strategy
+    from lmscale.run import NonFiniteError, StoppedEarlyError, train
     from lmscale.workdir import Workdir
 
     if not flags.FLAGS["verbosity"].present:
@@ -73,17 +71,17 @@ def main(argv):
             return 0
         strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
         try:
-            summary = running.train(
+            summary = train(
                 config.experiment,
                 workdir=workdir,
                 strategy=strategy,
                 config_text=config.text,
                 hparams=config.settings,
             )
-        except running.StoppedEarlyError as stopped:
+        except StoppedEarlyError as stopped:
             print(f"{stopped}. Run the same command again to go on.", file=sys.stderr)
             return EXIT_STOPPED
-        except running.NonFiniteError as error:
+        except NonFiniteError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_NON_FINITE
         workdir.mark_finished(step=summary["step"], summary=summary)

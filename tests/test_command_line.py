@@ -127,6 +127,16 @@ def tool(tmp_path):
                 "directory. Pass --help to see the flags.\n",
             ),
         ),
+        (
+            ["--file=a", "--file=b/c"],
+            (
+                2,
+                "",
+                "error: --file must be given once. Received: a and b/c. Remove one of them. "
+                "Pass --help to see the flags.\n",
+            ),
+        ),
+        (["--start=5", "--file=a", "--file=a"], (7, "", "")),
         (["--end=2"], (2, "", "error: Unknown command line flag 'end'. Pass --help to see the flags.\n")),
         (
             ["--help"],

@@ -575,6 +575,43 @@ def test_unknown_configurable(load):
         load(BASE, imports="from keras.optimizers.schedules import CosineDecay\n")
 
 
+@pytest.mark.parametrize(
+    ("statement", "places"),
+    [
+        ("from lmscale.losses import sampled", "lmscale.losses are in lmscale.softmax now"),
+        ("import lmscale.models.lstm", "lmscale.models are in lmscale.bodies now"),
+        (
+            "from lmscale.vocabulary import row_optimizers",
+            "lmscale.parameters (row_optimizers, now update_rules)",
+        ),
+        ("from lmscale.vocabulary import samplers", "lmscale.vocabulary are in lmscale.softmax (samplers), "),
+    ],
+)
+def test_modules_that_have_moved(load, statement, places):
+    with pytest.raises(ValueError, match=rf"run.gin, line 3: No module .*{re.escape(places)}.*CHANGELOG.md"):
+        load(imports=f"{statement}\n")
+
+
+def test_a_configuration_of_version_0_1_0_becomes_one_of_today_by_the_changelog(tmp_path):
+    folder = Path(__file__).parent / "runs" / "format_1"
+    text = (folder / "config.gin").read_text()
+    (tmp_path / "config.gin").write_text(text)
+    with pytest.raises(ValueError, match=r"CHANGELOG\.md tells more"):
+        configuration.load([str(tmp_path / "config.gin")])
+    for old, new in {
+        "lmscale.losses import": "lmscale.softmax import",
+        "lmscale.models import": "lmscale.bodies import",
+        "lmscale.vocabulary import samplers": "lmscale.softmax import samplers",
+        "lmscale.vocabulary import row_optimizers": "lmscale.parameters import update_rules",
+        "row_optimizers.": "update_rules.",
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "config.gin").write_text(text)
+    resumed = configuration.load([str(folder / "resumed.gin")])
+    assert configuration.load([str(tmp_path / "config.gin")]).text == resumed.text
+
+
 def test_files_must_enable_dynamic_registration(tmp_path):
     (tmp_path / "run.gin").write_text("Machine.steps = 3\n")
     with pytest.raises(ValueError, match="must begin with `from __gin__ import dynamic_registration`"):

@@ -120,9 +120,7 @@ def treat(groups: Sequence[Group], paths: Sequence[str]) -> Mapping[str, Treatme
         treatments[path] = Treatment(
             update=None if isinstance(active, Never) else said["update"],
             active=active,
-            clip=Clip(first["clip_norm"][1].pattern, float(said["clip_norm"]))
-            if first["clip_norm"]
-            else None,
+            clip=_clip(first["clip_norm"][1]) if first["clip_norm"] else None,
             initializer=said["initializer"],
             group=deciding_group[1].pattern,
         )
@@ -139,6 +137,11 @@ def treat(groups: Sequence[Group], paths: Sequence[str]) -> Mapping[str, Treatme
                 "it says. Put the narrower pattern first."
             )
     return treatments
+
+
+def _clip(group: Group) -> Clip:
+    assert group.clip_norm is not None
+    return Clip(group.pattern, group.clip_norm)
 
 
 def _listed(names) -> str:

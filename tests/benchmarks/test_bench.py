@@ -40,6 +40,7 @@ def results(tmp_path_factory):
     arguments.append("--sides=lmscale,lmscale_body,pytorch_full,keras_full,tensorflow_adagrad")
     completed = bench(*arguments, output=output)
     assert completed.returncode == 0, completed.stderr
+    assert all(line.startswith("[bench] ") for line in completed.stderr.splitlines()), completed.stderr
     return output, completed.stdout
 
 

@@ -109,10 +109,7 @@ def test_macro_without_value(train_failure, data_dir, tmp_path):
     ("flag", "words"),
     [
         ("--workdir=", ["--workdir=: a path must not be empty"]),
-        (
-            "--workdir=runs/lr[0.004]",
-            ["The working directory must not have square brackets", "runs/lr[0.004]"],
-        ),
+        ("--workdir=other", ["--workdir must be given once", "/run and other"]),
         ("--gpu_memory_mib=100", ["gpu_memory_mib is for runs on GPUs", "cpu_devices=2"]),
         ("--gin_file=configs/no_such.gin", ["The gin file must exist", "configs/no_such.gin"]),
         ("--cpu_devices=0", ["cpu_devices must be at least 1", "cpu_devices=0"]),
@@ -127,6 +124,12 @@ def test_flags(train_failure, tmp_path, flag, words):
     for word in words:
         assert word in message
     assert {path.name for path in (tmp_path / "run").glob("*")} <= {".lock"}
+
+
+def test_workdir_that_tensorflow_takes_for_a_pattern(train_failure):
+    message = train_failure(workdir="runs/lr[0.004]")
+    assert "The working directory must not have square brackets" in message
+    assert "runs/lr[0.004]" in message
 
 
 # ---------------------------------------------------------------------------------------------------------- The data
