@@ -161,7 +161,7 @@ def test_a_limit_evaluates_the_first_tokens(mirrored, num_replicas):
 def test_an_empty_split_is_refused(mirrored):
     case = _Case(mirrored(1), batch_size=7, window=4)
     case.task._context.data.ids = TOKENS[:0]
-    with pytest.raises(ValueError, match="must have tokens. Received: test, empty"):
+    with pytest.raises(ValueError, match=r"must have tokens\. Received: test, empty"):
         case.task.evaluation_batches("test")
 
 
