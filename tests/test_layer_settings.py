@@ -6,26 +6,33 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_trainer import EMBED_DIM, trainer
+from test_trainer import EMBED_DIM, trainer, weights
 
 from lmscale.bodies.body import Body, keras_body
+from lmscale.evaluation import Evaluator
+from lmscale.parameters.groups import Group
 from lmscale.parameters.update_rules import SGD, Adam
 
-LEARNING_RATE = 0.1
+LEARNING_RATE = 0.1  # That of the trainer's groups.
 REPLICAS = [1, 2, 3]
 
 
-def train(strategy, layer, *, num_steps=1, body_optimizer=None, **changes):
+def train(strategy, layer, *, num_steps=1, **changes):
     """(weights before, weights after, metrics of the steps) of a run with `layer` as its body."""
     run = trainer(
         strategy,
         body=functools.partial(keras_body, layer=layer) if not isinstance(layer, type) else layer,
-        body_optimizer=body_optimizer or SGD(learning_rate=LEARNING_RATE),
         **changes,
     )
-    before = {name: v.numpy() for name, v in run.model.encoder.variables.items()}
+    before = weights(run)
     metrics = [{name: m[0].numpy() for name, m in run.train_steps().items()} for _ in range(num_steps)]
-    return before, {name: v.numpy() for name, v in run.model.encoder.variables.items()}, metrics
+    return before, weights(run), metrics
+
+
+def inputs_of_first_step(run):
+    """[examples, window, embed_dim] float64: the rows that a run of no steps reads next."""
+    rows = run.model.tables["words"].read_rows("embedding", 0, run.data.vocab_size).astype(np.float64)
+    return rows[run.batches.at(0).features["ids"][:, :-1]]
 
 
 def gru(**settings):
@@ -40,7 +47,7 @@ def test_penalty_of_weights_counts_in_loss_gradient_and_norm(mirrored, num_repli
     same, penalised, (metrics,) = train(
         mirrored(num_replicas), gru(kernel_regularizer=keras.regularizers.L2(strength))
     )
-    kernel = next(name for name in before if name.endswith("/kernel"))
+    kernel = "layers/gru_0/kernel"
     np.testing.assert_array_equal(same[kernel], before[kernel])
     weights = before[kernel].astype(np.float64)
     penalty = strength * np.sum(weights**2)
@@ -73,19 +80,18 @@ class CalledTwice(Body):
     """One layer, called twice: both losses count."""
 
     def __init__(self):
-        super().__init__([AddsLosses(name="adds_losses")])
+        super().__init__({"adds_losses": AddsLosses()})
 
     def __call__(self, inputs, state, *, dropout):
-        return self.layers[0](self.layers[0](inputs)), state
+        return self.layers["adds_losses"](self.layers["adds_losses"](inputs)), state
 
 
 @pytest.mark.parametrize("num_replicas", REPLICAS)
 def test_losses_that_layers_add_count(mirrored, num_replicas):
     run = trainer(mirrored(num_replicas), body=CalledTwice)
-    ids = run.batches.at(0).window_ids
-    vocabulary = run.model.table.read_rows("embedding", 0, run.data.vocab_size).astype(np.float64)
-    x = vocabulary[ids[:, :-1]]
-    before = next(iter(run.model.encoder.variables.values())).numpy()
+    x = inputs_of_first_step(run)
+    scale = "layers/adds_losses/scale"
+    before = weights(run)[scale]
     metrics = {name: m[0].numpy() for name, m in run.train_steps().items()}
     # With scale = 1 either call's loss is 0.5 mean(x ** 2).
     assert metrics["penalty"] == pytest.approx(np.mean(x**2), rel=1e-5)
@@ -93,9 +99,7 @@ def test_losses_that_layers_add_count(mirrored, num_replicas):
     expected = 3 * np.sum(x**2, axis=(0, 1)) / x.size
     other = trainer(mirrored(num_replicas), body=functools.partial(Silent, CalledTwice))
     other.train_steps()
-    after, plain = (
-        next(iter(r.model.encoder.variables.values())).numpy().astype(np.float64) for r in (run, other)
-    )
+    after, plain = (weights(r)[scale].astype(np.float64) for r in (run, other))
     np.testing.assert_allclose((plain - after) / LEARNING_RATE, expected, rtol=1e-3, atol=1e-6)
     assert not np.array_equal(after, before)
 
@@ -109,7 +113,7 @@ class Silent(Body):
 
     def __call__(self, inputs, state, *, dropout):
         outputs = self.inner(inputs, state, dropout=dropout)
-        self.layers[0]._clear_losses()
+        self.layers["adds_losses"]._clear_losses()
         return outputs
 
 
@@ -124,25 +128,28 @@ def test_penalty_of_activities_counts(mirrored, num_replicas):
         mirrored(num_replicas),
         body=functools.partial(keras_body, layer=dense(activity_regularizer=keras.regularizers.L1(strength))),
     )
-    rows = run.model.table.read_rows("embedding", 0, run.data.vocab_size).astype(np.float64)
-    x = rows[run.batches.at(0).window_ids[:, :-1]]
-    y = x @ next(iter(run.model.encoder.variables.values())).numpy().astype(np.float64)
+    x = inputs_of_first_step(run)
+    y = x @ weights(run)["layers/dense_0/kernel"].astype(np.float64)
     metrics = run.train_steps()
     # Keras divides the penalty by the number of examples.
     assert metrics["penalty"][0].numpy() == pytest.approx(strength * np.abs(y).sum() / len(y), rel=1e-5)
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
-@pytest.mark.parametrize("optimizer", [SGD(learning_rate=1.0), Adam(learning_rate=0.1)])
-def test_constraints_hold_after_every_update(mirrored, num_replicas, optimizer):
+@pytest.mark.parametrize("rule", [SGD(learning_rate=1.0), Adam(learning_rate=0.1)], ids=["SGD", "Adam"])
+def test_constraints_hold_after_every_update(mirrored, num_replicas, rule):
     layer = gru(kernel_constraint="non_neg", recurrent_constraint=keras.constraints.UnitNorm(axis=0))
-    for num_steps in (1, 4):
-        before, after, _ = train(mirrored(num_replicas), layer, num_steps=num_steps, body_optimizer=optimizer)
-        kernel, recurrent = (
-            next(n for n in after if n.endswith(f"/{name}")) for name in ("kernel", "recurrent_kernel")
-        )
-        assert before[kernel].min() < 0 == after[kernel].min() < after[kernel].max()
-        np.testing.assert_allclose(np.sum(after[recurrent] ** 2, axis=0), 1, rtol=1e-5)
+    run = trainer(
+        mirrored(num_replicas),
+        body=functools.partial(keras_body, layer=layer),
+        groups=[Group(pattern=".*", update=rule)],
+    )
+    assert weights(run)["layers/gru_0/kernel"].min() < 0
+    for _ in range(3):
+        run.train_steps()
+        after = weights(run)
+        assert after["layers/gru_0/kernel"].min() == 0 < after["layers/gru_0/kernel"].max()
+        np.testing.assert_allclose(np.sum(after["layers/gru_0/recurrent_kernel"] ** 2, axis=0), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
@@ -160,29 +167,33 @@ def test_frozen_layers_keep_their_weights(mirrored, num_replicas, where):
         return keras.Sequential(inner, trainable=where != "stack", name="stack")
 
     before, after, _ = train(mirrored(num_replicas), layer, num_steps=2)
-    moved = {name for name in before if np.any(before[name] != after[name])}
-    assert moved == ({name for name in before if "other" in name} if where == "inner" else set())
+    moved = {path for path in before if np.any(before[path] != after[path])}
+    other = {f"layers/stack/other/{name}" for name in ("kernel", "bias")}
+    assert moved == (other if where == "inner" else set())
 
 
 class Undecided(Body):
     """Calls Keras's Dropout without saying whether it trains."""
 
     def __init__(self):
-        super().__init__([keras.layers.Dropout(0.5, seed=3, name="dropout")])
+        super().__init__({"dropout": keras.layers.Dropout(0.5, seed=3)})
 
     def __call__(self, inputs, state, *, dropout):
-        return self.layers[0](inputs), state
+        return self.layers["dropout"](inputs), state
 
 
 def test_keras_dropout_drops_in_training_only(mirrored):
     run = trainer(mirrored(1), body=Undecided)
     plain = trainer(mirrored(1), body=functools.partial(keras_body, layer=keras.layers.Identity))
     assert run.train_steps()["loss"][0] != plain.train_steps()["loss"][0]
-    text = run.data.split("valid")
+    losses = []
     for r in (run, plain):  # Back to the rows that both began with.
-        r.model.table.write_rows("embedding", 0, np.ones([r.data.vocab_size, EMBED_DIM], np.float32) * 0.1)
-        r.model.table.write_rows("bias", 0, np.arange(r.data.vocab_size, dtype=np.float32))
-    assert run.evaluator.evaluate(text).loss_nats == plain.evaluator.evaluate(text).loss_nats
+        table = r.model.tables["words"]
+        table.write_rows("embedding", 0, np.ones([r.data.vocab_size, EMBED_DIM], np.float32) * 0.1)
+        table.write_rows("bias", 0, np.arange(r.data.vocab_size, dtype=np.float32))
+        evaluator = Evaluator.of_experiment(r.experiment, r.model, strategy=r.strategy)
+        losses.append(evaluator.evaluate(r.task.evaluation_batches("valid")).loss_nats)
+    assert losses[0] == losses[1]
 
 
 def test_dropout_of_a_recurrent_layer_draws_anew_at_each_step(mirrored):
@@ -190,8 +201,7 @@ def test_dropout_of_a_recurrent_layer_draws_anew_at_each_step(mirrored):
     run = trainer(
         mirrored(1),
         body=functools.partial(keras_body, layer=gru(dropout=0.5, recurrent_dropout=0.3, seed=1)),
-        body_optimizer=SGD(learning_rate=1e-30),
-        row_optimizer=SGD(learning_rate=1e-30),
+        groups=[Group(pattern=".*", update=SGD(learning_rate=1e-30))],
     )
     losses = []
     for _ in range(3):
@@ -237,16 +247,18 @@ class Unlisted(Body):
     """Forgets one of its layers."""
 
     def __init__(self):
-        super().__init__([keras.layers.Dense(4, name="listed")])
+        super().__init__({"listed": keras.layers.Dense(4, name="listed")})
         self.other = keras.layers.Dense(EMBED_DIM, name="unlisted")
 
     def __call__(self, inputs, state, *, dropout):
-        return self.other(self.layers[0](inputs)), state
+        return self.other(self.layers["listed"](inputs)), state
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_layers_that_are_not_listed_are_refused(mirrored, num_replicas):
-    with pytest.raises(ValueError, match=r"must list all its layers.*Unlisted, which reads unlisted/kernel"):
+    with pytest.raises(
+        ValueError, match=r"must be listed in `layers`.*Unlisted, which reads unlisted/kernel"
+    ):
         trainer(mirrored(num_replicas), body=Unlisted)
 
 
@@ -255,13 +267,13 @@ class UnlistedInTraining(Unlisted):
 
     def __call__(self, inputs, state, *, dropout):
         hidden = inputs if dropout is None else self.other(inputs)
-        return self.layers[0](hidden), state
+        return self.layers["listed"](hidden), state
 
 
 def test_layers_that_are_not_listed_and_used_in_training_only_are_refused(mirrored):
     run = trainer(mirrored(2), body=UnlistedInTraining)
     with pytest.raises(
-        ValueError, match=r"must list all its layers.*UnlistedInTraining, which reads unlisted/"
+        ValueError, match=r"must be listed in `layers`.*NextToken, which reads unlisted/kernel"
     ):
         run.train_steps()
 
@@ -276,8 +288,7 @@ class AddsVector(keras.layers.Layer):
 
 def test_a_loss_that_is_no_scalar_is_summed(mirrored):
     run = trainer(mirrored(2), body=functools.partial(keras_body, layer=AddsVector))
-    rows = run.model.table.read_rows("embedding", 0, run.data.vocab_size).astype(np.float64)
-    x = rows[run.batches.at(0).window_ids[:, :-1]]
+    x = inputs_of_first_step(run)
     expected = np.sum(np.mean(x**2, axis=(0, 1)))
     assert run.train_steps()["penalty"][0].numpy() == pytest.approx(expected, rel=1e-5)
 
@@ -304,8 +315,8 @@ def test_statistics_of_a_skipped_step_are_taken_back(mirrored):
     means = []
     for finite in (True, False, True):
         assert run.train_steps()["is_finite"].numpy() == [finite]
-        statistics = run.model.encoder.statistics
-        means.append(next(v.numpy() for name, v in statistics.items() if "moving_mean" in name))
+        (path,) = [path for path in run.model.layers.statistics if path.endswith("/moving_mean")]
+        means.append(run.model.layers.statistics[path].numpy())
     assert np.isfinite(means).all()
     np.testing.assert_array_equal(means[1], means[0])
     assert np.any(means[2] != means[1])

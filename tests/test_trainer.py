@@ -5,72 +5,59 @@ import functools
 import keras
 import numpy as np
 import pytest
+import tiny_experiments
+from tiny_experiments import (
+    EMBED_DIM,
+    VOCAB_SIZE,
+    Text,
+    assert_same,
+    language_model,
+    one_rule,
+    sampled,
+    values,
+)
 
 from lmscale.bodies.body import Body, keras_body
 from lmscale.bodies.lstm import lstm_body
-from lmscale.experiment import Experiment
+from lmscale.parameters.groups import Group
 from lmscale.parameters.update_rules import SGD
-from lmscale.softmax.sampled import SampledSoftmax
-from lmscale.softmax.samplers import LogUniformSampler
 from lmscale.trainer import Trainer
 
-VOCAB_SIZE, EMBED_DIM = 53, 6
+
+def trainer(strategy, *, body, tables=None, **changes):
+    task = language_model(body=body, head=sampled(), **(tables or {}))
+    return Trainer(tiny_experiments.experiment(task=task, **changes), data=Text(), strategy=strategy)
 
 
-class Text:
-    vocab_size, eos_id = VOCAB_SIZE, 0
-    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, 301)
-    counts = np.bincount(ids, minlength=VOCAB_SIZE)
-
-    def split(self, name):
-        del name
-        return self.ids
-
-
-def trainer(strategy, *, body, **changes):
-    settings = {
-        "data_dir": "",
-        "train_steps": 100,
-        "global_batch_size": 6,
-        "window": 5,
-        "eval_window": 5,
-        "embed_dim": EMBED_DIM,
-        "body": body,
-        "loss": functools.partial(
-            SampledSoftmax, sampler=functools.partial(LogUniformSampler, num_sampled=11)
-        ),
-        "row_optimizer": SGD(learning_rate=0.1),
-        "body_optimizer": SGD(learning_rate=0.1),
-        "seed": 3,
-        "log_every": 1,
-        "eval_every": 1,
-        "save_every": 1,
-    }
-    return Trainer(Experiment(**(settings | changes)), data=Text(), strategy=strategy)
+def weights(run):
+    """{path: array} of the variables of the layers."""
+    return {path: v.numpy() for path, v in run.model.layers.variables.items()}
 
 
 class Positions(Body):
     """Adds a learned vector of the position: its gradient is sparse. One more variable has none at all."""
 
     def __init__(self):
-        super().__init__([keras.layers.Embedding(5, EMBED_DIM), keras.layers.Dense(1)])
-        self.layers[1].build([None, EMBED_DIM])
+        super().__init__({"positions": keras.layers.Embedding(5, EMBED_DIM), "unused": keras.layers.Dense(1)})
+        self.layers["unused"].build([None, EMBED_DIM])
 
     def __call__(self, inputs, state, *, dropout):
-        return inputs + self.layers[0](np.arange(inputs.shape[1])), state
+        return inputs + self.layers["positions"](np.arange(inputs.shape[1])), state
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
 @pytest.mark.parametrize("clip_norm", [None, 1e-3])
 def test_sparse_gradients_of_a_body(mirrored, num_replicas, clip_norm):
     run = trainer(mirrored(num_replicas), body=Positions, clip_norm=clip_norm)
-    before = {name: v.numpy() for name, v in run.model.encoder.variables.items()}
+    before = weights(run)
     run.train_steps()
-    after = {name: v.numpy() for name, v in run.model.encoder.variables.items()}
-    (looked_up,) = [name for name in before if "embeddings" in name]
+    after = weights(run)
+    looked_up = "layers/positions/embeddings"
     assert (after[looked_up] != before[looked_up]).any(axis=1).all()
-    for name in before.keys() - {looked_up}:
-        np.testing.assert_array_equal(after[name], before[name])
+    unused = {f"layers/unused/{name}" for name in ("kernel", "bias")}
+    assert unused == before.keys() - {looked_up}
+    for path in unused:
+        np.testing.assert_array_equal(after[path], before[path])
 
 
 def test_statistics_of_a_body_are_refused_on_several_devices(mirrored):
@@ -89,13 +76,14 @@ def test_state_that_is_no_list_is_refused(mirrored):
         trainer(mirrored(1), body=Tuple)
 
 
-def test_negative_learning_rate_is_refused_before_the_first_step(mirrored):
+@pytest.mark.parametrize("pattern", ["tables/.*", "layers/.*"])
+def test_negative_learning_rate_is_refused_before_the_first_step(mirrored, pattern):
     falling = keras.optimizers.schedules.PolynomialDecay(-0.1, 10)
-    with pytest.raises(ValueError, match=r"learning rate of row_optimizer.*-0.1"):
+    with pytest.raises(ValueError, match=rf"learning rate.*-0.1.*, of the group '{pattern[:-2]}"):
         trainer(
             mirrored(1),
             body=functools.partial(lstm_body, num_layers=1, hidden_dim=4),
-            row_optimizer=SGD(learning_rate=falling),
+            groups=[Group(pattern=pattern, update=SGD(learning_rate=falling)), *one_rule()],
         )
 
 
@@ -104,7 +92,7 @@ def test_a_bad_first_step_of_an_epoch_still_forgets_the_last_epoch(mirrored):
     while run.step < run.batches.steps_per_epoch:
         run.train_steps()
     assert np.any(run._read_state(0))
-    run.model.table.write_rows("embedding", 0, np.full([VOCAB_SIZE, EMBED_DIM], np.nan, np.float32))
+    run.model.tables["words"].write_rows("embedding", 0, np.full([VOCAB_SIZE, EMBED_DIM], np.nan, np.float32))
     assert run.batches.at(run.step).starts_epoch
     metrics = run.train_steps()
     assert metrics["is_finite"].numpy().tolist() == [False]
@@ -112,26 +100,29 @@ def test_a_bad_first_step_of_an_epoch_still_forgets_the_last_epoch(mirrored):
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
-def test_steps_in_one_call_equal_single_steps_bit_for_bit(mirrored, num_replicas):
+@pytest.mark.parametrize("tables", [None, tiny_experiments.untied(input_dim=5, output_dim=7)])
+def test_steps_in_one_call_equal_single_steps_bit_for_bit(mirrored, num_replicas, tables):
     def train(calls, **settings):
         run = trainer(
-            mirrored(num_replicas), body=functools.partial(lstm_body, num_layers=1, hidden_dim=4), **settings
+            mirrored(num_replicas),
+            body=functools.partial(lstm_body, num_layers=1, hidden_dim=4),
+            tables=tables,
+            **settings,
         )
         metrics = [run.train_steps(num_steps) for num_steps in calls]
         assert run.step == 11 > run.batches.steps_per_epoch
         metrics = {name: np.concatenate([m[name].numpy() for m in metrics]) for name in metrics[0]}
-        return metrics, {
-            item.path: item.read(0, item.shape[0] if item.shape else 1) for item in run.checkpoint_items()
-        }
+        return metrics, values(run.parameters())
 
     # Over the end of an epoch, and with calls that are not full.
     whole, whole_state = train([5, 1, 5], steps_per_call=5)
     single, single_state = train([1] * 11)
-    assert whole["rows_touched"].shape == (11, num_replicas)
-    for name in single:
-        np.testing.assert_array_equal(whole[name], single[name])
-    for name in single_state:
-        np.testing.assert_array_equal(whole_state[name], single_state[name])
+    names = ["inputs", "outputs"] if tables else ["words"]
+    assert {n for n in whole if n.startswith("rows_touched/")} == {f"rows_touched/{n}" for n in names}
+    for name in names:
+        assert whole[f"rows_touched/{name}"].shape == (11, num_replicas)
+    assert_same(whole, single)
+    assert_same(whole_state, single_state)
 
 
 @pytest.mark.parametrize("num_steps", [0, 4])

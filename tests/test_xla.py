@@ -1,78 +1,70 @@
-"""The whole step, pull to push, compiles for devices that run nothing but XLA; here XLA for the CPU stands in."""
+"""The whole step compiles for devices that run nothing but XLA; here XLA for the CPU stands in."""
 
-import keras
+import functools
+
 import numpy as np
+import pytest
 import tensorflow as tf
+from tiny_experiments import Text, experiment, language_model, tied, untied, values
 
-from lmscale.bodies.dropout import DropoutStream
-from lmscale.bodies.encoder import Encoder
 from lmscale.bodies.lstm import lstm_body
+from lmscale.parameters.activity import Every
+from lmscale.parameters.groups import Group
 from lmscale.parameters.update_rules import Adam
 from lmscale.softmax.sampled import SampledSoftmax
 from lmscale.softmax.samplers import LogUniformSampler
-from lmscale.tables.table import RowGradients, ShardedTable
+from lmscale.trainer import Trainer
 
-VOCAB_SIZE, EMBED_DIM, BATCH, WINDOW = 1003, 12, 4, 5
+VOCAB_SIZE, NUM_STEPS = 1003, 5
+TABLES = {"tied": tied(embed_dim=12), "untied": untied(input_dim=7, output_dim=10)}
 
 
-def _make_step(*, jit_compile):
-    """A step on a table of its own: (table, function of the step number that returns the loss)."""
-    keras.utils.set_random_seed(0)
-    table = ShardedTable(
-        vocab_size=VOCAB_SIZE,
-        embed_dim=EMBED_DIM,
-        optimizer=Adam(learning_rate=0.01),
-        seed=0,
-        static_shapes=jit_compile,
+def train(strategy, tables, *, compiled):
+    """(metrics of each step, {path: value} after the last), through `Trainer.replica_step`."""
+    task = language_model(
+        body=functools.partial(lstm_body, num_layers=2, hidden_dim=9, dropout=0.2, dropout_over_time=True),
+        head=functools.partial(
+            SampledSoftmax, sampler=functools.partial(LogUniformSampler, num_sampled=31, replacement=False)
+        ),
+        **tables,
     )
-    encoder = Encoder(
-        lstm_body(num_layers=2, hidden_dim=9, dropout=0.2, dropout_over_time=True),
-        embed_dim=EMBED_DIM,
-        batch_size=BATCH,
-        window=WINDOW,
+    # Adam divides a gradient by its size, however small: its epsilon keeps rounding from counting as a gradient.
+    groups = [
+        Group(pattern="layers/lstm_0/.*", active=Every(period=2), clip_norm=0.01),
+        Group(pattern="tables/.*", update=Adam(learning_rate=0.01, beta_1=0.0, epsilon=1e-3)),
+        Group(pattern="layers/.*", update=Adam(learning_rate=0.02, epsilon=1e-3)),
+    ]
+    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, 101)
+    run = Trainer(
+        experiment(task=task, groups=groups, global_batch_size=4, clip_norm=0.1),
+        data=Text(vocab_size=VOCAB_SIZE, ids=ids),
+        strategy=strategy,
+        static_shapes=compiled,
     )
-    loss = SampledSoftmax(
-        vocab_size=VOCAB_SIZE,
-        counts=None,
-        sampler=lambda **kwargs: LogUniformSampler(num_sampled=31, replacement=False, **kwargs),
-    )
-    ids = tf.constant(np.random.default_rng(0).integers(0, VOCAB_SIZE, [BATCH, WINDOW + 1]), tf.int32)
 
-    @tf.function(jit_compile=jit_compile)
-    def step(number):
-        candidates = loss.candidates(seed=tf.stack([0, number]), labels=tf.reshape(ids[:, 1:], [-1]))
-        window = table.pull(ids, candidates.sampled_ids)
-        stream = DropoutStream(seed=0, step=number, first_example=0)
-        inputs = window.embedding[:, :-1]
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            hidden, _ = encoder(inputs, encoder.body.initial_state(BATCH), dropout=stream)
-            hidden = tf.reshape(hidden, [-1, EMBED_DIM])
-        result = loss.value_and_gradients(
-            hidden,
-            labels=tf.reshape(ids[:, 1:], [-1]),
-            loss_weights=tf.fill([BATCH * WINDOW], 1 / (BATCH * WINDOW)),
-            pulled=window.labels_of_windows(),
-            candidates=candidates,
-            table=table,
-        )
-        gradient = tf.pad(
-            tape.gradient(hidden, inputs, output_gradients=result.hidden), [[0, 0], [0, 1], [0, 0]]
-        )
-        gradient += tf.pad(tf.reshape(result.true_rows, inputs.shape), [[0, 0], [1, 0], [0, 0]])
-        gradients = RowGradients(
-            embedding=gradient, shared_embedding=result.shared_rows, shared_bias=result.shared_bias
-        )
-        table.push(window, gradients, step=number)
-        return tf.reduce_mean(result.loss)
+    @functools.partial(tf.function, autograph=False, jit_compile=compiled)
+    def step(features, number, starts_epoch):
+        return strategy.run(run.replica_step, args=(features, number, starts_epoch))
 
-    return table, step
+    metrics = []
+    for number in range(NUM_STEPS):
+        batch = run.batches.at(number)
+        features = {name: tf.constant(x) for name, x in batch.features.items()}
+        results = step(features, tf.constant(number), tf.constant(batch.starts_epoch))
+        metrics.append({name: value.numpy() for name, value in results.items()})
+    return metrics, values(run.parameters())
 
 
-def test_compiled_step_equals_the_uncompiled():
-    compiled_table, compiled = _make_step(jit_compile=True)
-    plain_table, plain = _make_step(jit_compile=False)
-    for number in range(5):
-        np.testing.assert_allclose(compiled(tf.constant(number)), plain(tf.constant(number)), rtol=1e-5)
-    rows = compiled_table.read_rows("embedding", 0, VOCAB_SIZE)
-    np.testing.assert_allclose(rows, plain_table.read_rows("embedding", 0, VOCAB_SIZE), atol=1e-5)
+@pytest.mark.parametrize("tables", TABLES)
+def test_compiled_step_equals_the_plain_one(mirrored, tables):
+    plain, plain_values = train(mirrored(1), TABLES[tables], compiled=False)
+    compiled, compiled_values = train(mirrored(1), TABLES[tables], compiled=True)
+    for actual, expected in zip(compiled, plain, strict=True):
+        assert actual.keys() == expected.keys()
+        assert expected["is_finite"]
+        assert expected["gradient_norm"] > 0.1  # It is clipped.
+        for name in expected:
+            np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, err_msg=name)
+    assert compiled_values.keys() == plain_values.keys()
+    for path, value in plain_values.items():
+        np.testing.assert_allclose(compiled_values[path], value, rtol=1e-5, atol=1e-6, err_msg=path)

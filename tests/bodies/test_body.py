@@ -10,8 +10,18 @@ from lmscale.bodies.body import Body, KerasBody, keras_body
 from lmscale.bodies.dropout import DropoutStream
 from lmscale.bodies.encoder import Encoder
 from lmscale.bodies.lstm import lstm_body
+from lmscale.parameters.layers import Layers
 
 BATCH, TIME, EMBED_DIM = 3, 7, 5
+
+
+def _encoder(body, **changes):
+    shape = {"input_dim": EMBED_DIM, "output_dim": EMBED_DIM, "batch_size": BATCH, "window": TIME}
+    return Encoder(body, **(shape | changes))
+
+
+def _variables(encoder):
+    return Layers(encoder.layers, num_replicas=1).variables
 
 
 def _inputs():
@@ -35,7 +45,7 @@ class _Constant(Body):
     """Returns a tensor of a given shape, whatever it is given."""
 
     def __init__(self, shape):
-        super().__init__([])
+        super().__init__({})
         self._shape = shape
 
     def __call__(self, inputs, state, *, dropout):
@@ -43,12 +53,7 @@ class _Constant(Body):
 
 
 def test_body_of_the_width_of_the_table_has_no_projection():
-    encoder = Encoder(
-        lstm_body(num_layers=2, hidden_dim=8, last_hidden_dim=EMBED_DIM),
-        embed_dim=EMBED_DIM,
-        batch_size=BATCH,
-        window=TIME,
-    )
+    encoder = _encoder(lstm_body(num_layers=2, hidden_dim=8, last_hidden_dim=EMBED_DIM))
     assert encoder.projection is None
     state = encoder.body.initial_state(BATCH)
     hidden, new_state = encoder(_inputs(), state, dropout=None)
@@ -58,15 +63,14 @@ def test_body_of_the_width_of_the_table_has_no_projection():
 
 
 def test_body_of_another_width_is_projected_without_bias():
-    encoder = Encoder(
-        lstm_body(num_layers=1, hidden_dim=8), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME
-    )
+    encoder = _encoder(lstm_body(num_layers=1, hidden_dim=8))
     state = encoder.body.initial_state(BATCH)
     hidden, new_state = encoder(_inputs(), state, dropout=None)
     inside, expected_state = encoder.body(_inputs(), state, dropout=None)
-    kernel = encoder.variables["1/kernel"].numpy().astype(np.float64)
+    variables = _variables(encoder)
+    kernel = variables["layers/projection/kernel"].numpy().astype(np.float64)
     assert kernel.shape == (8, EMBED_DIM)
-    assert "1/bias" not in encoder.variables
+    assert "layers/projection/bias" not in variables
     np.testing.assert_allclose(hidden, inside.numpy().astype(np.float64) @ kernel, rtol=1e-5, atol=1e-6)
     for a, b in zip(new_state, expected_state, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -74,7 +78,7 @@ def test_body_of_another_width_is_projected_without_bias():
 
 def test_any_keras_layer_is_a_body():
     layer = keras.layers.Conv1D(6, 3, padding="causal", activation="relu")
-    encoder = Encoder(keras_body(layer=lambda: layer), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME)
+    encoder = _encoder(keras_body(layer=lambda: layer))
     assert not encoder.body.stateful
     assert encoder.body.initial_state(BATCH) == []
     hidden, state = encoder(_inputs(), [], dropout=None)
@@ -87,9 +91,7 @@ def test_any_keras_layer_is_a_body():
 
 
 def test_keras_layer_is_told_whether_it_trains():
-    encoder = Encoder(
-        KerasBody(keras.layers.Dropout(0.5)), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME
-    )
+    encoder = _encoder(KerasBody(keras.layers.Dropout(0.5)))
     inputs = tf.ones([BATCH, TIME, EMBED_DIM])
     np.testing.assert_array_equal(encoder(inputs, [], dropout=None)[0], inputs)
     stream = DropoutStream(seed=0, step=tf.constant(0), first_example=0)
@@ -102,21 +104,22 @@ def test_keras_layer_is_told_whether_it_trains():
     ids=["lstm", "keras"],
 )
 def test_names_do_not_depend_on_what_else_was_built(make_body):
-    first = Encoder(make_body(), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME)
+    first = _encoder(make_body())
     _stack()(_inputs())
-    second = Encoder(make_body(), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME)
-    assert list(first.variables) == list(second.variables)
-    for name, variable in first.variables.items():
-        assert second.variables[name].shape == variable.shape
+    second = _encoder(make_body())
+    first, second = _variables(first), _variables(second)
+    assert list(first) == list(second)
+    for path, variable in first.items():
+        assert second[path].shape == variable.shape
 
 
-def test_every_variable_has_a_name_and_the_trainable_ones_are_marked():
+def test_every_variable_has_a_path_and_the_trainable_ones_are_marked():
     layer = _stack()
-    encoder = Encoder(KerasBody(layer), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME)
+    layers = Layers(_encoder(KerasBody(layer)).layers, num_replicas=1)
     # Two generators of random numbers among them: without either a resumed run draws other masks.
-    assert [id(v) for v in encoder.variables.values()] == [id(v) for v in layer.variables]
-    assert [id(v) for v in encoder.trainable_variables.values()] == [id(v) for v in layer.trainable_variables]
-    assert len(encoder.variables) == len(encoder.trainable_variables) + 2
+    assert [id(v) for v in layers.variables.values()] == [id(v) for v in layer.variables]
+    assert [id(v) for v in layers.trainable_variables.values()] == [id(v) for v in layer.trainable_variables]
+    assert len(layers.variables) == len(layers.trainable_variables) + 2
 
 
 def test_variables_that_share_a_name_are_kept_apart():
@@ -128,15 +131,17 @@ def test_variables_that_share_a_name_are_kept_apart():
         def call(self, inputs):
             return inputs * self.first[0] * self.second[0]
 
-    encoder = Encoder(KerasBody(Twice()), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME)
-    assert [v.shape for v in encoder.variables.values()] == [(2,), (3,)]
+    encoder = _encoder(KerasBody(Twice()))
+    variables = _variables(encoder)
+    assert list(variables) == ["layers/twice_0/scale", "layers/twice_0/scale_1"]
+    assert [v.shape for v in variables.values()] == [(2,), (3,)]
 
 
 @pytest.mark.parametrize("shape", [[1, 2], [2, 1, EMBED_DIM], [1, 2, 3, EMBED_DIM]])
 def test_body_that_changes_batch_or_time_is_refused(shape):
     message = f"a body that maps [1, 2, {EMBED_DIM}] to {shape}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        Encoder(_Constant(shape), embed_dim=EMBED_DIM, batch_size=1, window=2)
+        _encoder(_Constant(shape), batch_size=1, window=2)
 
 
 class _Tied(keras.layers.Layer):
@@ -155,11 +160,11 @@ def test_a_variable_of_two_layers_is_there_once():
 
     class Both(Body):
         def __init__(self):
-            super().__init__([dense, _Tied(dense), dense])
+            super().__init__({"dense": dense, "tied": _Tied(dense), "again": dense})
 
         def __call__(self, inputs, state, *, dropout):
-            return self.layers[1](self.layers[0](inputs)), state
+            return self.layers["tied"](self.layers["dense"](inputs)), state
 
-    encoder = Encoder(Both(), embed_dim=EMBED_DIM, batch_size=BATCH, window=TIME)
-    assert list(encoder.variables) == ["0/kernel"]
-    assert encoder.variables["0/kernel"] is dense.kernel
+    variables = _variables(_encoder(Both()))
+    assert list(variables) == ["layers/dense/kernel"]
+    assert variables["layers/dense/kernel"] is dense.kernel

@@ -240,6 +240,68 @@ def test_schedule_is_read_at_the_number_of_updates_before(name):
         assert np.abs(with_schedule - weights).max() > 1e-3
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weight_decay_of_adam_equals_keras_adamw(shape):
+    weights, gradients = _problem(shape, steps=11)
+    kwargs = {"learning_rate": 0.03, "beta_1": 0.85, "beta_2": 0.97, "epsilon": 1e-12, "weight_decay": 0.4}
+    expected, _ = _run_keras(keras.optimizers.AdamW(**kwargs), weights, gradients)
+    actual, slots = _run(update_rules.Adam(**kwargs), weights, gradients)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    _, without = _run(update_rules.Adam(**{**kwargs, "weight_decay": 0.0}), weights, gradients)
+    for slot, value in without.items():  # Decoupled: moments are those of the gradients alone.
+        np.testing.assert_array_equal(slots[slot], value)
+
+
+DECAYING = {
+    "sgd": update_rules.SGD,
+    "adagrad": update_rules.Adagrad,
+    "row_wise_adagrad": update_rules.RowWiseAdagrad,
+    "adam": update_rules.Adam,
+}
+
+
+@pytest.mark.parametrize("name", DECAYING)
+def test_weights_decay_by_the_learning_rate_of_the_step_beside_the_update(name):
+    """w <- u(w) - lr(step) * decay * w, in float64, with u the update without decay."""
+    steps, decay = 5, 0.7
+    weights, gradients = _problem((ROWS, DIM), steps=steps)
+    schedule = keras.optimizers.schedules.CosineDecay(0.5, decay_steps=steps, alpha=0.1)
+    with_decay = DECAYING[name](learning_rate=schedule, weight_decay=decay)
+    without = DECAYING[name](learning_rate=schedule)
+    slots = plain_slots = _initial_slots(without, (ROWS, DIM))
+    for step, gradient in enumerate(gradients):
+        rate = 0.5 * (0.9 * 0.5 * (1 + np.cos(np.pi * step / steps)) + 0.1)
+        arguments = {"weights": weights, "gradients": gradient, "step": tf.constant(step)}
+        plain, plain_slots = without.update(slots=plain_slots, **arguments)
+        actual, slots = with_decay.update(slots=slots, **arguments)
+        expected = plain.numpy() - rate * decay * weights.astype(np.float64)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+        # Another learning rate than the rule's own counts for the decay too.
+        plain, _ = without.update(slots=plain_slots, learning_rate=tf.constant(0.03), **arguments)
+        given, _ = with_decay.update(slots=slots, learning_rate=tf.constant(0.03), **arguments)
+        expected = plain.numpy() - 0.03 * decay * weights.astype(np.float64)
+        np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
+        weights = actual.numpy()
+
+
+@pytest.mark.parametrize("name", DECAYING)
+def test_rows_that_no_step_touches_do_not_decay(name):
+    weights, gradients = _problem((ROWS, DIM))
+    touched = np.zeros([STEPS, ROWS], bool)
+    touched[:, :3] = True
+    rule = DECAYING[name](learning_rate=0.1, weight_decay=0.5)
+    actual, _ = _run(rule, weights, np.zeros_like(gradients), touched=touched)
+    np.testing.assert_array_equal(actual[3:], weights[3:])
+    np.testing.assert_allclose(actual[:3], (1 - 0.1 * 0.5) ** STEPS * weights[:3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", DECAYING)
+@pytest.mark.parametrize("weight_decay", [-0.1, float("inf"), float("nan")])
+def test_weight_decay_out_of_range_is_refused(name, weight_decay):
+    with pytest.raises(ValueError, match=re.escape(f"Received: weight_decay={weight_decay}.")):
+        DECAYING[name](learning_rate=0.1, weight_decay=weight_decay)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("learning_rate", [0.0, -0.1, float("nan")])
 def test_learning_rate_that_is_not_positive_is_refused(name, learning_rate):

@@ -9,6 +9,7 @@ from lmscale.distribution import collectives
 from lmscale.softmax.full import FullSoftmax
 from lmscale.softmax.sampled import SampledSoftmax
 from lmscale.softmax.samplers import InBatchSampler, LogUniformSampler, UniformSampler, UnigramSampler
+from lmscale.tables.rows import Rows
 from lmscale.tables.table import RowGradients, ShardedTable
 
 VOCAB_SIZE, EMBED_DIM, TOKENS = 1003, 5, 11  # Tokens of each replica.
@@ -88,11 +89,12 @@ class _Problem:
         return np.array(losses), self.gradients(d_logits)
 
 
-def _run(strategy, problem, make_loss):
+def _run(strategy, problem, make_head):
     """Loss, {name: gradient} of all replicas together, and the sampled ids (None without), through the table."""
     table = problem.table(strategy)
     with strategy.scope():
-        loss = make_loss(vocab_size=problem.vocab_size, counts=_counts(problem.vocab_size))
+        head = make_head(table="words", vocab_size=problem.vocab_size, counts=_counts(problem.vocab_size))
+    assert head.table == "words"
 
     @tf.function
     def compute():
@@ -102,26 +104,38 @@ def _run(strategy, problem, make_loss):
                 name: tf.constant(getattr(problem, name)[start : start + TOKENS])
                 for name in ("hidden", "labels", "loss_weights")
             }
-            candidates = loss.candidates(seed=tf.constant([3, 4]), labels=tf.constant(problem.labels))
+            candidates = head.candidates(seed=tf.constant([3, 4]), labels=tf.constant(problem.labels))
             sampled_ids = None if candidates is None else candidates.sampled_ids
             pulled = table.pull(own["labels"], sampled_ids)
-            result = loss.value_and_gradients(pulled=pulled, candidates=candidates, table=table, **own)
+            result = head.value_and_gradients(
+                label_rows=Rows(pulled.embedding, pulled.bias) if head.needs_label_rows else None,
+                candidate_rows=None
+                if candidates is None
+                else Rows(pulled.shared_embedding, pulled.shared_bias),
+                candidates=candidates,
+                table=table,
+                **own,
+            )
+            d_labels, d_candidates = (
+                Rows(None) if rows is None else rows
+                for rows in (result.d_label_rows, result.d_candidate_rows)
+            )
             collected = table.collect(
                 pulled,
                 RowGradients(
-                    embedding=result.true_rows,
-                    bias=result.true_bias,
-                    shared_embedding=result.shared_rows,
-                    shared_bias=result.shared_bias,
+                    embedding=d_labels.embedding,
+                    bias=d_labels.bias,
+                    shared_embedding=d_candidates.embedding,
+                    shared_bias=d_candidates.bias,
                 ),
-                dense=result.shard,
+                dense=result.d_shard,
             )
             local_rows = collected.local_rows
             if local_rows is None:
                 local_rows = tf.range(table.placement.allocated_rows)
             return {
                 "loss": result.loss,
-                "hidden": result.hidden,
+                "hidden": result.d_hidden,
                 "local_rows": local_rows,
                 "sampled_ids": tf.zeros([0]) if sampled_ids is None else sampled_ids,
                 **collected.gradients,
@@ -175,8 +189,8 @@ def test_sampled_softmax_against_numpy(mirrored, num_replicas, sampler):
 @pytest.mark.parametrize("block_rows", [None, 100])
 def test_full_softmax_against_numpy(mirrored, num_replicas, block_rows):
     problem = _Problem(num_replicas)
-    make_loss = functools.partial(FullSoftmax, block_rows=block_rows)
-    loss, gradients, _ = _run(mirrored(num_replicas), problem, make_loss)
+    make_head = functools.partial(FullSoftmax, block_rows=block_rows)
+    loss, gradients, _ = _run(mirrored(num_replicas), problem, make_head)
     _assert_close(loss, gradients, *problem.full_reference())
 
 
@@ -185,8 +199,8 @@ def test_losses_without_bias_against_numpy(mirrored, num_replicas):
     strategy, problem = mirrored(num_replicas), _Problem(num_replicas, bias=False)
     loss, gradients, _ = _run(strategy, problem, FullSoftmax)
     _assert_close(loss, gradients, *problem.full_reference())
-    make_loss = functools.partial(SampledSoftmax, sampler=SAMPLERS["uniform"])
-    loss, gradients, sampled_ids = _run(strategy, problem, make_loss)
+    make_head = functools.partial(SampledSoftmax, sampler=SAMPLERS["uniform"])
+    loss, gradients, sampled_ids = _run(strategy, problem, make_head)
     _assert_close(loss, gradients, *problem.sampled_reference(sampled_ids, np.log(NUM_UNIFORM / VOCAB_SIZE)))
 
 
@@ -201,8 +215,8 @@ def test_full_softmax_with_fewer_words_than_devices(mirrored):
 def test_every_class_sampled_once_is_the_full_softmax(mirrored, num_replicas, sampler):
     problem = _Problem(num_replicas)
     every_class = functools.partial(sampler, num_sampled=VOCAB_SIZE, replacement=False)
-    make_loss = functools.partial(SampledSoftmax, sampler=every_class)
-    loss, gradients, sampled_ids = _run(mirrored(num_replicas), problem, make_loss)
+    make_head = functools.partial(SampledSoftmax, sampler=every_class)
+    loss, gradients, sampled_ids = _run(mirrored(num_replicas), problem, make_head)
     np.testing.assert_array_equal(np.sort(sampled_ids), np.arange(VOCAB_SIZE))
     _assert_close(loss, gradients, *problem.full_reference())
 
@@ -210,8 +224,8 @@ def test_every_class_sampled_once_is_the_full_softmax(mirrored, num_replicas, sa
 def test_keeping_accidental_hits_counts_the_label_twice(mirrored):
     problem = _Problem(1)
     every_class = functools.partial(LogUniformSampler, num_sampled=VOCAB_SIZE, replacement=False)
-    make_loss = functools.partial(SampledSoftmax, sampler=every_class, remove_accidental_hits=False)
-    loss, _, _ = _run(mirrored(1), problem, make_loss)
+    make_head = functools.partial(SampledSoftmax, sampler=every_class, remove_accidental_hits=False)
+    loss, _, _ = _run(mirrored(1), problem, make_head)
     logits = problem.logits()
     true = logits[np.arange(TOKENS), problem.labels]
     expected = np.log(np.exp(logits).sum(axis=1) + np.exp(true)) - true
@@ -219,13 +233,13 @@ def test_keeping_accidental_hits_counts_the_label_twice(mirrored):
 
 
 @pytest.mark.parametrize(
-    "make_loss",
+    "make_head",
     [FullSoftmax, functools.partial(SampledSoftmax, sampler=SAMPLERS["uniform"])],
     ids=["full", "sampled"],
 )
-def test_bfloat16_products_give_the_loss_of_the_rounded_values(mirrored, make_loss):
+def test_bfloat16_products_give_the_loss_of_the_rounded_values(mirrored, make_head):
     problem = _Problem(2)
-    narrow = functools.partial(make_loss, compute_dtype="bfloat16")
+    narrow = functools.partial(make_head, compute_dtype="bfloat16")
     loss, gradients, sampled_ids = _run(mirrored(2), problem, narrow)
     assert loss.dtype == np.float32
     for name in ("hidden", "rows"):
@@ -247,9 +261,14 @@ def test_bfloat16_products_give_the_loss_of_the_rounded_values(mirrored, make_lo
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_number_of_shared_rows_is_known_beforehand(sampler):
-    loss = SampledSoftmax(vocab_size=VOCAB_SIZE, counts=_counts(VOCAB_SIZE), sampler=SAMPLERS[sampler])
+def test_number_of_candidates_is_known_beforehand(sampler):
+    head = SampledSoftmax(
+        table="words", vocab_size=VOCAB_SIZE, counts=_counts(VOCAB_SIZE), sampler=SAMPLERS[sampler]
+    )
     labels = tf.range(41)
-    candidates = loss.candidates(seed=tf.constant([0, 1]), labels=labels)
-    assert loss.num_shared_rows(global_tokens=41) == len(candidates.sampled_ids)
-    assert FullSoftmax(vocab_size=VOCAB_SIZE, counts=None).num_shared_rows(global_tokens=41) == 0
+    candidates = head.candidates(seed=tf.constant([0, 1]), labels=labels)
+    assert head.num_candidates(global_tokens=41) == len(candidates.sampled_ids)
+    full = FullSoftmax(table="words", vocab_size=VOCAB_SIZE, counts=None)
+    assert full.num_candidates(global_tokens=41) == 0
+    assert full.candidates(seed=tf.constant([0, 1]), labels=labels) is None
+    assert (head.needs_label_rows, full.needs_label_rows) == (True, False)

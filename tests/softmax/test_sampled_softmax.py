@@ -10,8 +10,9 @@ EMBED_DIM = 13
 TOKENS = 37
 NUM_SAMPLED = 23
 
+SOURCES = ("hidden", "true_rows", "sampled_rows", "true_bias", "sampled_bias")
 # The order of the values and gradients compared below.
-FIELDS = ("loss_nats", "hidden", "true_rows", "sampled_rows", "true_bias", "sampled_bias")
+FIELDS = ("loss_nats", *(f"d_{source}" for source in SOURCES))
 
 
 def _problem(*, tokens=TOKENS, num_sampled=NUM_SAMPLED, embed_dim=EMBED_DIM, scale=1.0, seed=0):
@@ -56,11 +57,11 @@ def _reference(problem, *, remove_accidental_hits=True):
     d_logits *= p["loss_weights"][:, None]
     return {
         "loss_nats": np.log(total[:, 0]) + maximum[:, 0] - true,
-        "hidden": d_logits[:, 1:] @ p["sampled_rows"] + d_logits[:, :1] * p["true_rows"],
-        "true_rows": d_logits[:, :1] * p["hidden"],
-        "sampled_rows": d_logits[:, 1:].T @ p["hidden"],
-        "true_bias": d_logits[:, 0],
-        "sampled_bias": d_logits[:, 1:].sum(axis=0),
+        "d_hidden": d_logits[:, 1:] @ p["sampled_rows"] + d_logits[:, :1] * p["true_rows"],
+        "d_true_rows": d_logits[:, :1] * p["hidden"],
+        "d_sampled_rows": d_logits[:, 1:].T @ p["hidden"],
+        "d_true_bias": d_logits[:, 0],
+        "d_sampled_bias": d_logits[:, 1:].sum(axis=0),
     }
 
 
@@ -93,7 +94,7 @@ def _value_and_gradients(tensors, **kwargs):
 def _tape(tensors, **kwargs):
     tensors = dict(tensors)
     loss_weights = tensors.pop("loss_weights")
-    sources = {key: tensors[key] for key in FIELDS[1:]}
+    sources = {f"d_{key}": tensors[key] for key in SOURCES}
     with tf.GradientTape() as tape:
         tape.watch(sources)
         loss = sampled_softmax.sampled_softmax_loss(**tensors, **kwargs)
@@ -178,11 +179,11 @@ def test_against_tensorflow(form, remove_accidental_hits):
         remove_accidental_hits=remove_accidental_hits,
     )
     touched = tf.concat([labels, ids], axis=0)[:, None]
-    d_rows = tf.concat([actual["true_rows"], actual["sampled_rows"]], axis=0)
-    d_bias = tf.concat([actual["true_bias"], actual["sampled_bias"]], axis=0)
+    d_rows = tf.concat([actual["d_true_rows"], actual["d_sampled_rows"]], axis=0)
+    d_bias = tf.concat([actual["d_true_bias"], actual["d_sampled_bias"]], axis=0)
     # Both sides float32, summed in different orders.
     np.testing.assert_allclose(actual["loss_nats"], expected_loss, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(actual["hidden"], expected[0], atol=1e-5)
+    np.testing.assert_allclose(actual["d_hidden"], expected[0], atol=1e-5)
     np.testing.assert_allclose(tf.scatter_nd(touched, d_rows, table.shape), expected[1], atol=1e-5)
     np.testing.assert_allclose(tf.scatter_nd(touched, d_bias, bias.shape), expected[2], atol=1e-5)
 
@@ -240,8 +241,8 @@ def test_narrow_dtypes_against_float64(form, remove_accidental_hits, dtype, jit_
     # Gradients round probabilities, hidden and the sum to the compute dtype: 8 bits in bfloat16.
     _assert_close({**actual, "loss_nats": expected["loss_nats"]}, expected, rtol=2e-2, atol=2e-2)
     assert actual["loss_nats"].dtype == tf.float32
-    assert actual["hidden"].dtype == dtype
-    assert actual["sampled_rows"].dtype == (dtype if form is _tape else tf.float32)
+    assert actual["d_hidden"].dtype == dtype
+    assert actual["d_sampled_rows"].dtype == (dtype if form is _tape else tf.float32)
 
 
 @FORMS
@@ -291,7 +292,7 @@ def test_absent_bias_is_a_bias_of_zeros(form):
             tape.watch(absent["hidden"])
             loss = sampled_softmax.sampled_softmax_loss(**absent)
             total = tf.reduce_sum(loss * loss_weights)
-        actual = {"loss_nats": loss, "hidden": tape.gradient(total, absent["hidden"])}
+        actual = {"loss_nats": loss, "d_hidden": tape.gradient(total, absent["hidden"])}
     for field, value in actual.items():
         np.testing.assert_array_equal(value, expected[field], err_msg=field)
 

@@ -599,7 +599,11 @@ def test_each_device_holds_its_share_of_the_bytes(mirrored, num_replicas):
     vocab_size, embed_dim = 33_278, 8
     strategy = mirrored(num_replicas)
     table = _make_table(
-        strategy, vocab_size=vocab_size, embed_dim=embed_dim, update_rule=OPTIMIZERS["adam"], random_bias=False
+        strategy,
+        vocab_size=vocab_size,
+        embed_dim=embed_dim,
+        update_rule=OPTIMIZERS["adam"],
+        random_bias=False,
     )
     # The parameter and two moments per element, two numbers per row of each.
     whole = 4 * vocab_size * (3 * (embed_dim + 1) + 2 * 2)
