@@ -280,14 +280,7 @@ class Trainer:
         results = model.head_gradients(hidden, reading, loss_weights=loss_weights)
         d_roles, d_layers = tape.gradient(
             [*hidden.values(), *penalty],
-<<<<<<< HEAD
             (sources, variables),
-=======
-            (
-                {role: [x for x in (r.embedding, r.bias) if x is not None] for role, r in roles.items()},
-                variables,
-            ),
->>>>>>> t1
             output_gradients=[
                 *(results[name].d_hidden for name in hidden),
                 *(tf.ones([]) for _ in penalty),
