@@ -207,9 +207,9 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
     with (
         doing(f"evaluating {split}"),
         progress(total=batches.num_steps, initial=0, description=f"evaluating {split}") as show_step,
+        evaluated_weights(experiment, model, step=metadata["step"]),
     ):
-        with evaluated_weights(experiment, model, step=metadata["step"]):
-            result = evaluator.evaluate(batches, on_step=show_step)
+        result = evaluator.evaluate(batches, on_step=show_step)
     return {
         "split": split,
         "step": metadata["step"],
