@@ -246,13 +246,18 @@ class Model:
           d_shards: {table: {parameter: gradient of every row of this shard}}, complete, for tables that have one.
 
         Returns:
-          {table: collected gradients}, of the tables that were pulled from.
+          {table: collected gradients}, of the tables that were pulled from or have a gradient of every row.
 
         Communication: `ShardedTable.collect` of each table.
         """
         collected = {}
-        for name, receipt in reading.receipts.items():
-            table = self.tables[name]
+        for name, table in self.tables.items():
+            receipt = reading.receipts.get(name)
+            if receipt is None:
+                # A head that reads no rows of its table may well have a gradient of all of them.
+                if name in d_shards:
+                    collected[name] = table.collect(None, None, dense=d_shards[name])
+                continue
             own = _stacked(receipt.own_parts, d_rows, table=table)
             shared = _stacked(receipt.shared_parts, d_rows, table=table)
             collected[name] = table.collect(
