@@ -91,8 +91,8 @@ class Model:
         }
         if training:
             for name, config in task.tables.items():
-                if config.bias == "log_frequency":
-                    self.tables[name].write_rows("bias", 0, _log_frequency(counts))
+                if config.bias != "none":
+                    self._initialise_bias(name, config, counts=counts, seed=seed)
             self._initialise_layers(seed)
         self.layer_slots = {
             path: _make_slots(variable, self.treatments[path].update)
@@ -113,6 +113,15 @@ class Model:
             path=path,
             static_shapes=static_shapes,
         )
+
+    def _initialise_bias(self, name, config, *, counts, seed):
+        path, table = f"tables/{name}/bias", self.tables[name]
+        initializer = self.treatments[path].initializer
+        if initializer is not None:
+            values = initial_values(initializer, [table.vocab_size], seed=seed, path=path)
+            table.write_rows("bias", 0, values.numpy())
+        elif config.bias == "log_frequency":
+            table.write_rows("bias", 0, _log_frequency(counts))
 
     def _initialise_layers(self, seed):
         for path, variable in self.layers.trainable_variables.items():
