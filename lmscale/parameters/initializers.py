@@ -113,20 +113,9 @@ def initial_values(initializer, shape, *, seed, path):
         ) from error
 
 
-class _Uniform(keras.initializers.Initializer):
-    """Uniform in [-bound, bound], as a function of (seed, block) alone."""
-
-    def __init__(self, bound, seed=None):
-        self.bound = bound
-        self.seed = seed
-
-    def get_config(self):
-        return {"bound": self.bound}
-
-
 def default_initializer(embed_dim):
     """What the rows of a table start from if nothing else is said."""
-    return _Uniform(embed_dim**-0.5)
+    return keras.initializers.RandomUniform(-(embed_dim**-0.5), embed_dim**-0.5)
 
 
 def initial_rows(initializer, *, vocab_size, embed_dim, seed, path):
@@ -148,12 +137,7 @@ def initial_rows(initializer, *, vocab_size, embed_dim, seed, path):
     scale = _fan_correction(initializer, vocab_size=vocab_size, embed_dim=embed_dim)
     for block, start in enumerate(range(0, vocab_size, BLOCK_ROWS)):
         # Always a whole block, cut afterwards.
-        if isinstance(initializer, _Uniform):
-            values = tf.random.stateless_uniform(
-                [BLOCK_ROWS, embed_dim], [seed, block], -initializer.bound, initializer.bound
-            )
-        else:
-            values = seeded(initializer, seed, path, block)((BLOCK_ROWS, embed_dim), dtype="float32")
+        values = seeded(initializer, seed, path, block)((BLOCK_ROWS, embed_dim), dtype="float32")
         stop = min(start + BLOCK_ROWS, vocab_size)
         yield start, scale * np.asarray(values[: stop - start], np.float32)
 

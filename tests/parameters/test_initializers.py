@@ -173,6 +173,7 @@ def test_rows_by_default_are_uniform_about_logits_of_unit_order():
 def test_texts_leave_out_the_seed():
     normal = keras.initializers.RandomNormal(stddev=0.5, seed=3)
     assert describe(normal) == "RandomNormal(mean=0.0, stddev=0.5)"
+    assert describe(initializers.default_initializer(16)) == "RandomUniform(minval=-0.25, maxval=0.25)"
     text = "LstmGates(input=RandomNormal(mean=0.0, stddev=0.5), forget=Ones(), cell=Zeros(), output=Zeros())"
     assert describe(LstmGates(input=normal)) == text
 
@@ -220,6 +221,14 @@ def test_a_model_starts_from_what_its_groups_say(mirrored):
     other = values(build(mirrored(1), groups, seed=4).parameters())
     for path in ("layers/lstm_1/kernel", "layers/lstm_1/recurrent_kernel", "tables/inputs/embedding"):
         assert np.any(other[path] != first[path]), path
+
+
+def test_two_tables_of_one_shape_do_not_start_alike(mirrored):
+    first = values(build(mirrored(1), one_rule()).parameters())
+    rows = [first[f"tables/{name}/embedding"] for name in ("inputs", "outputs")]
+    assert abs(np.corrcoef(rows[0].ravel(), rows[1].ravel())[0, 1]) < 5 / np.sqrt(rows[0].size)
+    # Though each of them is the same on any number of devices.
+    assert_same(values(build(mirrored(3), one_rule()).parameters()), first)
 
 
 def test_an_initializer_that_does_not_fit_is_refused_when_the_model_is_built(mirrored):
