@@ -115,7 +115,7 @@ def test_a_group_that_thaws_starts_as_at_step_0(mirrored, num_replicas, prefix):
     peer = trainer(mirrored(num_replicas), [Group(pattern=prefix, update=PLAIN, active=Always()), frozen])
     adam = NumpyAdam(states[0][prefix], **ADAM)
     for step in range(start, num_steps):
-        gradient = gradient_at(peer, states[step], step, prefix)
+        gradient = gradients_at(peer, states[step], step)[prefix]
         adam.update(gradient)
         np.testing.assert_allclose(states[step + 1][prefix], adam.weights, rtol=1e-5, atol=2e-6)
         if step == start:
@@ -127,20 +127,15 @@ def test_a_group_that_thaws_starts_as_at_step_0(mirrored, num_replicas, prefix):
     assert np.abs(states[-1][prefix] - states[0][prefix]).max() > 0.01
 
 
-def gradient_at(peer, state, step, prefix):
-    """The gradient of a step, float64, by one step of plain descent from the given values."""
-    restore(peer.parameters(), {**values(peer.parameters()), **state_without_slots(peer, state)})
+def gradients_at(peer, state, step):
+    """{path: gradient of a step, float64}, by one step of plain descent from the given values."""
+    parameters = peer.parameters()
+    restore([p for p in parameters if p.path in state and not p.path.startswith("slots/")], state)
     peer.step = step
     peer.train_steps()
-    after = values(peer.parameters())[prefix].astype(np.float64)
-    return (state[prefix] - after) / LEARNING_RATE
-
-
-def state_without_slots(peer, state):
+    after = values(parameters)
     return {
-        p.path: state[p.path]
-        for p in peer.parameters()
-        if p.path in state and not p.path.startswith("slots/")
+        path: (state[path].astype(np.float64) - after[path]) / LEARNING_RATE for path in peer.model.treatments
     }
 
 
@@ -161,7 +156,7 @@ def test_a_group_at_every_third_step_follows_adam_on_its_own_steps_alone(mirrore
         if step % period != offset:
             assert_same(of(after, prefix), of(before, prefix))
             continue
-        adam.update(gradient_at(peer, before, step, prefix))
+        adam.update(gradients_at(peer, before, step)[prefix])
         np.testing.assert_allclose(after[prefix], adam.weights, rtol=1e-5, atol=3e-6)
         for name, moment in (("first_moment", adam.first), ("second_moment", adam.second)):
             slot = after[f"slots/{prefix}/{name}"].reshape(moment.shape)
@@ -169,7 +164,7 @@ def test_a_group_at_every_third_step_follows_adam_on_its_own_steps_alone(mirrore
     assert adam.t == 3
 
 
-@pytest.mark.parametrize("num_replicas", REPLICAS)
+@pytest.mark.parametrize("num_replicas", [1, 3])
 def test_two_groups_take_turns(mirrored, num_replicas):
     def turn(i):
         return {"update": Adam(**ADAM), "active": Every(period=2, offset=i)}
@@ -186,8 +181,7 @@ def test_two_groups_take_turns(mirrored, num_replicas):
     peer = trainer(mirrored(num_replicas), [Group(pattern=".*", update=PLAIN)])
     for step, metric in enumerate(metrics):
         moving = "tables/" if step % 2 == 0 else "layers/"
-        paths = [path for path in peer.model.treatments if path.startswith(moving)]
-        gradients = [gradient_at(peer, states[step], step, path) for path in paths]
+        gradients = of(gradients_at(peer, states[step], step), moving).values()
         expected = np.sqrt(sum(np.sum(g**2) for g in gradients))
         assert metric["gradient_norm"] == pytest.approx(expected, rel=1e-4)
 
@@ -202,14 +196,14 @@ def test_learning_rates_follow_the_step_of_the_run(mirrored):
     states, _ = train(run, 7)
     peer = trainer(mirrored(2), [Group(pattern=prefix, update=PLAIN, active=Always()), frozen])
     for step in (0, 3, 6):
-        gradient = gradient_at(peer, states[step], step, prefix)
+        gradient = gradients_at(peer, states[step], step)[prefix]
         moved = states[step][prefix].astype(np.float64) - states[step + 1][prefix]
         np.testing.assert_allclose(moved, (1 - step / 10) * gradient, rtol=1e-3, atol=1e-6)
         assert run.learning_rates(step) == {prefix: pytest.approx(1 - step / 10)}
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
-@pytest.mark.parametrize("clip_norm", [None, 0.005])
+@pytest.mark.parametrize("clip_norm", [None, 0.003])
 def test_a_group_is_clipped_by_its_own_bound_and_the_others_by_that_of_the_experiment(
     mirrored, num_replicas, clip_norm
 ):
