@@ -92,8 +92,8 @@ class Model:
         }
         if training:
             for name, config in task.tables.items():
-                if config.bias == "log_frequency":
-                    self.tables[name].write_rows("bias", 0, _log_frequency(counts))
+                if config.bias != "none":
+                    self._initialise_bias(name, config, counts=counts, seed=seed)
             self._initialise_layers(seed)
         self.layer_slots = {
             path: _make_slots(variable, self.treatments[path].update)
@@ -114,6 +114,15 @@ class Model:
             path=path,
             static_shapes=static_shapes,
         )
+
+    def _initialise_bias(self, name, config, *, counts, seed):
+        path, table = f"tables/{name}/bias", self.tables[name]
+        initializer = self.treatments[path].initializer
+        if initializer is not None:
+            values = initial_values(initializer, [table.vocab_size], seed=seed, path=path)
+            table.write_rows("bias", 0, values.numpy())
+        elif config.bias == "log_frequency":
+            table.write_rows("bias", 0, _log_frequency(counts))
 
     def _initialise_layers(self, seed):
         for path, variable in self.layers.trainable_variables.items():
@@ -249,13 +258,18 @@ class Model:
           d_shards: {table: {parameter: gradient of every row of this shard}}, complete, for tables that have one.
 
         Returns:
-          {table: collected gradients}, of the tables that were pulled from.
+          {table: collected gradients}, of the tables that were pulled from or have a gradient of every row.
 
         Communication: `ShardedTable.collect` of each table.
         """
         collected = {}
-        for name, receipt in reading.receipts.items():
-            table = self.tables[name]
+        for name, table in self.tables.items():
+            receipt = reading.receipts.get(name)
+            if receipt is None:
+                # A head that reads no rows of its table may well have a gradient of all of them.
+                if name in d_shards:
+                    collected[name] = table.collect(None, None, dense=d_shards[name])
+                continue
             own = _stacked(receipt.own_parts, d_rows, table=table)
             shared = _stacked(receipt.shared_parts, d_rows, table=table)
             collected[name] = table.collect(

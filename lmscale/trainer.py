@@ -228,8 +228,8 @@ class Trainer:
             path: square if active[path] is True else tf.where(active[path], square, 0.0)
             for path, square in squares.items()
         }
-        loss = tf.add_n([*losses.values(), penalty])
-        gradient_norm = tf.sqrt(tf.add_n(list(squares.values())))
+        loss = _sum([*losses.values(), penalty])
+        gradient_norm = _norm(squares.values())
         is_finite = tf.math.is_finite(loss) & tf.math.is_finite(gradient_norm)
         self._apply(collected, d_layers, step=step, active=active, is_finite=is_finite, squares=squares)
         for variable, new, old in zip(carried, gradients.state, state, strict=True):
@@ -327,6 +327,8 @@ class Trainer:
             learning_rates[path] = rates.get(id(treatment.update))
             keeps[path] = is_finite & active[path] if path in active else is_finite
         for name, gradients in collected.items():
+            if not any(model.tables[name].update_rules.values()):
+                continue  # The whole table is frozen.
             prefix = f"tables/{name}/"
             model.tables[name].apply(
                 gradients,
@@ -394,10 +396,20 @@ def _clipping(squares, treatments, *, clip_norm):
         bound = clip_norm if clip is None else clip.norm
         scale = 1.0
         if bound is not None:
-            norm = tf.sqrt(tf.add_n([squares[path] for path in paths]))
+            norm = _norm(squares[path] for path in paths)
             scale = tf.minimum(1.0, bound / tf.maximum(norm, 1e-30))
         scales |= dict.fromkeys(paths, scale)
     return scales
+
+
+def _norm(squares):
+    """The norm of what has these squared norms."""
+    return tf.sqrt(_sum(squares))
+
+
+def _sum(scalars):
+    """Not add_n, which begins with whichever input it may overwrite: the last bit would depend on timing."""
+    return tf.reduce_sum(tf.stack(list(scalars)))
 
 
 def _d_shards(task, results):

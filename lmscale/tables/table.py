@@ -211,7 +211,7 @@ class ShardedTable:
         """Brings gradients home: every shard receives those of its rows, duplicates summed.
 
         Args:
-          pulled: the `PulledRows` they belong to.
+          pulled: the `PulledRows` they belong to; None if there is nothing but `dense`.
           gradients: `RowGradients` of this replica's share of the loss (the shares add up to the loss).
           dense: {parameter: [allocated_rows, ...]} gradients of this shard's every row that are already complete (a
             full softmax), or None. With it, every row counts as touched.
@@ -222,8 +222,10 @@ class ShardedTable:
         Raises:
           ValueError: if `pulled` has no route.
 
-        Communication: that of the exchange's `collect`.
+        Communication: that of the exchange's `collect`; none without `pulled`.
         """
+        if pulled is None:
+            return self._collected_of_every_row(dense)
         if pulled.route is None:
             raise ValueError(
                 "Gradients are collected along the route that their rows came. Received: PulledRows with route=None. "
@@ -238,22 +240,28 @@ class ShardedTable:
         if dense is None:
             num_rows = tf.reduce_sum(tf.cast(local_rows < self.placement.scratch_row, tf.int32))
         else:
-            is_row = tf.range(self.placement.allocated_rows) < self.placement.scratch_row
-            sums = {
-                name: tf.tensor_scatter_nd_add(
-                    tf.where(tf.reshape(is_row, [-1] + [1] * (len(x.shape) - 1)), dense[name], 0.0),
-                    local_rows[:, tf.newaxis],
-                    x,
-                )
-                for name, x in sums.items()
-            }
-            local_rows = None
-            num_rows = tf.cast(self.num_valid_rows, tf.int32)
+            rows = local_rows[:, tf.newaxis]
+            return self._collected_of_every_row(
+                {name: tf.tensor_scatter_nd_add(dense[name], rows, x) for name, x in sums.items()}
+            )
         return CollectedGradients(
             local_rows=local_rows,
             gradients=sums,
             num_rows=num_rows,
             squared_norm={name: tf.reduce_sum(tf.square(x)) for name, x in sums.items()},
+        )
+
+    def _collected_of_every_row(self, dense):
+        is_row = tf.range(self.placement.allocated_rows) < self.placement.scratch_row
+        gradients = {
+            name: tf.where(tf.reshape(is_row, [-1] + [1] * (len(x.shape) - 1)), x, 0.0)
+            for name, x in dense.items()
+        }
+        return CollectedGradients(
+            local_rows=None,
+            gradients=gradients,
+            num_rows=tf.cast(self.num_valid_rows, tf.int32),
+            squared_norm={name: tf.reduce_sum(tf.square(x)) for name, x in gradients.items()},
         )
 
     def _with_zeros(self, pulled, gradients):
