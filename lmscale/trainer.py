@@ -327,6 +327,8 @@ class Trainer:
             learning_rates[path] = rates.get(id(treatment.update))
             keeps[path] = is_finite & active[path] if path in active else is_finite
         for name, gradients in collected.items():
+            if not any(model.tables[name].update_rules.values()):
+                continue  # Frozen as a whole.
             prefix = f"tables/{name}/"
             model.tables[name].apply(
                 gradients,
