@@ -19,6 +19,7 @@ from tiny_experiments import (
 
 from lmscale.bodies.body import Body, keras_body
 from lmscale.bodies.lstm import lstm_body
+from lmscale.parameters.activity import Never
 from lmscale.parameters.groups import Group
 from lmscale.parameters.update_rules import SGD
 from lmscale.trainer import Trainer
@@ -131,3 +132,23 @@ def test_more_steps_than_a_call_has_room_for_are_refused(mirrored, num_steps):
     with pytest.raises(ValueError, match=rf"1 \.\. 3.*Received: num_steps={num_steps}\."):
         run.train_steps(num_steps)
     assert run.step == 0
+
+
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_a_table_that_is_frozen_as_a_whole_stays_and_the_others_learn(mirrored, num_replicas):
+    groups = [Group(pattern="tables/inputs/.*", active=Never()), *one_rule()]
+    run = trainer(
+        mirrored(num_replicas),
+        body=tiny_experiments.identity,
+        tables=tiny_experiments.untied(input_dim=5, output_dim=7),
+        groups=groups,
+    )
+    before = values(run.parameters())
+    run.train_steps()
+    after = values(run.parameters())
+    assert [path for path in before if not np.array_equal(before[path], after[path])] == [
+        "tables/outputs/embedding",
+        "tables/outputs/bias",
+        "layers/projection/kernel",
+    ]
+    assert set(before) == set(run.model.treatments)
