@@ -172,7 +172,7 @@ def test_evaluation_in_one_lane_needs_no_padding_but_at_the_end():
     assert first.features["weights"].tolist() == [[1, 1, 1]]
     assert second.features["ids"].tolist() == [[2, 3, 1, 0]]
     assert second.features["weights"].tolist() == [[1, 1, 0]]
-    assert not (first.starts_epoch or second.starts_epoch)
+    assert (first.starts_epoch, second.starts_epoch) == (False, False)
 
 
 @pytest.mark.parametrize("kind", [ContiguousBatches, ShuffledWindows])
