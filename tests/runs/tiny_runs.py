@@ -36,6 +36,7 @@ TINY_MACROS = {
     "DROPOUT": 0.3,
     "NUM_SAMPLED": 64,
     "LEARNING_RATE": 0.01,
+    "ROW_LEARNING_RATE": 0.01,
     "SEED": 5,
     "LOG_EVERY": 1,
     "EVAL_EVERY": 100,
