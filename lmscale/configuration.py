@@ -164,6 +164,15 @@ def describe(config: ResolvedConfig) -> str:
 # ----------------------------------------------------------------------- Checks: what gin parsed -> Factories
 
 
+def _holds_reference(value) -> bool:
+    """Whether a parsed value is a reference, or a container with one in it, however deep."""
+    if isinstance(value, dict):
+        return any(map(_holds_reference, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_reference, value))
+    return isinstance(value, gin_text.Reference)
+
+
 class _Resolver:
     """Follows the references from the root, and keeps account of what is met.
 
@@ -237,7 +246,7 @@ class _Resolver:
         with self._following(key, name):
             # Parts last: of a macro of the wrong type, the error then names the outermost use.
             for parameter, (scope, value) in sorted(
-                bound.items(), key=lambda item: isinstance(item[1][1], gin_text.Reference)
+                bound.items(), key=lambda item: _holds_reference(item[1][1])
             ):
                 self._followed.add((scope, selector, parameter))
                 where = f"{scope + '/' if scope else ''}{configurable.name}.{parameter}"

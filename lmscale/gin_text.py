@@ -8,8 +8,8 @@ A gin file names what it uses by import, so that the code it configures needs no
     include 'shared/defaults.gin'               # beside this file, in the working directory, or one of lmscale's own
     TRAIN_STEPS = 1_000                         # a macro
     experiment.Experiment.train_steps = %TRAIN_STEPS
-    experiment.Experiment.body = @lstm.lstm_body            # the function itself
-    experiment.Experiment.row_optimizer = @Adagrad()        # what it returns
+    next_token.NextToken.body = @lstm.lstm_body             # the function itself
+    groups.Group.update = @update_rules.Adagrad()           # what it returns
 
 Gin has one configuration for the whole process, reads files in its own way and explains little. What it takes to do
 otherwise, by names that are private to it, is all here.

@@ -2,12 +2,23 @@
 
 import contextlib
 import fnmatch
+import glob
 import os
 import sys
 
 # What comes with lmscale, installed or in a checkout: configurations, and texts to try it on.
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 BOOKS = os.path.join(os.path.dirname(CONFIGS), "books")
+
+
+def or_shipped(patterns: list[str]) -> list[str]:
+    """The patterns, but for those of nothing that is there: of such, the files that come with lmscale."""
+    found: list[str] = []
+    for pattern in patterns:
+        is_there = not pattern or os.path.lexists(pattern) or glob.glob(pattern, recursive=True)
+        shipped = os.path.join(glob.escape(BOOKS), pattern)
+        found += (not is_there and sorted(glob.glob(shipped, recursive=True))) or [pattern]
+    return found
 
 
 def expand(path: str | os.PathLike) -> str:

@@ -18,7 +18,6 @@ mode, and may be a mount point or the current directory. What a killed preparati
 """
 
 import contextlib
-import glob
 import os
 import sys
 from pathlib import Path
@@ -97,23 +96,13 @@ def _corpus() -> preparation.Corpus:
                 f"--input stands in place of --train, --valid and --test. Received also: {shown}."
             )
         return preparation.Corpus(
-            {"input": _or_shipped(_INPUT.value)}, rule=preparation.LineBlockSplit(**rule)
+            {"input": paths.or_shipped(_INPUT.value)}, rule=preparation.LineBlockSplit(**rule)
         )
     if len(given) < len(texts):
         raise ValueError(f"--train, --valid and --test are needed, or --input alone. Received: {shown}.")
     if rule:
         raise ValueError(f"--{next(iter(rule))} applies to --input only. Received: {shown}.")
-    return preparation.Corpus({name: _or_shipped(patterns) for name, patterns in given.items()})
-
-
-def _or_shipped(patterns: list[str]) -> list[str]:
-    """The patterns, but for those of nothing that is there: of such, the files that come with lmscale."""
-    found: list[str] = []
-    for pattern in patterns:
-        is_there = not pattern or os.path.lexists(pattern) or glob.glob(pattern, recursive=True)
-        shipped = os.path.join(glob.escape(paths.BOOKS), pattern)
-        found += (not is_there and sorted(glob.glob(shipped, recursive=True))) or [pattern]
-    return found
+    return preparation.Corpus({name: paths.or_shipped(patterns) for name, patterns in given.items()})
 
 
 def _summary(data: token_files.PreparedData) -> str:

@@ -604,6 +604,31 @@ def test_a_configuration_of_version_0_1_0_becomes_one_of_today_by_the_changelog(
         "lmscale.vocabulary import samplers": "lmscale.softmax import samplers",
         "lmscale.vocabulary import row_optimizers": "lmscale.parameters import update_rules",
         "row_optimizers.": "update_rules.",
+        "body/": "layers/",
+        "Experiment.body = ": "Experiment.task = @next_token.NextToken\nnext_token.NextToken.body = ",
+        "experiment.Experiment.loss = ": "next_token.NextToken.head = ",
+        "experiment.Experiment.window = ": "next_token.NextToken.window = ",
+        "experiment.Experiment.eval_window = ": "next_token.NextToken.eval_window = ",
+        "experiment.Experiment.embed_dim = ": (
+            "next_token.NextToken.tables = {'words': @words/table_config.TableConfig()}\n"
+            "next_token.NextToken.inputs = 'words'\n"
+            "next_token.NextToken.outputs = 'words'\n"
+            "words/table_config.TableConfig.embed_dim = "
+        ),
+        "experiment.Experiment.initial_bias = ": "words/table_config.TableConfig.bias = ",
+        "experiment.Experiment.row_optimizer = ": (
+            "experiment.Experiment.groups = [@rows/groups.Group(), @layers/groups.Group()]\n"
+            "rows/groups.Group.pattern = 'tables/.*'\n"
+            "layers/groups.Group.pattern = 'layers/.*'\n"
+            "rows/groups.Group.update = "
+        ),
+        "experiment.Experiment.body_optimizer = ": "layers/groups.Group.update = ",
+        "from lmscale import experiment": (
+            "from lmscale import experiment\n"
+            "from lmscale.parameters import groups\n"
+            "from lmscale.tables import table_config\n"
+            "from lmscale.tasks import next_token"
+        ),
     }.items():
         assert old in text
         text = text.replace(old, new)
@@ -713,7 +738,8 @@ def test_circles(load, tmp_path):
 def test_files_that_are_not_there(load, tmp_path):
     (tmp_path / "quickstart.gin").write_text("")
     with pytest.raises(
-        ValueError, match=r"quickstat.gin', which is not a file. Did you mean quickstart.gin\?"
+        ValueError,
+        match=r"quickstat.gin', which is not a file. Did you mean quickstart.gin or quickstart_untied.gin\?",
     ):
         configuration.load([str(tmp_path / "quickstat.gin")], root=Machine)
     with pytest.raises(ValueError, match="which is not a file"):

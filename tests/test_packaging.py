@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmscale import configuration, paths, prepare
+from lmscale import configuration, paths
 
 ROOT = Path(__file__).parents[1]
 BOOK = [f"tiny-austen/{split}.txt" for split in ("train", "valid", "test")]
@@ -32,9 +32,9 @@ def test_configurations_beside_you_come_first(tmp_path, monkeypatch):
     )
     shipped = Path(paths.CONFIGS, "quickstart.gin").read_text()
     Path("mine.gin").write_text(shipped.replace("WINDOW = 35", "WINDOW = 7"))
-    assert configuration.load(["mine.gin"]).experiment.window == 7
+    assert configuration.load(["mine.gin"]).macros["WINDOW"] == 7
     Path("quickstart.gin").write_text(shipped.replace("WINDOW = 35", "WINDOW = 9"))
-    assert configuration.load(["quickstart.gin"]).experiment.window == 9
+    assert configuration.load(["quickstart.gin"]).macros["WINDOW"] == 9
     Path("shared").mkdir()
     lstm = Path(paths.CONFIGS, "shared", "lstm.gin").read_text()
     Path("shared/lstm.gin").write_text(lstm.replace("clip_norm = 1.0", "clip_norm = 0.25"))
@@ -48,13 +48,13 @@ def test_configurations_beside_you_come_first(tmp_path, monkeypatch):
 def test_texts_beside_you_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = [str(Path(paths.BOOKS, name)) for name in BOOK]
-    assert prepare._or_shipped(BOOK) == shipped
-    assert prepare._or_shipped(["tiny-austen/t*.txt"]) == sorted([shipped[0], shipped[2]])
+    assert paths.or_shipped(BOOK) == shipped
+    assert paths.or_shipped(["tiny-austen/t*.txt"]) == sorted([shipped[0], shipped[2]])
     Path("tiny-austen").mkdir()
     Path(BOOK[0]).write_text("mine\n")
-    assert prepare._or_shipped(["tiny-austen/t*.txt", *BOOK]) == ["tiny-austen/t*.txt", BOOK[0], *shipped[1:]]
+    assert paths.or_shipped(["tiny-austen/t*.txt", *BOOK]) == ["tiny-austen/t*.txt", BOOK[0], *shipped[1:]]
     # What is nowhere, and what is no name, is told as it was given.
-    assert prepare._or_shipped(["", "no.txt", "/no.txt"]) == ["", "no.txt", "/no.txt"]
+    assert paths.or_shipped(["", "no.txt", "/no.txt"]) == ["", "no.txt", "/no.txt"]
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,17 @@ import numpy as np
 import tensorflow as tf
 
 from lmscale.benchmarks.machine import copy_bandwidth, fastest
-from lmscale.benchmarks.own_step import LmscaleBody, make_trainer, sampled_softmax
+from lmscale.benchmarks.own_step import TABLE, LmscaleBody, make_trainer, sampled_softmax
 from lmscale.benchmarks.peers.peer import ModelShape
 from lmscale.benchmarks.synthetic import ZipfText
 from lmscale.data.batches import ContiguousBatches
 from lmscale.distribution import collectives
 from lmscale.distribution.strategies import make_strategy
+from lmscale.model import StepRows
 from lmscale.parameters.update_rules import Adam
 from lmscale.softmax.full import full_softmax_loss
-from lmscale.tables.table import PulledRows, RowGradients, ShardedTable
-from lmscale.trainer import window_gradients
+from lmscale.tables.rows import Rows
+from lmscale.tables.table import RowGradients, ShardedTable
 
 _SQUARE = 2048
 _WHOLE = "pull, loss, push, update"
@@ -112,22 +113,24 @@ def measure_exchanges(*, shape, num_devices, repeats):
     batches = ContiguousBatches(
         text, global_batch_size=num_devices * shape.batch_size, window=shape.window, seed=0
     )
-    sampler = sampled_softmax(shape, compute_dtype="float32")(vocab_size=shape.vocab_size, counts=None)
+    head = sampled_softmax(shape, compute_dtype="float32")(
+        table=TABLE, vocab_size=shape.vocab_size, counts=None
+    )
     steps = {}
     for name, static_shapes in (("static", True), ("chosen", False)):
         with strategy.scope():
             table = ShardedTable(
                 vocab_size=shape.vocab_size,
                 embed_dim=shape.embed_dim,
-                optimizer=Adam(learning_rate=0.001, beta_1=0.0),
+                update_rule=Adam(learning_rate=0.001, beta_1=0.0),
                 static_shapes=static_shapes,
             )
         steps[name] = _exchange_step(strategy, table, batch_size=shape.batch_size)
     secs = {name: [] for name in steps}
     for i in range(repeats + 1):
-        batch = tf.constant(batches.at(i).window_ids)
+        batch = tf.constant(batches.at(i).features["ids"])
         labels = tf.reshape(batch[:, 1:], [-1])
-        sampled_ids = tf.identity(sampler.candidates(seed=tf.constant([0, i]), labels=labels).sampled_ids)
+        sampled_ids = tf.identity(head.candidates(seed=tf.constant([0, i]), labels=labels).sampled_ids)
         for j in range(10):
             for name, step in steps.items():
                 start = time.perf_counter()
@@ -186,47 +189,54 @@ def _call(strategy, function):
 
 def _step_parts(shape, model, dtype):
     """The sampled loss alone; the exchange with the table alone; both as in a step."""
-    trainer_loss = sampled_softmax(shape, compute_dtype=dtype)(vocab_size=shape.vocab_size, counts=None)
-    table, generator = model.table, tf.random.Generator.from_seed(0)
+    head = sampled_softmax(shape, compute_dtype=dtype)(table=TABLE, vocab_size=shape.vocab_size, counts=None)
+    ((name, _),) = model.task.heads.items()
+    table, generator = model.tables[TABLE], tf.random.Generator.from_seed(0)
     text = ZipfText(shape.vocab_size).split("train")
     batches = ContiguousBatches(text, global_batch_size=shape.batch_size, window=shape.window, seed=0)
-    ids = tf.constant(batches.at(0).window_ids)
-    labels = tf.reshape(ids[:, 1:], [-1])
+    features = {"ids": tf.constant(batches.at(0).features["ids"])}
+    ids = features["ids"]
+    labels = model.task.labels(features)[name].ids
     hidden = generator.normal([shape.tokens, shape.embed_dim])
-    label_rows = 0.05 * generator.normal([shape.tokens, shape.embed_dim])
-    sampled_rows = 0.05 * generator.normal([shape.num_sampled, shape.embed_dim])
+    label_rows = Rows(0.05 * generator.normal([shape.tokens, shape.embed_dim]))
+    candidate_rows = Rows(0.05 * generator.normal([shape.num_sampled, shape.embed_dim]))
     weights = tf.fill([shape.tokens], 1 / shape.tokens)
 
     def candidates(number):
-        return trainer_loss.candidates(seed=tf.stack([0, number]), labels=labels)
+        return head.candidates(seed=tf.stack([0, number]), labels=labels)
 
-    def value_and_gradients(pulled, drawn):
-        return trainer_loss.value_and_gradients(
-            hidden, labels=labels, loss_weights=weights, pulled=pulled, candidates=drawn, table=table
+    def value_and_gradients(drawn, label_rows, candidate_rows):
+        return head.value_and_gradients(
+            hidden,
+            labels=labels,
+            loss_weights=weights,
+            label_rows=label_rows,
+            candidate_rows=candidate_rows,
+            candidates=drawn,
+            table=table,
         )
 
     def loss_alone(number):
-        drawn = candidates(number)
-        pulled = PulledRows(
-            ids=labels,
-            shared_ids=drawn.sampled_ids,
-            embedding=label_rows,
-            bias=None,
-            shared_embedding=sampled_rows,
-            shared_bias=None,
-        )
-        return {name: x for name, x in vars(value_and_gradients(pulled, drawn)).items() if x is not None}
+        loss = value_and_gradients(candidates(number), label_rows, candidate_rows)
+        rows = [loss.d_label_rows, loss.d_candidate_rows]
+        return [loss.loss, loss.d_hidden, *(x for r in rows for x in (r.embedding, r.bias))]
 
     def exchange_alone(number):
         return _exchange(table, ids, candidates(number).sampled_ids, number)
 
     def all_of_it(number):
-        drawn = candidates(number)
-        pulled = table.pull(ids, drawn.sampled_ids)
-        loss = value_and_gradients(pulled.labels_of_windows(), drawn)
-        # The body's gradient in place of one that has gone through it.
-        input_gradient = tf.reshape(loss.hidden, [shape.batch_size, shape.window, shape.embed_dim])
-        collected = table.collect(pulled, window_gradients(pulled, input_gradient, loss))
+        reading = model.read(features, 0, shape.batch_size, step=number)
+        loss = value_and_gradients(
+            reading.candidates[name], reading.rows.labels[name], reading.rows.candidates[name]
+        )
+        # The gradient of the hidden states in place of one that has gone through the body.
+        d_inputs = {
+            role: Rows(tf.reshape(loss.d_hidden, r.embedding.shape)) for role, r in reading.rows.roles.items()
+        }
+        d_rows = StepRows(
+            roles=d_inputs, labels={name: loss.d_label_rows}, candidates={name: loss.d_candidate_rows}
+        )
+        collected = model.collect(reading, d_rows, d_shards={})[TABLE]
         squared_norm = collectives.all_reduce_sum(tf.add_n(list(collected.squared_norm.values())))
         table.apply(
             collected,
@@ -234,7 +244,7 @@ def _step_parts(shape, model, dtype):
             scale=1e-6,
             keep=tf.math.is_finite(tf.reduce_sum(loss.loss) + squared_norm),
         )
-        return squared_norm, loss.hidden
+        return squared_norm, loss.d_hidden
 
     flops = 3 * 2 * shape.tokens * shape.num_sampled * shape.embed_dim
     rows = len(np.union1d(ids, candidates(0).sampled_ids))
@@ -260,7 +270,7 @@ def _step_parts(shape, model, dtype):
 
 def _evaluation(shape, model, dtype, tokens):
     """An exact evaluation of so many tokens."""
-    table = model.table
+    table = model.tables[TABLE]
     hidden = tf.random.Generator.from_seed(1).normal([tokens, shape.embed_dim])
     labels = tf.constant(np.random.default_rng(1).integers(0, shape.vocab_size, [tokens], np.int32))
 

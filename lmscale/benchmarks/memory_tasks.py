@@ -21,12 +21,12 @@ def measure_devices(*, shape, num_devices):
       "over_1_nth": the largest device over 1/N of it; "first_step_mib": the peak of the first step, which traces and
       compiles, above table, slots and what the process was before them; "step_mib": of three later steps}.
     """
-    from lmscale.benchmarks.own_step import make_trainer
+    from lmscale.benchmarks.own_step import TABLE, make_trainer
 
     strategy = make_strategy(cpu_devices=num_devices)
     before = resident_mib()[0]
     trainer = make_trainer(ModelShape(**shape), strategy=strategy)
-    table = trainer.model.table
+    table = trainer.model.tables[TABLE]
     device_mib = np.zeros([num_devices])
     whole_mib = 0.0
     for variable in table.variables().values():
@@ -57,22 +57,26 @@ def measure_largest(*, shape, rule, options, limit_gib):
     from lmscale.benchmarks.own_step import make_trainer
 
     strategy = make_strategy()
-    optimizer = getattr(update_rules, rule)(learning_rate=0.001, **options)
+    update_rule = getattr(update_rules, rule)(learning_rate=0.001, **options)
     shape = ModelShape(**shape)
     # What everything but the table takes, measured on a small one.
     small = dataclasses.replace(shape, vocab_size=10 * shape.num_sampled)
-    trainer = make_trainer(small, strategy=strategy, row_optimizer=optimizer)
+    trainer = make_trainer(small, strategy=strategy, row_rule=update_rule)
     for _ in range(3):
         trainer.train_steps()
     overhead = (resident_mib()[1] + _SPARE_MIB) * 2**20
     del trainer
     row_bytes = sum(
         entry.dtype.size * int(np.prod(entry.row_shape))
-        for entry in table_layout(vocab_size=1, embed_dim=shape.embed_dim, optimizer=optimizer, bias=True)
+        for entry in table_layout(
+            vocab_size=1,
+            embed_dim=shape.embed_dim,
+            update_rules={"embedding": update_rule, "bias": update_rule},
+        )
     )
     vocab_size = int((limit_gib * 2**30 - overhead) / row_bytes) // 1000 * 1000
     trainer = make_trainer(
-        dataclasses.replace(shape, vocab_size=vocab_size), strategy=strategy, row_optimizer=optimizer
+        dataclasses.replace(shape, vocab_size=vocab_size), strategy=strategy, row_rule=update_rule
     )
     for _ in range(3):
         float(trainer.train_steps()["loss"][0])

@@ -10,40 +10,53 @@ from lmscale.benchmarks.synthetic import ZipfText
 from lmscale.bodies.lstm import lstm_body
 from lmscale.distribution.strategies import make_strategy
 from lmscale.experiment import Experiment
+from lmscale.parameters.groups import Group
 from lmscale.parameters.update_rules import Adam
 from lmscale.softmax.sampled import SampledSoftmax
 from lmscale.softmax.samplers import LogUniformSampler
+from lmscale.tables.rows import Rows
+from lmscale.tables.table_config import TableConfig
+from lmscale.tasks.next_token import NextToken
 from lmscale.trainer import Trainer
+
+TABLE = "words"
 
 
 def sampled_softmax(shape, *, compute_dtype):
-    """The loss of these sizes, a function (vocab_size=, counts=) as `Experiment` takes it."""
+    """The head of these sizes, a function (table=, vocab_size=, counts=) as `NextToken` takes it."""
     sampler = functools.partial(LogUniformSampler, num_sampled=shape.num_sampled, replacement=False)
     return functools.partial(SampledSoftmax, sampler=sampler, compute_dtype=compute_dtype)
 
 
-def make_trainer(shape, *, strategy, compute_dtype="float32", row_optimizer=None, steps_per_call=1):
-    """A `Trainer` of these sizes with the shipped configurations' choices.
+def make_trainer(shape, *, strategy, compute_dtype="float32", row_rule=None, steps_per_call=1):
+    """A `Trainer` of these sizes with the shipped configurations' choices, its table named `TABLE`.
 
     Args:
       shape: `ModelShape`.
       strategy: `tf.distribute.Strategy`.
       compute_dtype: of the products, body and loss.
-      row_optimizer: rule for the rows; None for the shipped Adam without a first moment.
+      row_rule: update rule of the rows; None for the shipped Adam without a first moment.
       steps_per_call: as of `Experiment`.
     """
     experiment = Experiment(
         data_dir="",
+        task=functools.partial(
+            NextToken,
+            tables={TABLE: TableConfig(embed_dim=shape.embed_dim)},
+            inputs=TABLE,
+            outputs=TABLE,
+            body=functools.partial(
+                lstm_body, num_layers=shape.num_layers, hidden_dim=shape.hidden_dim, dropout=shape.dropout
+            ),
+            head=sampled_softmax(shape, compute_dtype=compute_dtype),
+            window=shape.window,
+        ),
+        groups=[
+            Group(pattern="tables/.*", update=row_rule or Adam(learning_rate=0.001, beta_1=0.0)),
+            Group(pattern="layers/.*", update=Adam(learning_rate=0.001)),
+        ],
         train_steps=1_000_000,
         global_batch_size=shape.batch_size,
-        window=shape.window,
-        embed_dim=shape.embed_dim,
-        body=functools.partial(
-            lstm_body, num_layers=shape.num_layers, hidden_dim=shape.hidden_dim, dropout=shape.dropout
-        ),
-        loss=sampled_softmax(shape, compute_dtype=compute_dtype),
-        row_optimizer=row_optimizer or Adam(learning_rate=0.001, beta_1=0.0),
-        body_optimizer=Adam(learning_rate=0.001),
         compute_dtype=compute_dtype,
         steps_per_call=steps_per_call,
         clip_norm=1.0,
@@ -64,7 +77,7 @@ class Lmscale(Peer):
             shape,
             strategy=make_strategy(),
             compute_dtype=compute_dtype,
-            row_optimizer=Adam(learning_rate=0.001) if two_moments else None,
+            row_rule=Adam(learning_rate=0.001) if two_moments else None,
             steps_per_call=steps_per_call,
         )
 
@@ -84,23 +97,30 @@ class LmscaleBody(Peer):
             strategy=self._strategy,
             compute_dtype=compute_dtype,
         )
-        model = trainer.model
+        task, model = trainer.task, trainer.model
+        (role,) = task.lookups(trainer.batches.at(0).features)
         random = tf.random.Generator.from_seed(0)
         inputs = random.normal([shape.batch_size, shape.window, shape.embed_dim])
         d_hidden = random.normal([shape.tokens, shape.embed_dim]) / shape.tokens
-        state = model.encoder.body.initial_state(shape.batch_size)
+        state = task.initial_state(shape.batch_size)
 
         def replica_step(inputs):
-            variables = model.encoder.trainable_variables
+            variables = model.layers.trainable_variables
             with tf.GradientTape() as tape:
                 tape.watch(inputs)
-                hidden, _ = model.encoder(inputs, state, dropout=None)
-                hidden = tf.reshape(tf.cast(hidden, tf.float32), d_hidden.shape)
-            d_inputs, gradients = tape.gradient(hidden, (inputs, variables), output_gradients=d_hidden)
-            model.apply_body_gradients(
-                gradients, step=tf.constant(1), scale=1.0, keep=tf.math.is_finite(tf.reduce_sum(d_inputs))
+                hidden, _ = model.forward({role: Rows(inputs)}, {}, state, dropout=None)
+            d_inputs, gradients = tape.gradient(
+                list(hidden.values()), (inputs, variables), output_gradients=[d_hidden]
             )
-            return tf.reduce_sum(d_inputs)
+            checksum = tf.reduce_sum(d_inputs)
+            model.apply_layer_gradients(
+                gradients,
+                step=dict.fromkeys(variables, tf.constant(1)),
+                learning_rate=dict.fromkeys(variables),
+                scale=dict.fromkeys(variables, 1.0),
+                keep=dict.fromkeys(variables, tf.math.is_finite(checksum)),
+            )
+            return checksum
 
         self._inputs = inputs
         self._step = tf.function(

@@ -74,7 +74,7 @@ def train(*, data_dir, output, epochs, dim, batch_size, window, dropout):
         seconds, processor_secs = [], 0.0
         for step in range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch):
             start, processor_start = time.perf_counter(), time.process_time()
-            peer.train_step(batches.at(step).window_ids)
+            peer.train_step(batches.at(step).features["ids"])
             seconds.append(time.perf_counter() - start)
             processor_secs += time.process_time() - processor_start
             if len(seconds) % 100 == 0:

@@ -33,7 +33,7 @@ def main(side, shape):
     )
     step = 0
     while True:
-        window_ids = batches.at(step).window_ids
+        window_ids = batches.at(step).features["ids"]
         start = time.perf_counter()
         loss = peer.train_step(window_ids)
         seconds = time.perf_counter() - start

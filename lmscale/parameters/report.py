@@ -153,7 +153,8 @@ def as_table(lines):
         ("MiB", mib(sum(line.bytes_per_device for line in lines)), "right"),
         ("slots MiB", mib(sum(line.slot_bytes_per_device for line in lines)), "right"),
     ):
-        table.add_column(name, footer=footer, justify=justify, overflow="fold")
+        # A path is there to be copied: in one piece.
+        table.add_column(name, footer=footer, justify=justify, overflow="fold", no_wrap=name == "path")
     for line in lines:
         table.add_row(
             line.path,

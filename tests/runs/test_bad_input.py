@@ -73,9 +73,24 @@ def unfinished_run(reference_run, tmp_path):
         ("LEARNING_RATE = 1e999", ["LEARNING_RATE must be finite", "inf"]),
         ("NUM_LAYERS = 0", ["num_layers", "at least 1", "num_layers=0"]),
         ("SEED = -1", ["seed must be in [0, 2**31)", "seed=-1"]),
+        ("words/table_config.TableConfig.bias = 'log'", ["bias must be of type", "'log' (str)"]),
+        ("next_token.NextToken.inputs = 'word'", ["inputs='word', outputs='words'", "missing: word"]),
         (
-            "experiment.Experiment.initial_bias = 'log_frequency'\nexperiment.Experiment.softmax_bias = False",
-            ["initial_bias must be 'zeros' without a bias", "softmax_bias=False"],
+            "rows/groups.Group.pattern = 'table/.*'",
+            ["Every parameter needs a group", "none for tables/words/embedding", "'layers/.*'"],
+        ),
+        (
+            "layers/groups.Group.pattern = 'tables/words/bias|layers/lstm_.*'",
+            ["none for layers/projection/", "'tables/.*'", "Never()"],
+        ),
+        (
+            "experiment.Experiment.eval_tokens = 0",
+            ["eval_tokens must be at least 1 or None", "eval_tokens=0"],
+        ),
+        ("experiment.Experiment.evaluate_averages = True", ["averages.Averaged", "Received: none"]),
+        (
+            "experiment.Experiment.gradient_accumulation_steps = 5",
+            ["devices=2 x 5 gradient_accumulation_steps", "Set GLOBAL_BATCH_SIZE to a multiple of 10"],
         ),
         ("NUM_SAMPLED = 5004", ["num_sampled=5004, vocab_size=5003", "Set NUM_SAMPLED to at most 5003"]),
         (
@@ -101,7 +116,7 @@ def test_macro_without_value(train_failure, data_dir, tmp_path):
     )
     arguments = tiny_runs.train_arguments(workdir=tmp_path / "run", gin_file=config, bindings=NO_BINDINGS)
     message = failure("lmscale.train", arguments, log=tmp_path / "log")
-    assert "The macro WINDOW, which experiment.Experiment.window uses, must have a value" in message
+    assert "The macro WINDOW, which next_token.NextToken.window uses, must have a value" in message
     assert "Add the line WINDOW = ..." in message
 
 
@@ -225,7 +240,7 @@ def test_checkpoint_of_another_vocabulary(train_failure, unfinished_run, tmp_pat
     other = tiny_runs.write_data(tmp_path / "other", vocab_size=499)
     before = tiny_runs.snapshot(unfinished_run)
     message = train_failure(workdir=unfinished_run, data_dir=other)
-    assert "table/embedding: shape (5003, 8) in the checkpoint, (499, 8) requested" in message
+    assert "tables/words/embedding: shape (5003, 8) in the checkpoint, (499, 8) requested" in message
     assert tiny_runs.snapshot(unfinished_run) == before
 
 

@@ -8,50 +8,58 @@ import pytest
 import tiny_runs
 from faulty_losses import FaultySoftmax
 
-from lmscale import trainer
 from lmscale.bodies.lstm import lstm_body
 from lmscale.checkpoints.directory import Checkpoints
 from lmscale.experiment import Experiment
+from lmscale.parameters.groups import Group
 from lmscale.parameters.update_rules import Adam
+from lmscale.run import NonFiniteError, train
 from lmscale.softmax.samplers import LogUniformSampler
+from lmscale.tables.table_config import TableConfig
+from lmscale.tasks.next_token import NextToken
 from lmscale.workdir import Workdir
 
 EXIT_NON_FINITE = 3
+LAST_STEPS = "slots/tables/words/embedding/last_step"
 
 
-def run(workdir, *, data_dir, strategy, on_bad_step, place, fault, bad_steps=(3,), every=1, steps_per_call=1):
+def run(workdir, *, data_dir, strategy, on_bad_step, place, fault, bad_steps=(3,), every=1, **settings):
     """Trains 6 steps on 2 devices, logging, saving and evaluating after `every`. Returns the summary."""
     experiment = Experiment(
         data_dir=str(data_dir),
+        task=functools.partial(
+            NextToken,
+            tables={"words": TableConfig(embed_dim=4)},
+            inputs="words",
+            outputs="words",
+            body=functools.partial(lstm_body, num_layers=1, hidden_dim=4, dropout=0.2),
+            head=functools.partial(
+                FaultySoftmax,
+                bad_steps=bad_steps,
+                place=place,
+                fault=fault,
+                sampler=functools.partial(LogUniformSampler, num_sampled=16),
+            ),
+            window=3,
+        ),
+        groups=[Group(pattern=".*", update=Adam(learning_rate=0.01))],
         train_steps=6,
         global_batch_size=4,
-        window=3,
-        embed_dim=4,
-        body=functools.partial(lstm_body, num_layers=1, hidden_dim=4, dropout=0.2),
-        loss=functools.partial(
-            FaultySoftmax,
-            bad_steps=bad_steps,
-            place=place,
-            fault=fault,
-            sampler=functools.partial(LogUniformSampler, num_sampled=16),
-        ),
-        row_optimizer=Adam(learning_rate=0.01),
-        body_optimizer=Adam(learning_rate=0.01),
         seed=1,
         log_every=every,
         eval_every=every,
         save_every=every,
-        steps_per_call=steps_per_call,
+        **settings,
         keep_checkpoints=10,
         on_bad_step=on_bad_step,
         eval_batch_size=20,
         probe_tokens=0,
     )
     with Workdir(workdir) as opened:
-        return trainer.train(experiment, workdir=opened, strategy=strategy, config_text="", hparams={})
+        return train(experiment, workdir=opened, strategy=strategy, config_text="", hparams={})
 
 
-@pytest.mark.parametrize(("place", "fault"), [("loss", "nan"), ("shared_rows", "inf")])
+@pytest.mark.parametrize(("place", "fault"), [("loss", "nan"), ("d_candidate_rows", "inf")])
 def test_skipped_step_leaves_no_trace(data_dir, mirrored, tmp_path, place, fault):
     """One replica's bad loss or gradient: all replicas keep weights, slots and state, and the run goes on."""
     summary = run(
@@ -60,9 +68,9 @@ def test_skipped_step_leaves_no_trace(data_dir, mirrored, tmp_path, place, fault
     assert summary["step"] == 6
     assert summary["skipped_steps"] == 1
     tensors = {step: tiny_runs.tensors(tmp_path, step) for step in range(1, 7)}
-    assert tensors[3].keys() >= {"table/embedding", "table/embedding/last_step", "carried_state/0"}
+    assert tensors[3].keys() >= {"tables/words/embedding", LAST_STEPS, "state/0"}
     tiny_runs.assert_same_bits(tensors[4], tensors[3])
-    for name in ("table/embedding", "table/embedding/last_step", "carried_state/0"):
+    for name in ("tables/words/embedding", LAST_STEPS, "state/0"):
         assert np.any(tensors[5][name] != tensors[4][name]), name
         assert np.any(tensors[3][name] != tensors[2][name]), name
     assert all(np.isfinite(value).all() for value in tensors[6].values())
@@ -73,8 +81,8 @@ def test_skipped_step_leaves_no_trace(data_dir, mirrored, tmp_path, place, fault
 
 def test_stop_names_the_step_and_what_was_seen(data_dir, mirrored, tmp_path):
     """A gradient that is not finite on one of two replicas, under a finite loss."""
-    arguments = {"data_dir": data_dir, "strategy": mirrored(2), "place": "hidden", "fault": "-inf"}
-    with pytest.raises(trainer.NonFiniteError) as error:
+    arguments = {"data_dir": data_dir, "strategy": mirrored(2), "place": "d_hidden", "fault": "-inf"}
+    with pytest.raises(NonFiniteError) as error:
         run(tmp_path, on_bad_step="stop", **arguments)
     assert "not finite at step 4: loss " in str(error.value)
     assert "loss nan" not in str(error.value)
@@ -83,14 +91,14 @@ def test_stop_names_the_step_and_what_was_seen(data_dir, mirrored, tmp_path):
     assert Checkpoints(tmp_path / "checkpoints").steps() == [1, 2, 3]
     assert [line["step"] for line in tiny_runs.metrics(tmp_path)] == [1, 2, 3]
     # Again: the same step; by setting, past it.
-    with pytest.raises(trainer.NonFiniteError, match="at step 4"):
+    with pytest.raises(NonFiniteError, match="at step 4"):
         run(tmp_path, on_bad_step="stop", **arguments)
     assert run(tmp_path, on_bad_step="skip", **arguments)["step"] == 6
 
 
 def test_several_steps_in_a_call_find_the_same_bad_step(data_dir, mirrored, tmp_path):
     """Step 4 of 6, in calls of 1; in calls of 4 and 2, the bad one last; and resumed with calls of another size."""
-    arguments = {"data_dir": data_dir, "strategy": mirrored(2), "place": "hidden", "fault": "nan"}
+    arguments = {"data_dir": data_dir, "strategy": mirrored(2), "place": "d_hidden", "fault": "nan"}
     run(tmp_path / "single", on_bad_step="skip", **arguments)
     expected = tiny_runs.tensors(tmp_path / "single", 6)
     summary = run(tmp_path / "calls", on_bad_step="skip", every=6, steps_per_call=4, **arguments)
@@ -98,7 +106,7 @@ def test_several_steps_in_a_call_find_the_same_bad_step(data_dir, mirrored, tmp_
     tiny_runs.assert_same_bits(tiny_runs.tensors(tmp_path / "calls", 6), expected)
     assert [line["skipped_steps"] for line in tiny_runs.metrics(tmp_path / "calls")] == [1]
 
-    with pytest.raises(trainer.NonFiniteError, match=r"not finite at step 4: .*norm nan"):
+    with pytest.raises(NonFiniteError, match=r"not finite at step 4: .*norm nan"):
         run(tmp_path / "resumed", on_bad_step="stop", every=3, steps_per_call=2, **arguments)
     assert Checkpoints(tmp_path / "resumed" / "checkpoints").steps() == [3]
     run(tmp_path / "resumed", on_bad_step="skip", every=6, steps_per_call=5, **arguments)

@@ -24,7 +24,13 @@ def runs(reference_run):
 def test_training_losses_are_equal(runs, devices):
     expected, actual = tiny_runs.metrics(runs[1]), tiny_runs.metrics(runs[devices])
     assert [line["step"] for line in actual] == list(range(1, tiny_runs.TINY_MACROS["TRAIN_STEPS"] + 1))
-    for tag in ("sampled_loss_nats", "gradient_norm", "learning_rate", "epoch"):
+    for tag in (
+        "sampled_loss_nats",
+        "gradient_norm",
+        "learning_rate/tables",
+        "learning_rate/layers",
+        "epoch",
+    ):
         np.testing.assert_allclose(
             [line[tag] for line in actual], [line[tag] for line in expected], rtol=TOLERANCE, err_msg=tag
         )
@@ -51,7 +57,7 @@ def test_evaluations_within_the_run_are_equal(runs, devices):
 @pytest.mark.parametrize("devices", DEVICES)
 def test_rows_touched_add_up_to_those_of_one_device(runs, devices):
     def rows(line):
-        by_shard = [value for tag, value in line.items() if tag.startswith("rows_touched/shard_")]
+        by_shard = [value for tag, value in line.items() if tag.startswith("rows_touched/words/shard_")]
         return len(by_shard), sum(by_shard)
 
     lines = zip(tiny_runs.metrics(runs[devices]), tiny_runs.metrics(runs[1]), strict=True)
@@ -63,9 +69,10 @@ def test_checkpoints_have_the_same_tensors(runs, devices):
     expected, actual = tiny_runs.tensors(runs[1], 200), tiny_runs.tensors(runs[devices], 200)
     shapes = {name: (value.shape, value.dtype) for name, value in expected.items()}
     assert {name: (value.shape, value.dtype) for name, value in actual.items()} == shapes
-    assert shapes["table/embedding"][0] == (tiny_runs.VOCAB_SIZE, tiny_runs.TINY_MACROS["EMBED_DIM"])
+    assert shapes["tables/words/embedding"][0] == (tiny_runs.VOCAB_SIZE, tiny_runs.TINY_MACROS["EMBED_DIM"])
     # Rows that a step touched, and when, do not depend on rounding.
-    np.testing.assert_array_equal(actual["table/embedding/last_step"], expected["table/embedding/last_step"])
+    last_steps = "slots/tables/words/embedding/last_step"
+    np.testing.assert_array_equal(actual[last_steps], expected[last_steps])
 
 
 def test_evaluate_agrees_with_the_run_on_other_numbers_of_devices(runs, in_background, tmp_path):
@@ -106,7 +113,7 @@ def test_a_device_holds_its_share_of_the_table(mirrored, devices):
     strategy = mirrored(devices)
     with strategy.scope():
         table = ShardedTable(
-            vocab_size=vocab_size, embed_dim=embed_dim, optimizer=Adam(learning_rate=0.1), bias=True
+            vocab_size=vocab_size, embed_dim=embed_dim, update_rule=Adam(learning_rate=0.1), bias=True
         )
     # Weight and two moments for embedding and bias; last step and number of updates of each row for both.
     bytes_in_all = vocab_size * (3 * (embed_dim + 1) + 4) * 4

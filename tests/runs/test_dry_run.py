@@ -1,4 +1,4 @@
-"""What a dry run reports of the table is what a table then holds; each loss has an estimate of its own."""
+"""What a dry run reports is what a run then holds: each parameter, its slots, and what a step takes beside them."""
 
 import functools
 import re
@@ -8,53 +8,148 @@ import tiny_runs
 
 from lmscale import dry_run
 from lmscale.bodies.lstm import lstm_body
+from lmscale.data.token_files import PreparedData
 from lmscale.experiment import Experiment
-from lmscale.parameters.update_rules import SGD, Adagrad
+from lmscale.parameters.activity import From, Never
+from lmscale.parameters.groups import Group
+from lmscale.parameters.update_rules import SGD, Adagrad, RowWiseAdagrad
 from lmscale.softmax.full import FullSoftmax
 from lmscale.softmax.sampled import SampledSoftmax
 from lmscale.softmax.samplers import LogUniformSampler
-from lmscale.tables.table import ShardedTable
+from lmscale.tables.table_config import TableConfig
+from lmscale.tasks.next_token import NextToken
+from lmscale.trainer import Trainer
 
-EMBED_DIM = 40
+NUM_DEVICES = 3
+INPUT_DIM, OUTPUT_DIM = 27, 40
+TOKENS = 60 * 15  # Batch and window.
+HEADS = {
+    "full": FullSoftmax,
+    "sampled": functools.partial(
+        SampledSoftmax, sampler=functools.partial(LogUniformSampler, num_sampled=64)
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        FullSoftmax,
-        functools.partial(SampledSoftmax, sampler=functools.partial(LogUniformSampler, num_sampled=64)),
-    ],
-    ids=["full", "sampled"],
-)
-def test_memory_of_a_device(data_dir, mirrored, capsys, loss):
-    experiment = Experiment(
+@pytest.fixture(scope="module", params=HEADS)
+def head(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def experiment(data_dir, head):
+    """Two tables, of which one has a frozen bias, and layers that thaw."""
+    return Experiment(
         data_dir=str(data_dir),
+        task=functools.partial(
+            NextToken,
+            tables={
+                "into": TableConfig(embed_dim=INPUT_DIM, bias="none"),
+                "out_of": TableConfig(embed_dim=OUTPUT_DIM, bias="log_frequency"),
+            },
+            inputs="into",
+            outputs="out_of",
+            body=functools.partial(lstm_body, num_layers=1, hidden_dim=OUTPUT_DIM + 1),
+            head=HEADS[head],
+            window=15,
+        ),
+        groups=[
+            Group(pattern="tables/out_of/bias", active=Never()),
+            Group(pattern="tables/into/.*", update=RowWiseAdagrad(learning_rate=0.1)),
+            Group(pattern="tables/.*|layers/.*/kernel", update=Adagrad(learning_rate=0.1)),
+            Group(pattern="layers/.*", update=SGD(learning_rate=0.1), active=From(step=1200)),
+        ],
         train_steps=1,
-        global_batch_size=6,
-        window=5,
-        embed_dim=EMBED_DIM,
-        body=functools.partial(lstm_body, num_layers=1, hidden_dim=EMBED_DIM),
-        loss=loss,
-        row_optimizer=Adagrad(learning_rate=0.1),
-        body_optimizer=SGD(learning_rate=0.1),
+        global_batch_size=60,
         seed=1,
         log_every=1,
         eval_every=1,
         save_every=1,
     )
-    dry_run.print_report(experiment, num_devices=3)
-    text = capsys.readouterr().out
 
+
+@pytest.fixture
+def report(experiment, capsys):
+    dry_run.print_report(experiment, num_devices=NUM_DEVICES)
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def model(experiment, mirrored):
+    data = PreparedData.open(experiment.data_dir)
+    return Trainer(experiment, data=data, strategy=mirrored(NUM_DEVICES)).model
+
+
+def held(model, path):
+    """Bytes that the first device holds of a parameter and of its slots."""
+    weights, slots = model.components(path)[0]
+    return weights.numpy().nbytes, sum(slot.numpy().nbytes for slot in slots.values())
+
+
+def cells(text):
+    """{path: [other cells of its line]} of the parameter table; what goes on below, for want of room, put together."""
+    rows = []
+    for line in text.splitlines():
+        row = [cell.strip() for cell in line.split("│")[1:-1]]
+        if len(row) != 8:
+            continue
+        if row[6]:
+            rows.append(row)
+        elif rows:
+            rows[-1] = [above + below for above, below in zip(rows[-1], row, strict=True)]
+    return {row[0]: row[1:] for row in rows if row[0]}
+
+
+def test_every_parameter_has_its_line(report, model):
+    told = cells(report)
+    parameters = {p.path: p for p in model.parameters() if not p.path.startswith("slots/")}
+    assert told.keys() == parameters.keys()
+    assert {path.split("/")[1] for path in told} == {"into", "out_of", "lstm_0", "projection"}
+    for path, (shape, _, group, trained, where, mib, slots_mib) in told.items():
+        assert shape == " x ".join(f"{n:,}" for n in parameters[path].shape)
+        assert where == ("1/N of it" if path.startswith("tables/") else "a copy")
+        if path.endswith("seed_generator_state"):
+            assert (group, trained, mib, slots_mib) == ("", "", "0.00", "")
+            continue
+        treatment = model.treatments[path]
+        weights, slots = held(model, path)
+        assert (group, mib) == (treatment.group, f"{weights / 2**20:,.2f}")
+        assert slots_mib == (f"{slots / 2**20:,.2f}" if slots else "")
+        assert trained == {"always": "yes", "never": "no"}.get(repr(treatment.active), repr(treatment.active))
+    initializer = told["tables/into/embedding"][1].replace(" ", "")
+    assert initializer == "RandomUniform(minval=-0.19245,maxval=0.19245)"  # 27 ** -0.5
+    assert told["tables/out_of/bias"][1:4] == ["log frequency", "tables/out_of/bias", "no"]
+    assert told["layers/lstm_0/kernel"][2:4] == ["tables/.*|layers/.*/kernel", "from step 1,200"]
+    assert all(re.search(rf"│ {path} *│", report) for path in told)
+
+
+def test_memory_of_a_device(report, model, head):
     def mib(words):
-        return float(re.search(rf"{words}[^|│]*[|│]\s*([\d.,]+) MiB", text)[1].replace(",", ""))
+        return float(re.search(rf"{words}[^|│]*[|│]\s*([\d.,]+) MiB", report)[1].replace(",", ""))
 
-    strategy = mirrored(3)
-    with strategy.scope():
-        table = ShardedTable(
-            vocab_size=tiny_runs.VOCAB_SIZE, embed_dim=EMBED_DIM, optimizer=Adagrad(learning_rate=0.1)
-        )
-    shards = [strategy.experimental_local_results(v)[0].numpy().nbytes for v in table.variables().values()]
-    assert mib("table and its slots") == pytest.approx(sum(shards) / 2**20, abs=0.006)
+    def mib_of(kind):
+        paths = [path for path in model.treatments if path.startswith(kind)]
+        return sum(sum(held(model, path)) for path in paths) / 2**20
+
+    assert mib("tables and their slots") == pytest.approx(mib_of("tables/"), abs=0.006)
+    assert mib("layers and their slots") == pytest.approx(mib_of("layers/"), abs=0.006)
+    own = TOKENS // NUM_DEVICES
     # Of the full softmax every row has a gradient, of which there are two copies for a moment.
-    rows = 6 * 6 + (table.placement.allocated_rows if loss is FullSoftmax else 64)
-    assert mib("rows pulled") == pytest.approx(2 * rows * (EMBED_DIM + 1) * 4 / 2**20, abs=0.006)
+    num_rows = {"full": model.tables["out_of"].placement.allocated_rows, "sampled": own + 64}[head]
+    floats = own * (INPUT_DIM + 1) + num_rows * (OUTPUT_DIM + 1)
+    assert mib("rows pulled") == pytest.approx(2 * floats * 4 / 2**20, abs=0.006)
+    if head == "sampled":
+        assert mib("logits") == pytest.approx(2 * own * 64 * 4 / 2**20, abs=0.006)
+    parts = [mib(words) for words in ("tables and", "layers and", "rows pulled", "logits")]
+    assert mib("in all") == pytest.approx(sum(parts), abs=0.03)
+
+
+def test_counts(report, model):
+    num_parameters = sum(
+        int(variable.shape.num_elements()) for variable in model.layers.trainable_variables.values()
+    )
+    num_parameters += tiny_runs.VOCAB_SIZE * (INPUT_DIM + OUTPUT_DIM + 1)
+    padding = NUM_DEVICES * model.tables["into"].placement.allocated_rows - tiny_runs.VOCAB_SIZE
+    text = " ".join(report.split())
+    assert f"{num_parameters:,} parameters; vocabulary 5,003 rows, {padding} more as padding" in text
+    assert f"{TOKENS} tokens a step" in text

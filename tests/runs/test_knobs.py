@@ -1,9 +1,11 @@
 """Every knob is live: what a configuration can set changes the resolved run, and what the run does."""
 
+import ast
 import contextlib
 import dataclasses
 import functools
 import inspect
+import typing
 
 import keras
 import numpy as np
@@ -13,37 +15,55 @@ import tiny_runs
 from keras.optimizers.schedules import CosineDecay, LearningRateSchedule
 from tensorflow.python.framework import config as framework_config
 
-from lmscale import configuration, factories, trainer
+from lmscale import configuration, factories
 from lmscale.bodies.body import keras_body
 from lmscale.bodies.lstm import lstm_body
 from lmscale.experiment import Experiment
+from lmscale.parameters.activity import Activity, Every
+from lmscale.parameters.averages import Averaged
+from lmscale.parameters.groups import Group
+from lmscale.parameters.pretrained import PretrainedVectors
 from lmscale.parameters.update_rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
+from lmscale.run import train
 from lmscale.softmax.full import FullSoftmax
 from lmscale.softmax.sampled import SampledSoftmax
 from lmscale.softmax.samplers import LogUniformSampler, UniformSampler, UnigramSampler
+from lmscale.tables.table_config import TableConfig
+from lmscale.tasks.next_token import NextToken
 from lmscale.workdir import Workdir
 
 CONFIGS = sorted((tiny_runs.REPOSITORY / "configs").glob("*.gin"))
 MACROS = {
     *("DATA_DIR", "TRAIN_STEPS", "GLOBAL_BATCH_SIZE", "WINDOW", "EMBED_DIM", "HIDDEN_DIM", "NUM_LAYERS"),
-    *("DROPOUT", "NUM_SAMPLED", "LEARNING_RATE", "SEED", "LOG_EVERY", "EVAL_EVERY", "SAVE_EVERY"),
+    *(
+        "DROPOUT",
+        "NUM_SAMPLED",
+        "LEARNING_RATE",
+        "ROW_LEARNING_RATE",
+        "SEED",
+        "LOG_EVERY",
+        "EVAL_EVERY",
+        "SAVE_EVERY",
+    ),
 }
-# What the trainer passes when it calls a factory.
-GIVEN_BY_THE_RUN = {"vocab_size", "counts"}
+# What the run passes when it calls a factory.
+GIVEN_BY_THE_RUN = {"context", "table", "vocab_size", "counts"}
 
 # --------------------------------------------------- From the gin file to the experiment: the shipped configurations
 
 
 def content(value):
     """All that an experiment consists of, as plain values that compare by what they say."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return type(value), {f.name: content(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, LearningRateSchedule):
+    if isinstance(value, LearningRateSchedule | keras.initializers.Initializer):
         return type(value), value.get_config()
-    if isinstance(value, UpdateRule):
+    if isinstance(value, UpdateRule | Activity):
         return type(value), {name: content(v) for name, v in vars(value).items()}
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return tuple(map(content, value))
+    if isinstance(value, dict):
+        return {name: content(v) for name, v in value.items()}
     assert value is None or callable(value) or isinstance(value, bool | int | float | str), value
     return value
 
@@ -54,11 +74,27 @@ def another(value, hint):
         return str(not value)
     if isinstance(value, int | float):
         return repr(value + 1 if isinstance(value, int) else value / 2 or 0.25)
+    if isinstance(value, str) and hint is None and is_literal_list(value):
+        return repr(ast.literal_eval(value)[::-1])  # A macro's; the order matters.
     if isinstance(value, str):
-        choices = [choice for choice in getattr(hint, "__args__", ()) if choice != value]
-        return repr(choices[0] if choices else f"other_{value}")
+        others = [choice for choice in choices(hint) if choice != value]
+        return repr(others[0] if others else f"other_{value}")
     # None stands for a default of the receiver; a reference can always be replaced by a number, if only to be refused.
-    return "1" if "int" in str(hint) else "0.25"
+    return "1" if hint is None or "int" in str(hint) else "0.25"
+
+
+def choices(hint):
+    """What a type of `Literal`s lets one choose from, all levels deep."""
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    return [choice for argument in typing.get_args(hint) for choice in choices(argument)]
+
+
+def is_literal_list(text):
+    try:
+        return isinstance(ast.literal_eval(text), list)
+    except (ValueError, SyntaxError):
+        return False
 
 
 def settings(config):
@@ -98,8 +134,13 @@ def test_every_setting_changes_the_experiment_or_is_refused(path):
     assert "lstm.lstm_body.dropout_over_time" in changed
     # A macro's own parameter set directly leaves the macro without effect; a reference is no number.
     for name, reason in refused.items():
-        # And a bias that is not there has no initial values.
-        reasons = ("nothing uses %", f"{name} must be", "without any: ", "must be 'zeros' without a bias")
+        # And what becomes of new rows depends on how rows are matched.
+        reasons = (
+            "nothing uses %",
+            f"{name} must be",
+            "without any: ",
+            "rows that are matched by their words",
+        )
         assert any(expected in reason for expected in reasons), (name, reason)
 
 
@@ -111,27 +152,28 @@ def test_the_flag_seed_changes_the_experiment():
 
 # ----------------------------------------------------- From the experiment to what happens: runs of a few eager steps
 
-# Four parts of an experiment and its own fields: (what is called, with which arguments).
+# The parts of an experiment and its own fields: (what is called, with which arguments).
 PARTS = {
     "body": (lstm_body, {"num_layers": 2, "hidden_dim": 6, "dropout": 0.3}),
     "sampler": (LogUniformSampler, {"num_sampled": 16, "replacement": False}),
-    "loss": (SampledSoftmax, {}),
-    "row_optimizer": (Adam, {"learning_rate": 0.02}),
-    "body_optimizer": (Adam, {"learning_rate": 0.01}),
+    "head": (SampledSoftmax, {}),
+    "table": (TableConfig, {"embed_dim": 4}),
+    "task": (NextToken, {"inputs": "words", "outputs": "words", "window": 3, "eval_window": 13}),
+    "row_rule": (Adam, {"learning_rate": 0.02}),
+    "layer_rule": (Adam, {"learning_rate": 0.01}),
+    # Of the rows. That of the layers, which comes after it, is the same class.
+    "group": (Group, {"pattern": "tables/.*"}),
     "experiment": (
         Experiment,
         {
             "train_steps": 4,
             "global_batch_size": 4,
-            "window": 3,
-            "embed_dim": 4,
             "seed": 1,
             "log_every": 2,
             "eval_every": 2,
             "save_every": 1,
             "clip_norm": 0.1,
             "eval_batch_size": 9,
-            "eval_window": 13,
             "probe_tokens": 31,
             "keep_checkpoints": 2,
         },
@@ -142,37 +184,53 @@ VARIANTS = {
     "base": {},
     "uniform": {"sampler": (UniformSampler, {"num_sampled": 16})},
     "unigram": {"sampler": (UnigramSampler, {"num_sampled": 16})},
-    "full": {"loss": (FullSoftmax, {})},
+    "full": {"head": (FullSoftmax, {})},
     "adagrad": {
-        "row_optimizer": (Adagrad, {"learning_rate": 0.1}),
-        "body_optimizer": (Adagrad, {"learning_rate": 0.1}),
+        "row_rule": (Adagrad, {"learning_rate": 0.1}),
+        "layer_rule": (Adagrad, {"learning_rate": 0.1}),
     },
     "row_wise": {
-        "row_optimizer": (RowWiseAdagrad, {"learning_rate": 0.1}),
-        "body_optimizer": (SGD, {"learning_rate": 0.1}),
+        "row_rule": (RowWiseAdagrad, {"learning_rate": 0.1}),
+        "layer_rule": (SGD, {"learning_rate": 0.1}),
     },
+    "averaged": {"row_rule": (Averaged, {"update": Adam(learning_rate=0.02), "decay": 0.5})},
 }
 # Another value for each parameter, which four steps must show.
 OTHER_VALUES = {
+    "task": functools.partial(
+        NextToken,
+        tables={"words": TableConfig(embed_dim=4)},
+        inputs="words",
+        outputs="words",
+        body=functools.partial(keras_body, layer=functools.partial(keras.layers.Dense, 6)),
+        head=FullSoftmax,
+        window=3,
+    ),
+    "groups": [Group(pattern=".*", update=SGD(learning_rate=0.02))],
     "train_steps": 3,
     "global_batch_size": 5,
+    "gradient_accumulation_steps": 2,
     "window": 4,
     "embed_dim": 5,
+    "bias": "log_frequency",
     "body": functools.partial(keras_body, layer=functools.partial(keras.layers.Dense, 6)),
-    "loss": FullSoftmax,
-    "row_optimizer": SGD(learning_rate=0.02),
-    "body_optimizer": SGD(learning_rate=0.01),
+    "head": FullSoftmax,
+    "input_dim": 5,
+    "pattern": "tables/.*|layers/projection/.*",
+    "update": SGD(learning_rate=0.02),
+    "active": Every(period=2),
+    "initializer": keras.initializers.RandomNormal(stddev=0.3, seed=1),
     "seed": 2,
     "log_every": 1,
     "eval_every": 4,
     "save_every": 4,
-    "clip_norm": None,
-    "softmax_bias": False,
-    "initial_bias": "log_frequency",
+    "clip_norm": 0.05,
     "compute_dtype": "bfloat16",
     "deterministic_ops": True,
     "eval_batch_size": 10,
     "eval_window": 14,
+    "eval_tokens": 300,
+    "evaluate_averages": True,
     "probe_tokens": 32,
     "keep_checkpoints": 3,
     "num_layers": 1,
@@ -192,31 +250,55 @@ OTHER_VALUES = {
     "beta_2": 0.9,
     "epsilon": 1e-3,
     "initial_accumulator": 0.2,
+    "weight_decay": 0.1,
+    "decay": 0.6,
 }
-# Shown to be live elsewhere: by test_data_dir, test_bad_steps.py and tests/test_trainer.py.
-ELSEWHERE = {"data_dir", "on_bad_step", "steps_per_call"}
+# Shown to be live elsewhere: by the tests of these names below, test_bad_steps.py, test_warm_start.py and
+# tests/test_trainer.py.
+ELSEWHERE = {
+    "data_dir",
+    "pretrained",
+    "tables",
+    "inputs",
+    "outputs",
+    "on_bad_step",
+    "warm_start",
+    "steps_per_call",
+}
 
 
 def knobs():
-    """(variant, part, parameter) of all that can be set; what a variant shares with the base only once."""
+    """[(variant, part, parameter)] of all that can be set; what a variant shares with the base only once."""
+    found = []
     for variant, replaced in VARIANTS.items():
         for part, (function, _) in (replaced or PARTS).items():
             for parameter in inspect.signature(function).parameters:
                 if parameter not in GIVEN_BY_THE_RUN | ELSEWHERE:
-                    yield variant, part, parameter
+                    # There must be averages.
+                    base = "averaged" if parameter == "evaluate_averages" else variant
+                    found.append((base, part, parameter))
+    return found
 
 
-def make_experiment(data_dir, *, variant, part=None, parameter=None):
-    """The experiment of a variant, with another value for one parameter."""
+def make_experiment(data_dir, *, variant, part=None, parameter=None, **changes):
+    """The experiment of a variant, with another value for one parameter; `changes` are arguments of parts."""
     parts = {**PARTS, **VARIANTS[variant]}
     made = {}
     for name, (function, arguments) in parts.items():
-        arguments = dict(arguments)
-        if name == "loss" and function is SampledSoftmax:
+        arguments = arguments | changes.get(name, {})
+        if name == "head" and function is SampledSoftmax:
             arguments["sampler"] = made["sampler"]
+        if name == "task":
+            arguments = {
+                "tables": {"words": made["table"]()},
+                "body": made["body"],
+                "head": made["head"],
+            } | arguments
+        if name == "group":
+            arguments["update"] = made["row_rule"]()
         if name == "experiment":
-            optimizers = {key: made[key]() for key in ("row_optimizer", "body_optimizer")}
-            arguments |= {"data_dir": str(data_dir), "body": made["body"], "loss": made["loss"], **optimizers}
+            groups = [made["group"](), Group(pattern="layers/.*", update=made["layer_rule"]())]
+            arguments |= {"data_dir": str(data_dir), "task": made["task"], "groups": groups}
         if name == part:
             default = inspect.signature(function).parameters[parameter].default
             # Either way may be the default.
@@ -241,7 +323,7 @@ def eager():
 def observe(experiment, *, workdir, strategy):
     """All that a run leaves behind, but for times and memory."""
     with eager(), Workdir(workdir) as opened:
-        trainer.train(experiment, workdir=opened, strategy=strategy, config_text="", hparams={})
+        train(experiment, workdir=opened, strategy=strategy, config_text="", hparams={})
     deterministic = framework_config.is_op_determinism_enabled()
     framework_config.disable_op_determinism()
     not_compared = ("wall_time", "step_secs", "tokens_per_sec", "valid/eval_secs")
@@ -294,16 +376,40 @@ def test_data_dir(mirrored, tmp_path, base_observation):
     assert observe(experiment, workdir=tmp_path / "run", strategy=mirrored(1)) != base_observation("base")
 
 
+def test_pretrained(data_dir, mirrored, tmp_path, base_observation):
+    vectors = tmp_path / "vectors.txt"
+    vectors.write_text("1 4\nword7 0.1 0.2 -0.3 0.4\n")
+    pretrained = {"pretrained": PretrainedVectors(path=str(vectors))}
+    experiment = make_experiment(data_dir, variant="base", table=pretrained)
+    assert observe(experiment, workdir=tmp_path / "run", strategy=mirrored(1)) != base_observation("base")
+    assert "1 of" in (tmp_path / "run" / "pretrained_words.txt").read_text()
+
+
+def test_tables_inputs_and_outputs(data_dir, mirrored, tmp_path):
+    """Two tables of one width, and either of them for either end."""
+    tables = {name: TableConfig(embed_dim=4) for name in ("one", "other")}
+    seen = []
+    for ends in (("one", "other"), ("other", "one")):
+        task = {"tables": tables} | dict(zip(("inputs", "outputs"), ends, strict=True))
+        experiment = make_experiment(data_dir, variant="base", task=task)
+        lines, checkpoints, _ = observe(experiment, workdir=tmp_path / ends[0], strategy=mirrored(1))
+        assert {"tables/one/embedding", "tables/other/embedding"} <= checkpoints[4].keys()
+        seen.append(lines)
+    assert seen[0] != seen[1]
+
+
 def test_schedules_are_followed(data_dir, mirrored, tmp_path):
-    """Body and rows each by their own, counted from the first update."""
+    """Layers and rows each by their own, counted from the first update."""
     schedules = {
-        "row_optimizer": CosineDecay(0.02, decay_steps=8),
-        "body_optimizer": CosineDecay(0.01, decay_steps=4, warmup_target=0.05, warmup_steps=2),
+        "tables": CosineDecay(0.02, decay_steps=8),
+        "layers": CosineDecay(0.01, decay_steps=4, warmup_target=0.05, warmup_steps=2),
     }
-    optimizers = {name: Adam(learning_rate=schedule) for name, schedule in schedules.items()}
-    experiment = dataclasses.replace(make_experiment(data_dir, variant="base"), log_every=1, **optimizers)
+    groups = [
+        Group(pattern=f"{kind}/.*", update=Adam(learning_rate=rate)) for kind, rate in schedules.items()
+    ]
+    experiment = dataclasses.replace(make_experiment(data_dir, variant="base"), log_every=1, groups=groups)
     (lines, _), _, _ = observe(experiment, workdir=tmp_path, strategy=mirrored(1))
-    for tag, name in (("row_learning_rate", "row_optimizer"), ("learning_rate", "body_optimizer")):
-        expected = [float(schedules[name](step)) for step in range(4)]
+    for kind, schedule in schedules.items():
+        expected = [float(schedule(step)) for step in range(4)]
         assert len(set(expected)) == 4
-        np.testing.assert_allclose([line[tag] for line in lines], expected, rtol=1e-6)
+        np.testing.assert_allclose([line[f"learning_rate/{kind}"] for line in lines], expected, rtol=1e-6)

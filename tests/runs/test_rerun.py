@@ -55,8 +55,15 @@ def test_metrics_and_tensorboard_say_what_the_run_was(reference_run):
         "tokens_per_sec",
         "step_secs",
         "gradient_norm",
-        "learning_rate",
-        "rows_touched/shard_0",
-        "rows_touched/shard_1",
+        "learning_rate/tables",
+        "learning_rate/layers",
+        "rows_touched/words/shard_0",
+        "rows_touched/words/shard_1",
     }
     assert any(tag.startswith("memory_mib/") for tag in train)
+    assert "valid/eval_tokens" in evaluation
+
+
+def test_the_run_keeps_its_vocabulary(reference_run, data_dir):
+    workdir = reference_run(2).result()
+    assert (workdir / "vocab.txt").read_bytes() == (data_dir / "vocab.txt").read_bytes()

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lmscale import configuration
 from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.token_files import PreparedData
+from lmscale.run import train as train_run
 from lmscale.trainer import Trainer
-from lmscale.trainer import train as train_run
 from lmscale.workdir import Workdir
 
 LAST_STEP = tiny_runs.TINY_MACROS["TRAIN_STEPS"]
@@ -163,13 +163,13 @@ def test_restores_every_tensor_exactly_on_other_numbers_of_devices(
     experiment = configuration.load([str(workdir / "config.gin")]).experiment
     data = PreparedData.open(experiment.data_dir)
     trainer = Trainer(experiment, data=data, strategy=mirrored(devices))
-    items = trainer.checkpoint_items()
+    items = trainer.parameters()
     metadata = Checkpoints(workdir / "checkpoints", readonly=True).restore(items)
     assert (metadata["step"], metadata["num_devices"]) == (LAST_STEP, 3)
     expected = tiny_runs.tensors(workdir, LAST_STEP)
     restored = {item.path: item.read(0, item.shape[0] if item.shape else 1) for item in items}
     tiny_runs.assert_same_bits(restored, expected)
-    assert any(name.startswith("carried_state/") and np.any(value) for name, value in restored.items())
+    assert any(name.startswith("state/") and np.any(value) for name, value in restored.items())
     Checkpoints(tmp_path / "checkpoints").save(LAST_STEP, items, metadata={})
     tiny_runs.assert_same_bits(tiny_runs.tensors(tmp_path, LAST_STEP), expected)
 

@@ -16,32 +16,42 @@ from __gin__ import dynamic_registration
 
 from keras import layers
 from lmscale import experiment
-from lmscale.softmax import sampled
 from lmscale.bodies import body
+from lmscale.parameters import groups
 from lmscale.parameters import update_rules
+from lmscale.softmax import sampled
 from lmscale.softmax import samplers
+from lmscale.tables import table_config
+from lmscale.tasks import next_token
 
 experiment.Experiment.data_dir = %DATA_DIR
 experiment.Experiment.train_steps = 200
 experiment.Experiment.global_batch_size = 24
-experiment.Experiment.window = 5
-experiment.Experiment.embed_dim = 8
 experiment.Experiment.seed = 3
 experiment.Experiment.log_every = 1
 experiment.Experiment.eval_every = 150
 experiment.Experiment.save_every = 150
 experiment.Experiment.keep_checkpoints = 5
 experiment.Experiment.probe_tokens = 0
-experiment.Experiment.body = @body.keras_body
+experiment.Experiment.task = @next_token.NextToken
+next_token.NextToken.tables = {'words': @table_config.TableConfig()}
+next_token.NextToken.inputs = 'words'
+next_token.NextToken.outputs = 'words'
+next_token.NextToken.window = 5
+table_config.TableConfig.embed_dim = 8
+next_token.NextToken.body = @body.keras_body
 body.keras_body.layer = @layers.GRU
 layers.GRU.units = 12
 layers.GRU.return_sequences = True
 layers.GRU.dropout = 0.3
-experiment.Experiment.loss = @sampled.SampledSoftmax
+next_token.NextToken.head = @sampled.SampledSoftmax
 sampled.SampledSoftmax.sampler = @samplers.LogUniformSampler
 samplers.LogUniformSampler.num_sampled = 64
-experiment.Experiment.body_optimizer = @update_rules.SGD()
-experiment.Experiment.row_optimizer = @update_rules.RowWiseAdagrad()
+experiment.Experiment.groups = [@rows/groups.Group(), @layers/groups.Group()]
+rows/groups.Group.pattern = 'tables/.*'
+rows/groups.Group.update = @update_rules.RowWiseAdagrad()
+layers/groups.Group.pattern = 'layers/.*'
+layers/groups.Group.update = @update_rules.SGD()
 update_rules.SGD.learning_rate = 0.1
 update_rules.RowWiseAdagrad.learning_rate = 0.1
 """

@@ -46,9 +46,7 @@ def test_a_full_disk_and_a_lack_of_memory_are_named(data_dir, tmp_path):
     )
     code, _, stderr = tiny_runs.run_forked("lmscale.train", arguments, log=tmp_path / "log")
     assert code == 2
-    assert (
-        "Received: none left while building the model, with a table of 5,003 rows of 300,000,000 (" in stderr
-    )
+    assert "Received: none left while building the model, with tables of 5,003 rows (" in stderr
 
     for split in ("train", "eval"):
         (tmp_path / "run" / split).mkdir()

@@ -70,7 +70,8 @@ def test_hparams_tell_what_runs_now(board, runs, run, steps, rate, clip_norm):
     )
     assert shown["samplers.LogUniformSampler.replacement"] is False
     assert shown["experiment.Experiment.on_bad_step"] == "stop"
-    assert shown["experiment.Experiment.loss"] == "@sampled.SampledSoftmax"
+    assert shown["next_token.NextToken.head"] == "@sampled.SampledSoftmax"
+    assert shown["experiment.Experiment.groups"] == "[@rows/groups.Group(), @layers/groups.Group()]"
     last = tiny_runs.metrics(runs.result() / run, "eval")[-1]
     assert last["step"] == steps
     for tag in ("valid/exact_loss_nats", "valid/exact_perplexity"):

@@ -9,7 +9,8 @@ import pytest
 import tiny_runs
 
 MODULES = "|".join(re.escape(path.name) for path in (tiny_runs.REPOSITORY / "lmscale").rglob("*.py"))
-OWN_LINE = re.compile(rf"[IW]\d{{4}} \d\d:\d\d:\d\d\.\d{{6}} +\d+ ({MODULES}):\d+\] ")
+# Of the table of parameters, which has many lines, the first has the time and the place.
+OWN_LINE = re.compile(rf"[IW]\d{{4}} \d\d:\d\d:\d\d\.\d{{6}} +\d+ ({MODULES}):\d+\] |[┏┃┡│├└]")
 FEW_STEPS = {"TRAIN_STEPS": 2, "EVAL_EVERY": 2, "SAVE_EVERY": 2}
 
 
@@ -36,6 +37,7 @@ def test_a_run_its_evaluation_and_its_curve(data_dir, tmp_path):
     arguments = tiny_runs.train_arguments(workdir=workdir, data_dir=data_dir, cpu_devices=2, **FEW_STEPS)
     seen = lines("lmscale.train", *arguments)
     assert any("valid/exact_perplexity" in line for line in seen)
+    assert any("│ tables/words/embedding " in line for line in seen)
     seen += lines("lmscale.evaluate", f"--workdir={workdir}")
     seen += lines("lmscale.plot", f"--workdir={workdir}", f"--output={tmp_path / 'curve.png'}")
     assert [line for line in seen if not OWN_LINE.match(line)] == []

@@ -36,6 +36,7 @@ TINY_MACROS = {
     "DROPOUT": 0.3,
     "NUM_SAMPLED": 64,
     "LEARNING_RATE": 0.01,
+    "ROW_LEARNING_RATE": 0.01,
     "SEED": 5,
     "LOG_EVERY": 1,
     "EVAL_EVERY": 100,
@@ -43,7 +44,7 @@ TINY_MACROS = {
     "experiment.Experiment.keep_checkpoints": 20,
     "experiment.Experiment.probe_tokens": 301,
     "experiment.Experiment.eval_batch_size": 7,
-    "experiment.Experiment.eval_window": 19,
+    "next_token.NextToken.eval_window": 19,
 }
 DEADLINE_SECS = 900  # For one process, on a busy machine. Idle, it takes some ten seconds.
 
@@ -160,7 +161,7 @@ class Process:
 def _fork_server():
     """Starts processes by forking one that has imported TensorFlow, and done nothing with it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tensorflow", "lmscale.trainer", "lmscale.configuration"])
+    context.set_forkserver_preload(["tensorflow", "lmscale.run", "lmscale.configuration"])
     return context
 
 

@@ -54,7 +54,7 @@ class QualityPeer(Peer):
 
     @abc.abstractmethod
     def evaluate(self, batches):
-        """Exact mean loss in nats over `EvalBatch`es, state carried from one to the next."""
+        """Exact mean loss in nats over the `Batch`es of an evaluation, state carried from one to the next."""
 
     @abc.abstractmethod
     def end_epoch(self, validation_loss):

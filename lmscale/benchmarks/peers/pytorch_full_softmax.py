@@ -64,13 +64,14 @@ class PytorchFullSoftmax(QualityPeer):
         total, count, state = 0.0, 0, None
         with torch.no_grad():
             for batch in batches:
-                logits, state = self.model(torch.from_numpy(batch.input_ids).to(self._device).long().T, state)
+                ids = torch.from_numpy(batch.features["ids"]).to(self._device).long().T
+                logits, state = self.model(ids[:-1], state)
                 losses = nn.functional.cross_entropy(
                     logits.reshape(-1, self.shape.vocab_size),
-                    torch.from_numpy(batch.labels).to(self._device).long().T.reshape(-1),
+                    ids[1:].reshape(-1),
                     reduction="none",
                 )
-                weights = torch.from_numpy(batch.loss_weights).to(self._device).T.reshape(-1)
+                weights = torch.from_numpy(batch.features["weights"]).to(self._device).T.reshape(-1)
                 total += float((losses * weights).sum())
                 count += float(weights.sum())
         return total / count
