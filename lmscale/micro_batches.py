@@ -8,6 +8,7 @@ import dataclasses
 
 import tensorflow as tf
 
+from lmscale.distribution import collectives
 from lmscale.model import Reading, StepRows
 from lmscale.tables.rows import Rows
 
@@ -33,18 +34,19 @@ class Gradients:
     state: list
 
 
-def accumulate(value_and_gradients, reading, state, *, num_parts):
+def accumulate(value_and_gradients, reading, state, *, num_parts, communicates):
     """`Gradients` of a replica's examples, computed in equal parts.
 
     Args:
       value_and_gradients: function (part of the reading, part of the state, number of its first example) that returns
-        the part's `Gradients`, penalty included as if the part were all.
+        the part's `Gradients`.
       reading: `Reading`.
       state: list of [examples, ...].
       num_parts: int, which divides the examples.
+      communicates: whether `value_and_gradients` uses collectives.
 
     Returns:
-      `Gradients`; the penalty is the mean of the parts'.
+      `Gradients`, whose losses, penalty and gradients are the sums of the parts'.
     """
     num_examples = next(iter(reading.features.values())).shape[0]
     size = num_examples // num_parts
@@ -56,15 +58,17 @@ def accumulate(value_and_gradients, reading, state, *, num_parts):
 
     if num_parts == 1:
         return part(0)
+    if communicates and collectives.num_replicas() > 1:
+        return _accumulate_without_loop(part, num_parts=num_parts)
     # The first part is outside the loop: it tells which gradients there are, and their shapes.
     first = part(0)
-    summed, joined = _split(first, num_parts=num_parts)
+    summed, joined = _split(first)
     template = (summed, joined)
     flat_summed, flat_joined = tf.nest.flatten(summed), tf.nest.flatten(joined)
     arrays = [tf.TensorArray(x.dtype, size=num_parts, element_shape=x.shape).write(0, x) for x in flat_joined]
 
     def body(k, sums, arrays):
-        own_summed, own_joined = _split(part(k), num_parts=num_parts)
+        own_summed, own_joined = _split(part(k))
         tf.nest.assert_same_structure((own_summed, own_joined), template)
         sums = [total + x for total, x in zip(sums, tf.nest.flatten(own_summed), strict=True)]
         arrays = [array.write(k, x) for array, x in zip(arrays, tf.nest.flatten(own_joined), strict=True)]
@@ -81,6 +85,21 @@ def accumulate(value_and_gradients, reading, state, *, num_parts):
         for array, x in zip(arrays, flat_joined, strict=True)
     ]
     return _together(first, tf.nest.pack_sequence_as(summed, sums), tf.nest.pack_sequence_as(joined, whole))
+
+
+def _accumulate_without_loop(part, *, num_parts):
+    """`accumulate` as that many copies of the part's operations: replicas cannot meet within a loop of TensorFlow."""
+    first = part(0)
+    summed, parts_joined = _split(first)
+    parts_joined = [parts_joined]
+    for k in range(1, num_parts):
+        # One part's activations at a time.
+        with tf.control_dependencies(tf.nest.flatten(summed)):
+            own_summed, own_joined = _split(part(k))
+        summed = tf.nest.map_structure(tf.add, summed, own_summed)
+        parts_joined.append(own_joined)
+    joined = tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *parts_joined)
+    return _together(first, summed, joined)
 
 
 def _slice(x, k, num_parts):
@@ -127,11 +146,11 @@ def _tensors(rows):
     }
 
 
-def _split(gradients, *, num_parts):
+def _split(gradients):
     """(what is summed over the parts, what is joined), as structures of tensors."""
     summed = {
         "losses": gradients.losses,
-        "penalty": gradients.penalty / num_parts,
+        "penalty": gradients.penalty,
         "candidates": _tensors(gradients.d_rows.candidates),
         "shards": gradients.d_shards,
         "layers": gradients.d_layers,

@@ -209,6 +209,7 @@ class Trainer:
             reading,
             state,
             num_parts=self.experiment.gradient_accumulation_steps,
+            communicates=any(head.communicates for head in self.task.heads.values()),
         )
         collected = model.collect(reading, gradients.d_rows, d_shards=gradients.d_shards)
 
@@ -269,10 +270,11 @@ class Trainer:
         with tf.GradientTape() as tape:
             tape.watch(sources)
             hidden, new_state = model.forward(roles, reading.features, state, dropout=dropout)
-            # Regularisers of layers, and what they add to the loss: means over a replica's examples, or the same on
-            # each replica. The shares of the replicas add up.
+            # Regularisers of layers, and what they add to the loss: means over the examples here, or the same for all
+            # examples. The shares of replicas and parts add up, and so do their gradients.
             penalties = model.layers.penalties()
-            penalty = [tf.add_n(penalties) / self.strategy.num_replicas_in_sync] if penalties else []
+            num_shares = self.strategy.num_replicas_in_sync * self.experiment.gradient_accumulation_steps
+            penalty = [tf.add_n(penalties) / num_shares] if penalties else []
         check_all_listed(tape.watched_variables(), layers=task.layers, reader=task)
         loss_weights = {
             name: labels.weights / reading.total_weights[name] for name, labels in reading.labels.items()

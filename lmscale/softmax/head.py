@@ -39,11 +39,13 @@ class Head(abc.ABC):
     Attributes:
       name: word under which its training loss is logged.
       needs_label_rows: whether `value_and_gradients` is given the rows of the labels.
+      communicates: whether `value_and_gradients` uses collectives, for which no loop of TensorFlow has a place.
       table: name of the table that holds the softmax rows.
     """
 
     name: str
     needs_label_rows = True
+    communicates = True
 
     def __init__(self, *, table: str, vocab_size: int, counts: np.ndarray | None):
         """Args:

@@ -284,6 +284,7 @@ class SampledSoftmax(Head):
     """Cross-entropy against the label and a sample of the vocabulary, shared by the tokens of the global batch."""
 
     name = "sampled"
+    communicates = False
 
     def __init__(
         self,

@@ -13,11 +13,10 @@ from lmscale.checkpoints.directory import Checkpoints
 from lmscale.experiment import Experiment
 from lmscale.parameters.groups import Group
 from lmscale.parameters.update_rules import Adam
-from lmscale.run import NonFiniteError, train
+from lmscale.run import NonFiniteError
 from lmscale.softmax.samplers import LogUniformSampler
 from lmscale.tables.table_config import TableConfig
 from lmscale.tasks.next_token import NextToken
-from lmscale.workdir import Workdir
 
 EXIT_NON_FINITE = 3
 LAST_STEPS = "slots/tables/words/embedding/last_step"
@@ -55,8 +54,7 @@ def run(workdir, *, data_dir, strategy, on_bad_step, place, fault, bad_steps=(3,
         eval_batch_size=20,
         probe_tokens=0,
     )
-    with Workdir(workdir) as opened:
-        return train(experiment, workdir=opened, strategy=strategy, config_text="", hparams={})
+    return tiny_runs.train_here(experiment, workdir=workdir, strategy=strategy)
 
 
 @pytest.mark.parametrize(("place", "fault"), [("loss", "nan"), ("d_candidate_rows", "inf")])

@@ -24,13 +24,11 @@ from lmscale.parameters.averages import Averaged
 from lmscale.parameters.groups import Group
 from lmscale.parameters.pretrained import PretrainedVectors
 from lmscale.parameters.update_rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
-from lmscale.run import train
 from lmscale.softmax.full import FullSoftmax
 from lmscale.softmax.sampled import SampledSoftmax
 from lmscale.softmax.samplers import LogUniformSampler, UniformSampler, UnigramSampler
 from lmscale.tables.table_config import TableConfig
 from lmscale.tasks.next_token import NextToken
-from lmscale.workdir import Workdir
 
 CONFIGS = sorted((tiny_runs.REPOSITORY / "configs").glob("*.gin"))
 MACROS = {
@@ -322,22 +320,11 @@ def eager():
 
 def observe(experiment, *, workdir, strategy):
     """All that a run leaves behind, but for times and memory."""
-    with eager(), Workdir(workdir) as opened:
-        train(experiment, workdir=opened, strategy=strategy, config_text="", hparams={})
+    with eager():
+        tiny_runs.train_here(experiment, workdir=workdir, strategy=strategy)
     deterministic = framework_config.is_op_determinism_enabled()
     framework_config.disable_op_determinism()
-    not_compared = ("wall_time", "step_secs", "tokens_per_sec", "valid/eval_secs")
-    lines = [
-        [
-            {
-                tag: v
-                for tag, v in line.items()
-                if tag not in not_compared and not tag.startswith("memory_mib/")
-            }
-            for line in tiny_runs.metrics(workdir, name)
-        ]
-        for name in ("train", "eval")
-    ]
+    lines = [tiny_runs.without_times(tiny_runs.metrics(workdir, name)) for name in ("train", "eval")]
     checkpoints = {
         step: {name: (v.shape, v.tobytes()) for name, v in tiny_runs.tensors(workdir, step).items()}
         for step in tiny_runs.checkpoint_steps(workdir)

@@ -1,21 +1,25 @@
 """A run that is killed and started again ends as if nothing had happened."""
 
 import errno
+import functools
 import json
 import shutil
 import signal
 
+import keras
 import numpy as np
 import pytest
+import tiny_experiments
 import tiny_runs
+from faulty_losses import FaultySoftmax
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lmscale import configuration
+from lmscale.bodies.body import keras_body
 from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.token_files import PreparedData
-from lmscale.run import train as train_run
+from lmscale.softmax.samplers import LogUniformSampler
 from lmscale.trainer import Trainer
-from lmscale.workdir import Workdir
 
 LAST_STEP = tiny_runs.TINY_MACROS["TRAIN_STEPS"]
 SAVE_EVERY = tiny_runs.TINY_MACROS["SAVE_EVERY"]
@@ -108,18 +112,11 @@ def test_killed_run_ends_bit_identical(pair):
 
 
 def test_killed_run_reports_every_step_once_and_the_same(pair):
-    def without_times(lines):
-        excluded = ("wall_time", "step_secs", "tokens_per_sec", "valid/eval_secs")
-        return [
-            {tag: v for tag, v in line.items() if tag not in excluded and not tag.startswith("memory_mib/")}
-            for line in lines
-        ]
-
     uninterrupted, killed = pair
     assert [line["step"] for line in tiny_runs.metrics(killed)] == list(range(1, LAST_STEP + 1))
     for name in ("train", "eval"):
-        expected = without_times(tiny_runs.metrics(uninterrupted, name))
-        assert without_times(tiny_runs.metrics(killed, name)) == expected
+        expected = tiny_runs.without_times(tiny_runs.metrics(uninterrupted, name))
+        assert tiny_runs.without_times(tiny_runs.metrics(killed, name)) == expected
     summaries = [json.loads((workdir / "finished.json").read_text()) for workdir in pair]
     assert summaries[0] == summaries[1]
     assert summaries[0]["step"] == LAST_STEP
@@ -182,14 +179,13 @@ def test_saving_more_often_after_an_early_end_starts_over(data_dir, mirrored, mo
         arguments |= {"TRAIN_STEPS": 4, "EVAL_EVERY": 4, "SAVE_EVERY": save_every}
         bindings = [f"{name} = {value!r}" for name, value in arguments.items()]
         config = configuration.load([str(tiny_runs.QUICKSTART)], bindings)
-        with Workdir(tmp_path / "run") as workdir:
-            return train_run(
-                config.experiment,
-                workdir=workdir,
-                strategy=mirrored(1),
-                config_text=config.text,
-                hparams=config.macros,
-            )
+        return tiny_runs.train_here(
+            config.experiment,
+            workdir=tmp_path / "run",
+            strategy=mirrored(1),
+            config_text=config.text,
+            hparams=config.macros,
+        )
 
     def full_disk(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -228,3 +224,90 @@ def test_damaged_newest_checkpoint_falls_back_loudly(reference_run, in_backgroun
     assert "resuming at step 160" in process.stderr
     tiny_runs.assert_same_bits(tiny_runs.tensors(workdir, LAST_STEP), tiny_runs.tensors(finished, LAST_STEP))
     assert [line["step"] for line in tiny_runs.metrics(workdir)] == list(range(1, LAST_STEP + 1))
+
+
+def penalised_gru():
+    regularizer = keras.regularizers.L2(0.03)
+    layer = functools.partial(keras.layers.GRU, 7, return_sequences=True, kernel_regularizer=regularizer)
+    return keras_body(layer=layer)
+
+
+def train_and_log_every_fifth_step(workdir, *, data_dir, strategy, log_every=5):
+    """Trains 11 steps in calls of up to 2, saves at every third, and skips number 6, whose loss is not finite."""
+    head = functools.partial(
+        FaultySoftmax,
+        bad_steps=(5,),
+        place="loss",
+        fault="nan",
+        sampler=functools.partial(LogUniformSampler, num_sampled=11),
+    )
+    experiment = tiny_experiments.experiment(
+        task=tiny_experiments.language_model(body=penalised_gru, head=head),
+        data_dir=str(data_dir),
+        train_steps=11,
+        log_every=log_every,
+        save_every=3,
+        eval_every=11,
+        keep_checkpoints=9,
+        probe_tokens=0,
+        on_bad_step="skip",
+        steps_per_call=2,
+    )
+    tiny_runs.train_here(experiment, workdir=workdir, strategy=strategy)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def logged_run(data_dir, mirrored, tmp_path_factory):
+    """logged_run(n): a run of `train_and_log_every_fifth_step` on n devices that nothing interrupted."""
+
+    @functools.cache
+    def start(devices):
+        workdir = tmp_path_factory.mktemp("logged") / "run"
+        return train_and_log_every_fifth_step(workdir, data_dir=data_dir, strategy=mirrored(devices))
+
+    return start
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_a_log_line_goes_on_over_a_resume(data_dir, mirrored, logged_run, tmp_path, devices, step):
+    """Saved in the middle of a line: its means are those of all its steps, also of the ones before the save."""
+    whole = tiny_runs.metrics(logged_run(devices))
+    assert [line["step"] for line in whole] == [5, 10, 11]
+    assert [line["skipped_steps"] for line in whole] == [0, 1, 1]
+    tags = {"sampled_loss_nats", "gradient_norm", "penalty_nats"}
+    tags |= {f"rows_touched/words/shard_{i}" for i in range(devices)}
+    assert all(tags <= line.keys() and all(line[tag] > 0 for tag in tags) for line in whole)
+    workdir = tiny_runs.go_back(logged_run(devices), tmp_path / "resumed", step=step)
+    train_and_log_every_fifth_step(workdir, data_dir=data_dir, strategy=mirrored(devices))
+    resumed = tiny_runs.metrics(workdir)
+    assert tiny_runs.without_times(resumed) == tiny_runs.without_times(whole)
+    assert all(0 < line["step_secs"] < 60 for line in resumed)
+
+
+def test_a_log_line_is_the_mean_of_its_steps(data_dir, mirrored, logged_run, tmp_path):
+    """Against the same run, logged step by step; the step that was skipped counts in none of the means."""
+    single = train_and_log_every_fifth_step(
+        tmp_path / "run", data_dir=data_dir, strategy=mirrored(1), log_every=1
+    )
+    steps = tiny_runs.metrics(single)
+    assert [line["step"] for line in steps if line["sampled_loss_nats"] is None] == [6]
+    for line, numbers in zip(tiny_runs.metrics(logged_run(1)), (range(5), (6, 7, 8, 9), [10]), strict=True):
+        for tag in ("sampled_loss_nats", "gradient_norm", "penalty_nats", "rows_touched/words/shard_0"):
+            expected = np.mean([steps[i][tag] for i in numbers])
+            assert line[tag] == pytest.approx(expected, rel=1e-6), (line["step"], tag)
+
+
+def test_on_another_number_of_devices_the_line_begins_anew(data_dir, mirrored, logged_run, tmp_path):
+    """Rows by shard of 3 devices and of 2 have no mean; steps 7 to 10 have."""
+    workdir = tiny_runs.go_back(logged_run(3), tmp_path / "resumed", step=6)
+    train_and_log_every_fifth_step(workdir, data_dir=data_dir, strategy=mirrored(2))
+    before, after = tiny_runs.metrics(workdir)[:2]
+    assert [sum(tag.startswith("rows_touched/") for tag in line) for line in (before, after)] == [3, 2]
+    (_, whole, _) = tiny_runs.metrics(logged_run(3))
+    # Step 6, which was skipped, is in neither.
+    assert after["sampled_loss_nats"] == pytest.approx(whole["sampled_loss_nats"], rel=1e-5)
+    assert sum(after[f"rows_touched/words/shard_{i}"] for i in range(2)) == sum(
+        whole[f"rows_touched/words/shard_{i}"] for i in range(3)
+    )

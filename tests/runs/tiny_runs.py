@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from lmscale import run
 from lmscale.data.prepared_directory import PreparedDirectoryWriter
 from lmscale.data.token_files import SPLITS
 from lmscale.data.vocab import EOS, UNK, Vocabulary
+from lmscale.workdir import Workdir
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "configs" / "quickstart.gin"
@@ -197,6 +199,18 @@ def finish(train_flags, *, log):
     return Path(next(flag for flag in train_flags if flag.startswith("--workdir=")).partition("=")[2])
 
 
+def train_here(experiment, *, workdir, strategy, config_text="", hparams=None):
+    """Trains in this process, or goes on; returns the summary."""
+    with Workdir(workdir) as opened:
+        return run.train(
+            experiment,
+            workdir=opened,
+            strategy=strategy,
+            config_text=config_text,
+            hparams=hparams or {},
+        )
+
+
 def evaluate(workdir, *flags, log):
     """The JSON object with which `lmscale.evaluate` ends."""
     process = Process("lmscale.evaluate", [f"--workdir={workdir}", *flags], log=log)
@@ -211,6 +225,15 @@ def metrics(workdir, name="train"):
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def without_times(lines):
+    """Lines of metrics.jsonl without what differs between two runs that do the same."""
+    excluded = ("wall_time", "step_secs", "tokens_per_sec", "valid/eval_secs")
+    return [
+        {tag: v for tag, v in line.items() if tag not in excluded and not tag.startswith("memory_mib/")}
+        for line in lines
+    ]
 
 
 def steps_done(workdir):
@@ -244,7 +267,7 @@ def assert_same_bits(actual, expected):
 def go_back(finished, workdir, *, step):
     """Copies a work directory as it was at the step of an earlier checkpoint, metrics of later steps included."""
     shutil.copytree(finished, workdir)
-    (workdir / "finished.json").unlink()
+    (workdir / "finished.json").unlink(missing_ok=True)
     for later in checkpoint_steps(workdir):
         if later > step:
             shutil.rmtree(workdir / "checkpoints" / f"step_{later:08d}")
