@@ -71,7 +71,7 @@ def _check_examples(outputs, shape, *, body):
     except (ValueError, tf.errors.InvalidArgumentError) as error:
         raise ValueError(
             f"A body must take inputs of the shape {shape}, as evaluations have them. Received: {_named(body)}, which "
-            "fails there (--verbosity=1 shows how). Set experiment.Experiment.eval_window to the length that it is "
+            "fails there (--verbosity=1 shows how). Set next_token.NextToken.eval_window to the length that it is "
             "made for, or mend it."
         ) from error
     noise = _difference(outputs(inputs).numpy(), unchanged, scale=_scale(unchanged)).max()

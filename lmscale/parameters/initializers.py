@@ -159,5 +159,5 @@ def describe(initializer):
     if isinstance(initializer, _Gates):
         return repr(initializer)
     shown = {k: v for k, v in initializer.get_config().items() if k != "seed"}
-    shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in shown.items()}
+    shown = {k: round(v, 6) if isinstance(v, float) else v for k, v in shown.items()}
     return f"{type(initializer).__name__}({', '.join(f'{k}={v}' for k, v in shown.items())})"

@@ -140,7 +140,7 @@ def test_rows_go_where_their_words_are(tmp_path, mirrored, num_devices, slots, n
         strategy = mirrored(num_devices)
         with strategy.scope():
             rule = Adam(learning_rate=0.1, beta_1=0.0)
-            table = ShardedTable(vocab_size=NEW_ROWS, embed_dim=DIM, optimizer=rule)
+            table = ShardedTable(vocab_size=NEW_ROWS, embed_dim=DIM, update_rule=rule)
         for parameter in (sharded := table_parameters(table)):
             parameter.write(0, new[parameter.path])
         parameters = sharded + [p for p in array_parameters(after) if "tables/" not in p.path]
@@ -224,7 +224,7 @@ def test_steps_are_set_back_so_that_moments_decay_as_in_the_old_run(tmp_path):
             name: arrays[f"slots/tables/words/embedding/{name}"] for name in ("second_moment", "last_step")
         }
         weights = arrays["tables/words/embedding"]
-        _, slots = rule.update_rows(weights=weights, gradients=gradients, slots=slots, step=step)
+        _, slots = rule.update(weights=weights, gradients=gradients, slots=slots, step=step)
         return slots["second_moment"].numpy()
 
     np.testing.assert_allclose(second_moment(after, 3), second_moment(old, STEP + 3), rtol=1e-5)

@@ -96,7 +96,7 @@ def main(num_old, num_new, embed_dim, num_devices, what, folder):
     strategy = mirrored_strategy(tuple(f"CPU:{i}" for i in range(num_devices)))
     with strategy.scope():
         rule = Adam(learning_rate=0.1, beta_1=0.0)
-        table = ShardedTable(vocab_size=num_new, embed_dim=embed_dim, optimizer=rule)
+        table = ShardedTable(vocab_size=num_new, embed_dim=embed_dim, update_rule=rule)
     parameters = table_parameters(table)
     for parameter in parameters:
         # Logical devices of one CPU share the initial values of a slot until the first write to their shards.
