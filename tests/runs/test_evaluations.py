@@ -112,7 +112,7 @@ def test_averages_are_evaluated_and_do_not_change_the_training(data_dir, mirrore
 
 
 def test_against_averages_of_the_checkpoints(data_dir, mirrored, averaged_run):
-    """The loss of a model that holds sum_i (1 - d) d^(t - i) w_i / (1 - d^t), summed in float64 over all steps' files."""
+    """The loss of a model that holds sum_i (1 - d) d^(t - i) w_i / (1 - d^t), summed in float64."""
     valid = PreparedData.open(data_dir).split("valid")
     checkpoints = [tiny_runs.tensors(averaged_run, step) for step in range(1, NUM_STEPS + 1)]
     paths = [path for path in checkpoints[0] if path.startswith(("tables/", "layers/"))]

@@ -251,7 +251,7 @@ OTHER_VALUES = {
     "weight_decay": 0.1,
     "decay": 0.6,
 }
-# Shown to be live elsewhere: by the tests of these names below, test_bad_steps.py, test_warm_start.py and
+# Shown to be live elsewhere: by the tests of these names below, test_bad_steps.py, test_shipped_configurations.py and
 # tests/test_trainer.py.
 ELSEWHERE = {
     "data_dir",
