@@ -20,7 +20,16 @@ LAYERS = [
     {"checkpoints", "bodies", "softmax"},
     {"tables", "parameters"},
     {"data", "distribution", "metrics", "hparams_tab", "event_files"},
-    {"command_line", "workdir", "stop_signals", "quiet_start", "factories", "doing", "paths", "keras_settings"},
+    {
+        "command_line",
+        "workdir",
+        "stop_signals",
+        "quiet_start",
+        "factories",
+        "doing",
+        "paths",
+        "keras_settings",
+    },
 ]
 
 

@@ -29,9 +29,7 @@ def make_trainer(strategy, *, groups):
 
 
 def weights(trainer):
-    return {
-        p.path: p.read(0, p.shape[0]).astype(np.float64) for p in trainer.parameters() if p.trainable
-    }
+    return {p.path: p.read(0, p.shape[0]).astype(np.float64) for p in trainer.parameters() if p.trainable}
 
 
 def averaged_groups(active=None):
@@ -60,7 +58,9 @@ def test_averages_equal_dense_ones(mirrored, num_devices):
         found = weights(trainer)
     assert found.keys() == dense.keys()
     for path, value in dense.items():
-        np.testing.assert_allclose(found[path], value / (1 - DECAY ** num_updates[path]), rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(
+            found[path], value / (1 - DECAY ** num_updates[path]), rtol=2e-5, atol=2e-6
+        )
         assert np.any(found[path] != before[path]), path
     # The weights are back, bit for bit, and the averages can be read again.
     for path, value in weights(trainer).items():
