@@ -132,6 +132,10 @@ class Model:
 
     # -- inside strategy.run ------------------------------------------------------------------------------------
 
+    def updated_layer_variables(self):
+        """{path: Keras variable} of the layers' variables that steps update: not of those frozen for good."""
+        return {path: self.layers.trainable_variables[path] for path in self.layer_slots}
+
     def read(self, features, first, batch_size, *, num_examples=None, seed=0, step=None):
         """A batch to what it asks for: features, labels, candidates and rows, with one pull a table.
 
@@ -258,12 +262,15 @@ class Model:
           d_shards: {table: {parameter: gradient of every row of this shard}}, complete, for tables that have one.
 
         Returns:
-          {table: collected gradients}, of the tables that were pulled from or have a gradient of every row.
+          {table: collected gradients}, of the tables that were pulled from or have a gradient of every row, without
+          those that are frozen for good.
 
         Communication: `ShardedTable.collect` of each table.
         """
         collected = {}
         for name, table in self.tables.items():
+            if not any(table.update_rules.values()):
+                continue
             receipt = reading.receipts.get(name)
             if receipt is None:
                 # A head that reads no rows of its table may well have a gradient of all of them.

@@ -243,7 +243,10 @@ class Trainer:
             "penalty": penalty,
             "gradient_norm": gradient_norm,
             "is_finite": is_finite,
-            **{f"rows_touched/{name}": c.num_rows for name, c in collected.items()},
+            **{
+                f"rows_touched/{name}": collected[name].num_rows if name in collected else tf.constant(0)
+                for name in model.tables
+            },
         }
 
     def _value_and_gradients(self, reading, state, *, dropout):
@@ -258,7 +261,7 @@ class Trainer:
           `Gradients`.
         """
         task, model = self.task, self.model
-        variables = model.layers.trainable_variables
+        variables = model.updated_layer_variables()
         roles = {
             role: Rows(tf.identity(r.embedding), None if r.bias is None else tf.identity(r.bias))
             for role, r in reading.rows.roles.items()
@@ -324,13 +327,12 @@ class Trainer:
         rates = {id(rule): rule.learning_rate_at(step) for rule in self._rules}
         scales = _clipping(squares, model.treatments, clip_norm=self.experiment.clip_norm)
         steps, learning_rates, keeps = {}, {}, {}
-        for path, treatment in model.treatments.items():
+        for path in squares:
+            treatment = model.treatments[path]
             steps[path] = treatment.active.num_active(step)
             learning_rates[path] = rates.get(id(treatment.update))
-            keeps[path] = is_finite & active[path] if path in active else is_finite
+            keeps[path] = is_finite & active[path]
         for name, gradients in collected.items():
-            if not any(model.tables[name].update_rules.values()):
-                continue  # The whole table is frozen.
             prefix = f"tables/{name}/"
             model.tables[name].apply(
                 gradients,
@@ -411,7 +413,7 @@ def _norm(squares):
 
 def _sum(scalars):
     """Not add_n, which begins with whichever input it may overwrite: the last bit would depend on timing."""
-    return tf.reduce_sum(tf.stack(list(scalars)))
+    return tf.reduce_sum(tf.stack([tf.zeros([]), *scalars]))
 
 
 def _d_shards(task, results):
