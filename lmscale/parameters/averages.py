@@ -36,17 +36,15 @@ class Averaged(UpdateRule):
             )
         if isinstance(update, Averaged):
             raise ValueError("Averaged.update must be a rule that is not averaged itself. Name that rule.")
+        super().__init__(learning_rate=update.learning_rate)  # Weights decay by the rule within.
         self._update = update
         self.decay = decay
-
-    def learning_rate_at(self, step):
-        return self._update.learning_rate_at(step)
 
     @property
     def slots(self):
         return self._update.slots | {_AVERAGE: Slot(per_element=True), _AVERAGED_AT: Slot(per_element=False)}
 
-    def update(self, *, weights, gradients, slots, step, learning_rate=None):
+    def update_rows(self, *, weights, gradients, slots, step, learning_rate):
         inner = {name: slots[name] for name in self._update.slots}
         new_weights, new_slots = self._update.update(
             weights=weights, gradients=gradients, slots=inner, step=step, learning_rate=learning_rate
@@ -56,9 +54,6 @@ class Averaged(UpdateRule):
         number = tf.cast(step, tf.float32) + 1
         averaged_at = tf.fill(tf.shape(slots[_AVERAGED_AT]), number)
         return new_weights, {**new_slots, _AVERAGE: average, _AVERAGED_AT: averaged_at}
-
-    def update_rows(self, *, weights, gradients, slots, step, learning_rate):
-        raise NotImplementedError("`update` does it all.")
 
     def caught_up(self, weights, average, averaged_at, *, num_updates):
         """The average, not corrected, after `num_updates`, of weights that have not changed since `averaged_at`.
