@@ -19,8 +19,7 @@ class PulledRows:
     """Rows of one replica, dense and local: differentiate with respect to these.
 
     `ids` are this replica's, of any shape; `shared_ids` [num_shared] are the same on every replica. Bias fields are
-    None for a table without bias. `route` is the way that the rows came and that their gradients go; rows that are
-    only looked at need none.
+    None for a table without bias. `route` is the way that the rows came and that their gradients go.
     """
 
     ids: tf.Tensor
@@ -29,20 +28,7 @@ class PulledRows:
     bias: tf.Tensor | None  # ids.shape
     shared_embedding: tf.Tensor  # [num_shared, embed_dim]
     shared_bias: tf.Tensor | None  # [num_shared]
-    route: Route | None = None
-
-    def labels_of_windows(self):
-        """The rows that play the label's role in windows [batch, time + 1] of ids: positions 1 and on, flattened.
-
-        To be looked at: their gradients are collected as those of the whole windows.
-        """
-        return dataclasses.replace(
-            self,
-            ids=tf.reshape(self.ids[:, 1:], [-1]),
-            embedding=tf.reshape(self.embedding[:, 1:], [-1, self.embedding.shape[-1]]),
-            bias=None if self.bias is None else tf.reshape(self.bias[:, 1:], [-1]),
-            route=None,
-        )
+    route: Route
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,18 +205,10 @@ class ShardedTable:
         Returns:
           `CollectedGradients`.
 
-        Raises:
-          ValueError: if `pulled` has no route.
-
         Communication: that of the exchange's `collect`; none without `pulled`.
         """
         if pulled is None:
             return self._collected_of_every_row(dense)
-        if pulled.route is None:
-            raise ValueError(
-                "Gradients are collected along the route that their rows came. Received: PulledRows with route=None. "
-                "Pass what pull returned, and the gradients of all of it."
-            )
         values = [
             tf.concat([tf.reshape(own, [-1, *shared.shape[1:]]), shared], axis=0)
             for own, shared in self._with_zeros(pulled, gradients)

@@ -248,24 +248,6 @@ def test_pull_without_shared_ids_and_without_bias(mirrored, num_replicas):
     assert table.local_parameter("bias") is None
 
 
-def test_labels_of_windows_are_the_positions_from_1_on(mirrored):
-    strategy = mirrored(1)
-    table = _make_table(strategy)
-    (push,) = _pushes(1, 1)
-
-    def pull():
-        pulled = table.pull(tf.constant(push.ids[0]), tf.constant(push.shared_ids))
-        return _tensors(pulled.labels_of_windows())
-
-    ((labels),) = _run(strategy, pull)
-    values = _logical(table)
-    expected_ids = push.ids[0][:, 1:].ravel()
-    np.testing.assert_array_equal(labels["ids"], expected_ids)
-    np.testing.assert_array_equal(labels["embedding"], values["embedding"][expected_ids])
-    np.testing.assert_array_equal(labels["bias"], values["bias"][expected_ids])
-    np.testing.assert_array_equal(labels["shared_embedding"], values["embedding"][push.shared_ids])
-
-
 @pytest.mark.parametrize("num_replicas", [1, 2, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_push_sums_duplicates_and_updates_each_row_once_as_the_dense_rule(mirrored, name, num_replicas):
@@ -407,13 +389,6 @@ def test_dense_gradients_update_every_row(mirrored, name, num_replicas):
     reference.assert_equals(table, steps=steps)
     for parameter in ("embedding", "bias"):
         np.testing.assert_array_equal(_physical(strategy, table)[parameter][:, -1], 0.0)
-
-
-def test_gradients_of_rows_that_were_only_looked_at_are_refused():
-    table = ShardedTable(vocab_size=7, embed_dim=EMBED_DIM, update_rule=OPTIMIZERS["sgd"])
-    pulled = table.pull(tf.constant([[1, 2, 3]])).labels_of_windows()
-    with pytest.raises(ValueError, match="Received: PulledRows with route=None"):
-        table.push(pulled, RowGradients(embedding=pulled.embedding), step=0)
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
