@@ -114,6 +114,10 @@ def treat(groups: Sequence[Group], paths: Sequence[str]) -> Mapping[str, Treatme
                 f"the groups with an update rule are {_listed(g.pattern for g in groups if g.update)}. Add one, or "
                 "freeze it by a group with active = @Never()."
             )
+        if isinstance(active, Never):
+            first["update"] = first["clip_norm"] = (
+                None  # Of no effect: a group that says only that decides nothing.
+            )
         deciding |= {found[0] for found in first.values() if found}
         deciding_group = first["active"] if isinstance(active, Never) else first["update"]
         assert deciding_group is not None
@@ -132,6 +136,13 @@ def treat(groups: Sequence[Group], paths: Sequence[str]) -> Mapping[str, Treatme
                 f"matches none. Near: {_listed(near)}. --dry_run lists all paths."
             )
         if i not in deciding:
+            matched = [treatments[path] for path in paths if re.fullmatch(group.pattern, path)]
+            frozen_by = {treatment.group for treatment in matched if treatment.update is None}
+            if all(treatment.update is None for treatment in matched):
+                raise ValueError(
+                    f"A group must decide something. Received: the group {group.pattern!r}, all of whose parameters "
+                    f"are frozen by {_listed(sorted(frozen_by))}. Give it active = @Always(), or remove one of them."
+                )
             raise ValueError(
                 f"A group must decide something. Received: the group {group.pattern!r}, after groups that decide all "
                 "it says. Put the narrower pattern first."

@@ -143,3 +143,13 @@ def test_what_is_never_active_needs_no_rule_and_keeps_none():
 def test_groups_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Group(**arguments)
+
+
+def test_a_rule_of_parameters_that_a_wider_group_freezes_is_refused():
+    """Of each thing the first group decides: without `active` of its own, the narrow group would not be updated."""
+    narrow = {"pattern": "layers/lstm_0/kernel", "update": SGD(learning_rate=0.1)}
+    wide = Group(pattern=".*", active=Never())
+    with pytest.raises(ValueError, match=r"'layers/lstm_0/kernel', all of .* frozen by '\.\*'.*Always"):
+        treat([Group(**narrow), wide], PATHS)
+    treatments = treat([Group(**narrow, active=Always()), wide], PATHS)
+    assert {path for path, t in treatments.items() if t.update} == {"layers/lstm_0/kernel"}
