@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from lmscale.distribution import collectives
+from lmscale.parameters.averages import check_constraints
 from lmscale.parameters.groups import treat
 from lmscale.parameters.initializers import initial_values
 from lmscale.parameters.layers import Layers
@@ -84,6 +85,7 @@ class Model:
         self.layers = Layers(task.layers, num_replicas=self._strategy.num_replicas_in_sync)
         paths = [*table_paths(task.tables), *self.layers.trainable_variables]
         self.treatments = treat(groups, paths) if training else {}
+        check_constraints(self.layers.trainable_variables, self.treatments)
         self.tables = {
             name: self._make_table(
                 name, config, vocab_size=vocab_size, seed=seed, static_shapes=static_shapes

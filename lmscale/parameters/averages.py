@@ -73,6 +73,22 @@ def has_averages(treatments):
     return any(isinstance(t.update, Averaged) for t in treatments.values())
 
 
+def check_constraints(variables, treatments):
+    """Raises ValueError where an average would be of weights before their constraint.
+
+    Args:
+      variables: {path: Keras variable} of layers.
+      treatments: {path: `Treatment`}.
+    """
+    for path, treatment in treatments.items():
+        constraint = path in variables and variables[path].constraint
+        if constraint and isinstance(treatment.update, Averaged):
+            raise ValueError(
+                "Weights under a Keras constraint must not be averaged: their averages need not meet it. Received: "
+                f"{path}, with {type(constraint).__name__} and the rule Averaged. Leave one of them out."
+            )
+
+
 @contextlib.contextmanager
 def in_place_of_weights(model, *, step):
     """Evaluates averages: within the context, the parameters that have one hold it, and then their weights again.

@@ -2,11 +2,13 @@
 
 import functools
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import tiny_experiments
 
+from lmscale.bodies.body import keras_body
 from lmscale.bodies.lstm import lstm_body
 from lmscale.parameters import averages
 from lmscale.parameters.activity import Every
@@ -106,6 +108,17 @@ def test_before_the_first_update_there_is_nothing_to_average(mirrored):
     with averages.in_place_of_weights(trainer.model, step=0):
         for path, value in weights(trainer).items():
             np.testing.assert_array_equal(value, before[path])
+
+
+def test_weights_under_a_constraint_are_refused(mirrored):
+    def body():
+        return keras_body(layer=lambda: keras.layers.Dense(5, kernel_constraint="non_neg"))
+
+    text = tiny_experiments.Text()
+    task = tiny_experiments.language_model(body=body)
+    experiment = tiny_experiments.experiment(task=task, groups=averaged_groups())
+    with pytest.raises(ValueError, match="layers/dense_0/kernel, with NonNeg"):
+        Trainer(experiment, data=text, strategy=mirrored(1))
 
 
 def test_bad_arguments_are_refused():
