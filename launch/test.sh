@@ -2,8 +2,8 @@
 # Sets up .venv (launch/setup.sh) and runs the whole test suite.
 #
 # Usage: launch/test.sh [ARGUMENT OF PYTEST ...]
-#   launch/test.sh                                everything
-#   launch/test.sh tests/test_launch.py -k quick  a part
+#   launch/test.sh                                everything, in as many processes as there are cores, at most four
+#   launch/test.sh tests/test_launch.py -k quick  a part, in one process
 #
 # Tests that need the larger corpora are skipped, saying so, where ../shared/data is not there.
 set -euo pipefail
@@ -17,4 +17,6 @@ esac
 
 launch/setup.sh
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL-2} # TensorFlow's own notices of the start.
+# By file, so that what the tests of a file share is made once.
+(($#)) || set -- --numprocesses auto --maxprocesses 4 --dist loadfile
 exec .venv/bin/python -m pytest "$@"
