@@ -95,9 +95,10 @@ def DEFINE_multi_path(name: str, default: Sequence[str] | None, help: str) -> fl
 def DEFINE_paths(name: str, default: list[str] | None, help: str) -> flags.FlagHolder[list[str]]:
     """As `flags.DEFINE_list`, for paths or globs, separated by commas.
 
-    A path with a comma needs nothing if it is given alone, and double quotes around it in a list, as in CSV.
+    A path with a comma needs nothing if it is given alone, and double quotes around it in a list, as in CSV. There
+    cannot be two lists.
     """
-    return flags.DEFINE(_PathsParser(), name, default, help, serializer=flags.CsvListSerializer(","))
+    return flags.DEFINE_flag(_PathFlag(_PathsParser(), flags.CsvListSerializer(","), name, default, help))
 
 
 class _PathFlag(flags.Flag):
@@ -107,8 +108,11 @@ class _PathFlag(flags.Flag):
         first = self.value if self.present else None
         super().parse(argument)
         if first is not None and self.value != first:
+            is_list = isinstance(first, list)
+            received = " and ".join(",".join(value) if is_list else value for value in (first, self.value))
+            way_out = "Separate them by commas" if is_list else "Remove one of them"
             raise flags.IllegalFlagValueError(
-                f"--{self.name} must be given once. Received: {first} and {self.value}. Remove one of them."
+                f"--{self.name} must be given once. Received: {received}. {way_out}."
             )
 
 

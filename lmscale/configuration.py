@@ -255,6 +255,8 @@ class _Resolver:
                     raise factories.wrong_type(
                         where, resolved, function=function, macro=self._macro_name(value)
                     )
+                for result in _results(resolved):
+                    result.factory.check_complete(())
                 arguments.append((parameter, resolved))
         self.used[key] = factories.Factory(name=name, function=function, arguments=tuple(arguments))
         # Not the functions and objects among the defaults: as text, they hold an address.
@@ -293,10 +295,7 @@ class _Resolver:
         if value.configurable.function is gin_text.SINGLETON:
             raise ValueError(f"{where} must not be a gin.singleton. Received: @{name}. Use a macro.")
         factory = self._factory(value.configurable, scopes=value.scopes or scopes, name=name)
-        if not value.is_call:
-            return factory
-        factory.check_complete(())
-        return factories.Result(factory)
+        return factories.Result(factory) if value.is_call else factory
 
     def _macro(self, name, *, where):
         macros = self._bindings.macros
@@ -330,6 +329,14 @@ class _Resolver:
         self._path[key] = name
         yield
         del self._path[key]
+
+
+def _results(value):
+    """The `Result`s in a resolved value, however deep in containers."""
+    if isinstance(value, factories.Result):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [result for item in items for result in _results(item)]
 
 
 def _plain(value):

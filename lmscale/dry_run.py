@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lmscale.data.token_files import PreparedData
+from lmscale.parameters import averages
 from lmscale.parameters.groups import treat
 from lmscale.parameters.layers import Layers
 from lmscale.parameters.report import as_table, mib, parameter_lines
@@ -34,6 +35,8 @@ def print_report(experiment, *, num_devices):
     layers = Layers(task.layers, num_replicas=num_devices)
     treatments = treat(experiment.groups, [*table_paths(task.tables), *layers.trainable_variables])
     check_learning_rates(treatments)
+    if experiment.evaluate_averages:
+        averages.check_any(treatments)
     batches = task.training_batches()
     lines = parameter_lines(task, layers, treatments, vocab_size=data.vocab_size, num_devices=num_devices)
     console = Console(width=_WIDTH)

@@ -164,7 +164,8 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
       {"split", "step", "loss_nats", "perplexity", "tokens", "vocab_size", "num_devices", "seconds"}.
 
     Raises:
-      ValueError: if there is no such checkpoint or split, or it does not fit the experiment.
+      ValueError: if there is no such checkpoint or split, or it does not fit the experiment; if averages are to be
+        evaluated and no group keeps any.
     """
     checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints, readonly=True)
     step = {"latest": None, "best": checkpoints.best_step()}.get(checkpoint, checkpoint)
@@ -185,6 +186,8 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
             # Averages are slots.
             training=experiment.evaluate_averages,
         )
+    if experiment.evaluate_averages:
+        averages.check_any(model.treatments)
     batches = task.evaluation_batches(split)
     with doing("restoring the checkpoint"):
         parameters = model.parameters()

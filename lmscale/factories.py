@@ -181,7 +181,10 @@ def fits(value, hint) -> bool:
         return any(type(value) is type(argument) and value == argument for argument in arguments)
     kind = origin or hint
     if isinstance(value, Result):
-        return _result_fits(value.factory.function, kind)
+        function = value.factory.function
+        if kind is collections.abc.Callable and len(arguments) == 2 and _returns(function, arguments[1]):
+            return False  # A body, say, which can be called, where a function that makes one is asked for.
+        return _result_fits(function, kind)
     if kind is collections.abc.Callable:
         return callable(value)
     if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
@@ -196,14 +199,24 @@ def fits(value, hint) -> bool:
 
 def _result_fits(function, kind) -> bool:
     """Whether what `function` returns can be of `kind`: known for classes and annotated functions."""
-    result = function if inspect.isclass(function) else annotations(function).get("return", Any)
-    result = typing.get_origin(result) or result
+    result = _result_type(function)
     if result is Any or not isinstance(result, type):
         # Unknown. Where a function is asked for, the function itself must have been meant, without ().
         return kind is not collections.abc.Callable
     if not isinstance(kind, type) or getattr(kind, "_is_protocol", False) or (result, kind) == (int, float):
         return True
     return issubclass(result, kind) or issubclass(kind, result)
+
+
+def _returns(function, kind) -> bool:
+    """Whether what `function` returns is known to be of `kind`."""
+    result = _result_type(function)
+    return isinstance(kind, type) and isinstance(result, type) and issubclass(result, kind)
+
+
+def _result_type(function):
+    result = function if inspect.isclass(function) else annotations(function).get("return", Any)
+    return typing.get_origin(result) or result
 
 
 def _items_fit(value, arguments) -> bool:

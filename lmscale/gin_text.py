@@ -424,7 +424,9 @@ def _explained(source):
         where = source
         if isinstance(error, SyntaxError):
             where = f"{error.filename}, line {error.lineno}" if error.filename else source
-            message = f"{error.msg} in: {(error.text or '').strip()}" if error.text else error.msg
+            # Where Python has something to say, it is the address of an object.
+            message = re.sub(r"malformed node or string.*\n\s*", "", error.msg)
+            message = f"{message} in: {error.text.strip()}" if error.text else message
         shell = " (which a shell must let through)" if source.startswith("binding") else ""
         raise ValueError(
             f"{where}: {_one_line(message)}. Expected NAME = value, text in quotes{shell}: NAME = 'text'."

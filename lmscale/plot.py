@@ -27,6 +27,10 @@ def main(argv):
         raise ValueError("--workdir is required. Received: none. Pass the work directory of a run.")
     if Path(_OUTPUT.value).is_dir():
         raise ValueError(f"--output must be a file. Received: {_OUTPUT.value}, a directory.")
+    if not Path(_OUTPUT.value).suffix:  # matplotlib would choose one, and write to another file.
+        raise ValueError(
+            f"--output must end in the picture's format. Received: {_OUTPUT.value}. Write {_OUTPUT.value}.png, say."
+        )
     try:
         import matplotlib
     except ImportError as error:
@@ -57,10 +61,10 @@ def main(argv):
         if number == 0:
             points = [point for path in _EVALUATIONS.value for point in _evaluations(Path(path))]
             for split in sorted({point["split"] for point in points}):
-                mine = sorted((p["step"], p["loss_nats"]) for p in points if p["split"] == split)
+                mine = sorted((p["step"], _plotted(p["loss_nats"])) for p in points if p["split"] == split)
                 perplexity_axes.plot(
                     [step * epochs_per_step for step, _ in mine],
-                    [math.exp(_plotted(loss)) for _, loss in mine],
+                    [math.exp(loss) for _, loss in mine],
                     marker="x",
                     label=f"{name}: {split}, exact",
                 )
@@ -106,12 +110,19 @@ def _evaluations(path):
         points = [
             json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "{"
         ]
-        if all({"split", "step", "loss_nats"} <= point.keys() for point in points):
-            return points
-        problem = "a line without split, step or loss_nats"
     except ValueError as error:
         problem = str(error)
+    else:
+        if points and all(map(_is_evaluation, points)):
+            return points
+        problem = "a line without split, step or loss_nats" if points else "none"
     raise ValueError(f"{path} must hold lines printed by lmscale.evaluate. Received: {problem}.")
+
+
+def _is_evaluation(point):
+    split, step, loss_nats = (point.get(name) for name in ("split", "step", "loss_nats"))
+    is_loss = "loss_nats" in point and isinstance(loss_nats, float | None)
+    return isinstance(split, str) and isinstance(step, int) and is_loss
 
 
 def run():

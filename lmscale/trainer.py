@@ -11,7 +11,7 @@ from lmscale.data.batches import Prefetcher
 from lmscale.distribution import collectives
 from lmscale.micro_batches import Gradients, accumulate
 from lmscale.model import Model, StepRows
-from lmscale.parameters.averages import has_averages
+from lmscale.parameters import averages
 from lmscale.parameters.layers import check_all_listed
 from lmscale.parameters.tree import Parameter
 from lmscale.tables.rows import Rows
@@ -103,11 +103,8 @@ class Trainer:
             {id(t.update): t.update for t in self.model.treatments.values() if t.update}.values()
         )
         check_learning_rates(self.model.treatments)
-        if experiment.evaluate_averages and not has_averages(self.model.treatments):
-            raise ValueError(
-                "evaluate_averages needs a group whose update rule is averages.Averaged. Received: none. Name one, or "
-                "set experiment.Experiment.evaluate_averages to False."
-            )
+        if experiment.evaluate_averages:
+            averages.check_any(self.model.treatments)
         self.step = 0
         self._prefetcher = Prefetcher(self.batches, steps_per_call=experiment.steps_per_call)
         with strategy.scope():

@@ -24,6 +24,7 @@ from lmscale.stop_signals import collect_stop_signals
 START = flags.DEFINE_integer("start", 3, "Where to start.")
 FILE = command_line.DEFINE_path("file", "a/b", "What to count.")
 FILES = command_line.DEFINE_multi_path("files", [], "More to count.")
+TEXTS = command_line.DEFINE_paths("texts", None, "Texts to count.")
 
 def main(argv):
     match START.value:
@@ -137,6 +138,15 @@ def tool(tmp_path):
             ),
         ),
         (["--start=5", "--file=a", "--file=a"], (7, "", "")),
+        (
+            ["--texts=a,b", "--texts=c"],
+            (
+                2,
+                "",
+                "error: --texts must be given once. Received: a,b and c. Separate them by commas. "
+                "Pass --help to see the flags.\n",
+            ),
+        ),
         (["--end=2"], (2, "", "error: Unknown command line flag 'end'. Pass --help to see the flags.\n")),
         (
             ["--help"],
@@ -145,7 +155,8 @@ def tool(tmp_path):
                 "Counts down.\n\nFrom --start.\n\nFlags:\n  --file: What to count.\n    (default: 'a/b')\n"
                 "    (a path)\n  --files: More to count.;\n    repeat this option to specify a list of values\n"
                 "    (default: '[]')\n    (a path)\n  --start: Where to start.\n    (default: '3')\n"
-                "    (an integer)\n\nThose of all libraries: --helpfull\n",
+                "    (an integer)\n  --texts: Texts to count.\n    (a comma separated list)\n\n"
+                "Those of all libraries: --helpfull\n",
                 "",
             ),
         ),

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from lmscale import configuration, factories
+from lmscale.bodies.body import Body
+from lmscale.bodies.lstm import lstm_body
 from lmscale.experiment import Experiment
 from lmscale.factories import MayChange
 
@@ -505,6 +507,20 @@ def test_wrong_type_advice(load):
         ValueError, match=r"pass the function itself, write standin.Machine.network = @standin.network\."
     ):
         load(BASE, "standin.Machine.network = @standin.network()")
+
+
+@pytest.mark.parametrize(
+    ("hint", "function"),
+    [
+        (Callable[[], Body], lstm_body),
+        (Callable[[], keras.layers.Layer], keras.layers.GRU),
+        (Callable[..., keras.layers.Layer], keras.layers.GRU),
+    ],
+)
+def test_what_can_be_called_is_not_what_makes_it(hint, function):
+    factory = factories.Factory(name="f", function=function, arguments=())
+    assert factories.fits(factory, hint)
+    assert not factories.fits(factories.Result(factory), hint)
 
 
 @pytest.mark.parametrize(

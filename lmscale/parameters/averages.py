@@ -68,9 +68,13 @@ class Averaged(UpdateRule):
         return (1 - share) * average + share * weights
 
 
-def has_averages(treatments):
-    """Whether any parameter's rule keeps an average; `treatments` {path: `Treatment`}."""
-    return any(isinstance(t.update, Averaged) for t in treatments.values())
+def check_any(treatments):
+    """Raises ValueError unless some parameter's rule keeps an average; `treatments` {path: `Treatment`}."""
+    if not any(isinstance(t.update, Averaged) for t in treatments.values()):
+        raise ValueError(
+            "evaluate_averages needs a group whose update rule is averages.Averaged. Received: none. Name one, or "
+            "set experiment.Experiment.evaluate_averages to False."
+        )
 
 
 def check_constraints(variables, treatments):

@@ -68,6 +68,14 @@ def unfinished_run(reference_run, tmp_path):
         ("STEPS = 5", ["macro STEPS", "nothing uses %STEPS", "Did you mean"]),
         ("lstm.lstm_body.num_layers = %LAYERS", ["LAYERS", "no such macro"]),
         ("TRAIN_STEPS 5", ["binding 'TRAIN_STEPS 5'", "NAME = value"]),
+        ("TRAIN_STEPS = many", ["'TRAIN_STEPS = many': Failed to parse token 'many'", "text in quotes"]),
+        (
+            "next_token.NextToken.head = @sampled.SampledSoftmax()",
+            [
+                "head must be of type Callable[..., Head]",
+                "write next_token.NextToken.head = @sampled.SampledSoftmax.",
+            ],
+        ),
         ("TRAIN_STEPS = 0", ["schedules.CosineDecay(", "decay_steps=0"]),
         ("DROPOUT = 1.0", ["dropout must be in [0, 1)", "1.0", "DROPOUT"]),
         ("LEARNING_RATE = 1e999", ["LEARNING_RATE must be finite", "inf"]),

@@ -7,6 +7,7 @@ import pytest
 import tiny_experiments
 import tiny_runs
 
+from lmscale import dry_run
 from lmscale.bodies.lstm import lstm_body
 from lmscale.data.batches import EvaluationBatches
 from lmscale.data.token_files import PreparedData
@@ -168,3 +169,16 @@ def test_there_must_be_averages(data_dir, mirrored, tmp_path):
     experiment = make_experiment(data_dir, evaluate_averages=True, groups=tiny_experiments.one_rule())
     with pytest.raises(ValueError, match=r"evaluate_averages needs .* averages\.Averaged\. Received: none\."):
         tiny_runs.train_here(experiment, workdir=tmp_path / "run", strategy=mirrored(1))
+    with pytest.raises(ValueError, match="evaluate_averages needs"):
+        dry_run.print_report(experiment, num_devices=1)
+
+
+def test_there_must_be_averages_in_an_evaluation_of_them(averaged_run, data_dir, mirrored):
+    experiment = make_experiment(data_dir, evaluate_averages=True, groups=tiny_experiments.one_rule())
+    with (
+        Workdir(averaged_run, readonly=True) as workdir,
+        pytest.raises(ValueError, match="evaluate_averages needs"),
+    ):
+        evaluate_checkpoint(
+            experiment, workdir=workdir, strategy=mirrored(1), split="valid", checkpoint="latest"
+        )

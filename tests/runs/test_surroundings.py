@@ -58,3 +58,9 @@ def test_a_full_disk_and_a_lack_of_memory_are_named(data_dir, tmp_path):
     code, _, stderr = tiny_runs.run_forked("lmscale.plot", arguments, log=tmp_path / "log")
     assert code == 2
     assert f"error: {picture}: No space left on device" in stderr
+
+    arguments[1] = f"--output={tmp_path / 'curve'}"  # Matplotlib would write curve.png.
+    code, _, stderr = tiny_runs.run_forked("lmscale.plot", arguments, log=tmp_path / "log")
+    assert code == 2
+    assert f"error: --output must end in the picture's format. Received: {tmp_path / 'curve'}." in stderr
+    assert not list(tmp_path.glob("curve*"))
