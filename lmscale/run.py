@@ -219,6 +219,12 @@ class _Run:
                 "data_fingerprint": self.trainer.data.fingerprint,
                 "vocabulary_sha256": self.trainer.data.vocabulary_sha256,
                 "vocabularies": {"words": self.trainer.data.vocabulary_sha256},
+                # Fewer than the steps where a group rests.
+                "updates": {
+                    path: int(treatment.active.num_active(self.trainer.step))
+                    for path, treatment in self.trainer.model.treatments.items()
+                    if treatment.update
+                },
                 "num_devices": self.trainer.strategy.num_replicas_in_sync,
                 "best_validation_loss_nats": _finite_or_none(self.best_validation_loss),
                 "last_validation_loss_nats": _finite_or_none(self.last_validation_loss),

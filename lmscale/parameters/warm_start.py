@@ -22,7 +22,7 @@ from lmscale.paths import expand
 _RUN_STATE = re.compile(r"state/.*|.*/seed_generator_state")
 _SLOT = re.compile(r"slots/(?P<parameter>.+)/(?P<slot>[^/]+)")
 _TABLE = re.compile(r"(slots/)?tables/(?P<name>[^/]+)/.+")
-# The slot of `update_rules.Adam` that counts in steps of the run.
+# The slot of `update_rules.Adam` that holds a time, by the clock of its group.
 _LAST_STEP = "last_step"
 # Rows are written in parts of this size: what a write copies is small beside the block that was read.
 _PART_BYTES = 2**23
@@ -156,9 +156,9 @@ class WarmStart:
         path in the new run, in which `\\1` stands for the pattern's first group and `\\g<0>` for the path itself; None
         for what is not to be loaded. A path that no pattern matches is not loaded either.
       slots: load optimizer slots too, of the parameters that are loaded, where the new run has a slot of the same name
-        and shape. Steps are counted anew from 0: Adam's `last_step` is set back by the steps of the old run, so that
-        each moment decays by the steps that really passed, but its correction of moments that started from zero
-        begins again, which makes the first 1 / (1 - beta_2) steps smaller.
+        and shape. Steps are counted anew from 0: Adam's `last_step` is set back by the steps at which its group was
+        active in the old run, so that each moment decays by the steps that really passed, but its correction of
+        moments that started from zero begins again, which makes the first 1 / (1 - beta_2) steps smaller.
       rows_by_word: bring the rows of `tables/...` to the ids that their words have in the new run's vocabulary.
         Otherwise both runs must have the same.
       vocabulary: the vocab.txt of the old run, if its working directory holds none.
@@ -443,7 +443,7 @@ class WarmStart:
     def _rows(self, saved, path) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows) of a tensor of the checkpoint, part by part; steps as the new run counts them."""
         match = _SLOT.fullmatch(path)
-        set_back = saved.step if match and match["slot"] == _LAST_STEP else 0
+        set_back = saved.updates(match["parameter"]) if match and match["slot"] == _LAST_STEP else 0
         for start, stop in saved.blocks(path):
             block = saved.read(path, start, stop)
             if set_back:
