@@ -202,9 +202,10 @@ class WarmStart:
           vocabulary: of the new run's tables; None where there is none, or it does not matter.
 
         Raises:
-          ValueError: if there is no whole checkpoint; if a pattern decides nothing; if two paths get one new name, or
-            one that the new run lacks; if shapes or dtypes disagree; if a table's rows are of another vocabulary and
-            rows_by_word is False; if the old vocabulary is not to be found, or another one.
+          ValueError: if there is no whole checkpoint; if a pattern decides nothing, or all together load nothing; if
+            two paths get one new name, or one that the new run lacks; if shapes or dtypes disagree; if a table's rows
+            are of another vocabulary and rows_by_word is False; if the old vocabulary is not to be found, or another
+            one.
         """
         saved = open_checkpoint(self.checkpoint, best=self.best)
         new = {parameter.path: parameter for parameter in parameters}
@@ -259,6 +260,11 @@ class WarmStart:
                     f"{pattern!r}, all of whose matches, {_some(matched)}, an earlier pattern takes. Move it before "
                     "that one, or take it out."
                 )
+        if not targets:
+            raise ValueError(
+                f"rename must load a parameter of {saved.directory}. Received: {self.rename!r}, which loads none of "
+                f"{_some(paths)}. Add a pair with a replacement, or set Experiment.warm_start = None."
+            )
         skipped += [
             Skipped(from_path=path, reason="state of the old run")
             for path in saved.tensors
@@ -273,7 +279,7 @@ class WarmStart:
         new_sha256 = None
         if vocabulary is not None:
             new_sha256 = hashlib.sha256(vocabulary.to_text().encode()).hexdigest()
-        not_slots = [path for path in new if not _SLOT.fullmatch(path)]
+        loadable = [path for path in new if not (_SLOT.fullmatch(path) or _RUN_STATE.fullmatch(path))]
         for from_path, path in targets.items():
             what = from_path if path == from_path else f"{from_path}, renamed to {path},"
             if path in moves:
@@ -282,9 +288,9 @@ class WarmStart:
                     "another path, or to None."
                 )
                 continue
-            if path not in not_slots:
+            if path not in loadable:
                 problems.append(
-                    f"{what} is no parameter of the new run. {_near(path, not_slots)} Rename it to one of them, or "
+                    f"{what} is no parameter of the new run. {_near(path, loadable)} Rename it to one of them, or "
                     "to None."
                 )
                 continue

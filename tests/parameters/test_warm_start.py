@@ -342,6 +342,26 @@ def test_patterns_that_decide_nothing_are_refused(tmp_path):
     )
 
 
+@pytest.mark.parametrize("rename", [[], [(".*", None)]])
+def test_patterns_that_load_nothing_are_refused(tmp_path, rename):
+    checkpoint, new = save_run(tmp_path, model_arrays(OLD_ROWS, 1)), model_arrays(OLD_ROWS, 2)
+    refused(
+        r"loads none of tables/words/embedding.* or set Experiment\.warm_start = None",
+        new,
+        checkpoint=checkpoint,
+        rename=rename,
+    )
+
+
+def test_what_a_run_carries_is_no_target(tmp_path):
+    refused(
+        r"layers/lstm_0/bias, renamed to state/0, is no parameter of the new run\..*layers/lstm_0/kernel",
+        model_arrays(OLD_ROWS, 2),
+        checkpoint=save_run(tmp_path, model_arrays(OLD_ROWS, 1, **{"layers/lstm_0/bias": [4, 3]})),
+        rename=[("layers/lstm_0/bias", "state/0")],
+    )
+
+
 def test_what_does_not_fit_is_named_all_at_once(tmp_path):
     old = model_arrays(
         OLD_ROWS, 1, **{"layers/lstm_1/kernel": [DIM, 12], "layers/projection/kernel": [3, DIM]}
