@@ -123,14 +123,25 @@ def warm_runs(data_dir, mirrored, source, tmp_path_factory):
     return workdirs
 
 
-def test_warm_started_on_any_number_of_devices(data_dir, mirrored, warm_runs, tmp_path):
+@pytest.fixture(scope="module")
+def cold_run(data_dir, mirrored, tmp_path_factory):
+    """The work directory of a run that starts from nothing else, where an earlier start left reports."""
+    workdir = tmp_path_factory.mktemp("cold")
+    for name in ("warm_start.txt", "pretrained_words.txt", "mine.txt"):
+        (workdir / name).write_text("of an earlier start\n")
+    return train(load("quickstart", data_dir=data_dir), workdir=workdir, strategy=mirrored(1))
+
+
+def test_warm_started_on_any_number_of_devices(warm_runs, cold_run):
     assert_same_losses(list(warm_runs.values()))
-    macros = {name: tiny_runs.TINY_MACROS[name] for name in ("EMBED_DIM", "HIDDEN_DIM")}
-    cold = train(
-        load("quickstart", data_dir=data_dir, **macros), workdir=tmp_path / "cold", strategy=mirrored(1)
-    )
-    losses = [line["sampled_loss_nats"] for w in (cold, warm_runs[1]) for line in tiny_runs.metrics(w)[:1]]
+    losses = [
+        line["sampled_loss_nats"] for w in (cold_run, warm_runs[1]) for line in tiny_runs.metrics(w)[:1]
+    ]
     assert losses[0] != losses[1]
+
+
+def test_no_report_of_an_earlier_start_is_left(cold_run):
+    assert sorted(path.name for path in cold_run.glob("*.txt")) == ["mine.txt", "vocab.txt"]
 
 
 def test_layers_start_from_the_source_and_nothing_else_does(data_dir, mirrored, source):
