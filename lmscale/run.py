@@ -16,7 +16,7 @@ from lmscale.doing import doing
 from lmscale.evaluation import Evaluator, evaluated_weights
 from lmscale.metrics import MetricsWriter, device_memory_mib, format_log_line, progress, read_metrics
 from lmscale.parameters.report import as_table, as_text, parameter_lines
-from lmscale.start import start_from_elsewhere
+from lmscale.start import report_names, start_from_elsewhere
 from lmscale.stop_signals import collect_stop_signals
 from lmscale.trainer import Trainer
 
@@ -74,8 +74,10 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
     workdir.clear_finished()
     workdir.write_config(config_text)
     workdir.write_vocabulary(data.directory / VOCAB_FILE)
-    for name, text in reports.items():
-        workdir.write_report(name, text=text)
+    if metadata is None:
+        for name in report_names(trainer.task):
+            workdir.write_report(name, text=reports.get(name))
+    for text in reports.values():
         _logger.info("%s", text)
     # Without a checkpoint, whatever an earlier start has logged is void: step 0 included.
     resume_step = -1 if metadata is None else trainer.step
@@ -219,6 +221,12 @@ class _Run:
                 "data_fingerprint": self.trainer.data.fingerprint,
                 "vocabulary_sha256": self.trainer.data.vocabulary_sha256,
                 "vocabularies": {"words": self.trainer.data.vocabulary_sha256},
+                # Fewer than the steps where a group rests.
+                "updates": {
+                    path: int(treatment.active.num_active(self.trainer.step))
+                    for path, treatment in self.trainer.model.treatments.items()
+                    if treatment.update
+                },
                 "num_devices": self.trainer.strategy.num_replicas_in_sync,
                 "best_validation_loss_nats": _finite_or_none(self.best_validation_loss),
                 "last_validation_loss_nats": _finite_or_none(self.last_validation_loss),

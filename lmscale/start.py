@@ -3,6 +3,12 @@
 import numpy as np
 
 _SAMPLE_ROWS = 65_536
+_WARM_START = "warm_start"
+
+
+def report_names(task):
+    """Every name that `start_from_elsewhere` can give a report, whatever is configured."""
+    return [*map(_pretrained, task.tables), _WARM_START]
 
 
 def start_from_elsewhere(experiment, trainer):
@@ -16,7 +22,7 @@ def start_from_elsewhere(experiment, trainer):
       {"pretrained_TABLE" or "warm_start": report as text}, empty if the configuration names nothing.
 
     Raises:
-      ValueError: as `PretrainedVectors.fill` and `WarmStart.apply` do.
+      ValueError: as `PretrainedVectors.fill` and `WarmStart.apply` do; if the warm start leaves no row to vectors.
     """
     reports = {}
     parameters = trainer.parameters()
@@ -25,7 +31,7 @@ def start_from_elsewhere(experiment, trainer):
     for name, config in trainer.task.tables.items():
         if config.pretrained is None:
             continue
-        rows = by_path[f"tables/{name}/embedding"]
+        rows = by_path[_embedding(name)]
         sample = rows.read(0, min(_SAMPLE_ROWS, rows.shape[0])).astype(np.float64)
         coverage = config.pretrained.fill(
             vocabulary=vocabulary,
@@ -33,7 +39,33 @@ def start_from_elsewhere(experiment, trainer):
             write=rows.scatter,
             initial_stddev=float(np.sqrt(np.mean(np.square(sample)))),
         )
-        reports[f"pretrained_{name}"] = coverage.text()
+        reports[_pretrained(name)] = coverage.text()
     if experiment.warm_start is not None:
-        reports["warm_start"] = experiment.warm_start.apply(parameters, vocabulary=vocabulary).text()
+        report = experiment.warm_start.apply(parameters, vocabulary=vocabulary)
+        _check_vectors_remain(experiment.warm_start, report, trainer.task)
+        reports[_WARM_START] = report.text()
     return reports
+
+
+def _check_vectors_remain(warm_start, report, task):
+    """Raises ValueError where vectors were read for rows all of which another run's then replaced."""
+    if warm_start.rows_by_word and warm_start.new_rows == "initializer":
+        return
+    loaded = {entry.path for entry in report.loaded}
+    for name, config in task.tables.items():
+        path = _embedding(name)
+        if config.pretrained is not None and path in loaded:
+            raise ValueError(
+                f"The rows of {path} must start from vectors or from another run. Received: TableConfig.pretrained, "
+                f"and a warm start that replaces all rows of it. Put ('{path}', None) first in WarmStart.rename; or "
+                "set rows_by_word = True and new_rows = 'initializer', which leaves the rows of new words to the "
+                "vectors; or take pretrained out."
+            )
+
+
+def _embedding(table_name):
+    return f"tables/{table_name}/embedding"
+
+
+def _pretrained(table_name):
+    return f"pretrained_{table_name}"

@@ -92,10 +92,14 @@ class Workdir:
             shutil.copyfile(source, temporary)
         temporary.replace(target)
 
-    def write_report(self, name: str, *, text: str) -> None:
-        """Writes NAME.txt, in one piece or not at all."""
+    def write_report(self, name: str, *, text: str | None) -> None:
+        """Writes NAME.txt, in one piece or not at all; None removes what an earlier start has written."""
         self._check_writer()
-        replace_file(self.path / f"{name}.txt", text=text.rstrip() + "\n")
+        path = self.path / f"{name}.txt"
+        if text is None:
+            path.unlink(missing_ok=True)
+        else:
+            replace_file(path, text=text.rstrip() + "\n")
 
     @property
     def saved_path(self) -> Path:

@@ -52,6 +52,10 @@ class SavedCheckpoint:
         known = set(vocabularies.values()) or {self.metadata.get("vocabulary_sha256")}
         return known.pop() if len(known) == 1 else None
 
+    def updates(self, path: str) -> int:
+        """What the clock of a parameter's update rule had counted; `step` where the checkpoint does not tell."""
+        return self.metadata.get("updates", {}).get(path, self.step)
+
     def blocks(self, path: str) -> Iterator[tuple[int, int]]:
         """(start, stop) of the blocks of rows that are read fastest, by rising rows; (0, 1) for a scalar."""
         return self._stored(path).blocks()

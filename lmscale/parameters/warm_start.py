@@ -22,7 +22,7 @@ from lmscale.paths import expand
 _RUN_STATE = re.compile(r"state/.*|.*/seed_generator_state")
 _SLOT = re.compile(r"slots/(?P<parameter>.+)/(?P<slot>[^/]+)")
 _TABLE = re.compile(r"(slots/)?tables/(?P<name>[^/]+)/.+")
-# The slot of `update_rules.Adam` that counts in steps of the run.
+# The slot of `update_rules.Adam` that holds a time, by the clock of its group.
 _LAST_STEP = "last_step"
 # Rows are written in parts of this size: what a write copies is small beside the block that was read.
 _PART_BYTES = 2**23
@@ -156,9 +156,9 @@ class WarmStart:
         path in the new run, in which `\\1` stands for the pattern's first group and `\\g<0>` for the path itself; None
         for what is not to be loaded. A path that no pattern matches is not loaded either.
       slots: load optimizer slots too, of the parameters that are loaded, where the new run has a slot of the same name
-        and shape. Steps are counted anew from 0: Adam's `last_step` is set back by the steps of the old run, so that
-        each moment decays by the steps that really passed, but its correction of moments that started from zero
-        begins again, which makes the first 1 / (1 - beta_2) steps smaller.
+        and shape. Steps are counted anew from 0: Adam's `last_step` is set back by the steps at which its group was
+        active in the old run, so that each moment decays by the steps that really passed, but its correction of
+        moments that started from zero begins again, which makes the first 1 / (1 - beta_2) steps smaller.
       rows_by_word: bring the rows of `tables/...` to the ids that their words have in the new run's vocabulary.
         Otherwise both runs must have the same.
       vocabulary: the vocab.txt of the old run, if its working directory holds none.
@@ -202,9 +202,10 @@ class WarmStart:
           vocabulary: of the new run's tables; None where there is none, or it does not matter.
 
         Raises:
-          ValueError: if there is no whole checkpoint; if a pattern decides nothing; if two paths get one new name, or
-            one that the new run lacks; if shapes or dtypes disagree; if a table's rows are of another vocabulary and
-            rows_by_word is False; if the old vocabulary is not to be found, or another one.
+          ValueError: if there is no whole checkpoint; if a pattern decides nothing, or all together load nothing; if
+            two paths get one new name, or one that the new run lacks; if shapes or dtypes disagree; if a table's rows
+            are of another vocabulary and rows_by_word is False; if the old vocabulary is not to be found, or another
+            one.
         """
         saved = open_checkpoint(self.checkpoint, best=self.best)
         new = {parameter.path: parameter for parameter in parameters}
@@ -259,6 +260,11 @@ class WarmStart:
                     f"{pattern!r}, all of whose matches, {_some(matched)}, an earlier pattern takes. Move it before "
                     "that one, or take it out."
                 )
+        if not targets:
+            raise ValueError(
+                f"rename must load a parameter of {saved.directory}. Received: {self.rename!r}, which loads none of "
+                f"{_some(paths)}. Add a pair with a replacement, or set Experiment.warm_start = None."
+            )
         skipped += [
             Skipped(from_path=path, reason="state of the old run")
             for path in saved.tensors
@@ -273,7 +279,7 @@ class WarmStart:
         new_sha256 = None
         if vocabulary is not None:
             new_sha256 = hashlib.sha256(vocabulary.to_text().encode()).hexdigest()
-        not_slots = [path for path in new if not _SLOT.fullmatch(path)]
+        loadable = [path for path in new if not (_SLOT.fullmatch(path) or _RUN_STATE.fullmatch(path))]
         for from_path, path in targets.items():
             what = from_path if path == from_path else f"{from_path}, renamed to {path},"
             if path in moves:
@@ -282,9 +288,9 @@ class WarmStart:
                     "another path, or to None."
                 )
                 continue
-            if path not in not_slots:
+            if path not in loadable:
                 problems.append(
-                    f"{what} is no parameter of the new run. {_near(path, not_slots)} Rename it to one of them, or "
+                    f"{what} is no parameter of the new run. {_near(path, loadable)} Rename it to one of them, or "
                     "to None."
                 )
                 continue
@@ -443,7 +449,7 @@ class WarmStart:
     def _rows(self, saved, path) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows) of a tensor of the checkpoint, part by part; steps as the new run counts them."""
         match = _SLOT.fullmatch(path)
-        set_back = saved.step if match and match["slot"] == _LAST_STEP else 0
+        set_back = saved.updates(match["parameter"]) if match and match["slot"] == _LAST_STEP else 0
         for start, stop in saved.blocks(path):
             block = saved.read(path, start, stop)
             if set_back:

@@ -59,9 +59,10 @@ def model_arrays(num_rows, seed, **more):
     return arrays
 
 
-def save_run(workdir, arrays, *, vocabulary=OLD, told=True, copied=True):
+def save_run(workdir, arrays, *, vocabulary=OLD, told=True, copied=True, **metadata):
     """A working directory; `told` and `copied`: the checkpoint names its vocabulary, the directory holds it."""
-    metadata = {"vocabularies": {"words": sha256(vocabulary)}} if told else {}
+    if told:
+        metadata["vocabularies"] = {"words": sha256(vocabulary)}
     Checkpoints(workdir / "checkpoints", block_mib=BLOCK_MIB).save(
         STEP, array_parameters(arrays), metadata=metadata
     )
@@ -212,10 +213,14 @@ def test_the_same_vocabulary_needs_no_words(tmp_path):
     assert {entry.new_rows for entry in report.loaded} == {0}
 
 
-def test_steps_are_set_back_so_that_moments_decay_as_in_the_old_run(tmp_path):
+@pytest.mark.parametrize(
+    ("metadata", "clock"),
+    [({}, STEP), ({"updates": {"tables/words/embedding": 2 * STEP + 1}}, 2 * STEP + 1)],
+)
+def test_steps_are_set_back_so_that_moments_decay_as_in_the_old_run(tmp_path, metadata, clock):
     """A step of Adam after a warm start decays the second moment as the old run's next step would have."""
     old, new = model_arrays(OLD_ROWS, 1), model_arrays(OLD_ROWS, 2)
-    after, _ = apply(new, checkpoint=save_run(tmp_path, old), slots=True)
+    after, _ = apply(new, checkpoint=save_run(tmp_path, old, **metadata), slots=True)
     rule = Adam(learning_rate=0.1, beta_1=0.0, beta_2=0.98)
     gradients = np.random.default_rng(3).normal(size=[OLD_ROWS, DIM]).astype(np.float32)
 
@@ -227,7 +232,7 @@ def test_steps_are_set_back_so_that_moments_decay_as_in_the_old_run(tmp_path):
         _, slots = rule.update(weights=weights, gradients=gradients, slots=slots, step=step)
         return slots["second_moment"].numpy()
 
-    np.testing.assert_allclose(second_moment(after, 3), second_moment(old, STEP + 3), rtol=1e-5)
+    np.testing.assert_allclose(second_moment(after, 3), second_moment(old, clock + 3), rtol=1e-5)
 
 
 def test_the_first_pattern_that_matches_decides(tmp_path):
@@ -334,6 +339,26 @@ def test_patterns_that_decide_nothing_are_refused(tmp_path):
         new,
         checkpoint=checkpoint,
         rename=[(".*", r"\g<0>"), ("layers/.*", None)],
+    )
+
+
+@pytest.mark.parametrize("rename", [[], [(".*", None)]])
+def test_patterns_that_load_nothing_are_refused(tmp_path, rename):
+    checkpoint, new = save_run(tmp_path, model_arrays(OLD_ROWS, 1)), model_arrays(OLD_ROWS, 2)
+    refused(
+        r"loads none of tables/words/embedding.* or set Experiment\.warm_start = None",
+        new,
+        checkpoint=checkpoint,
+        rename=rename,
+    )
+
+
+def test_what_a_run_carries_is_no_target(tmp_path):
+    refused(
+        r"layers/lstm_0/bias, renamed to state/0, is no parameter of the new run\..*layers/lstm_0/kernel",
+        model_arrays(OLD_ROWS, 2),
+        checkpoint=save_run(tmp_path, model_arrays(OLD_ROWS, 1, **{"layers/lstm_0/bias": [4, 3]})),
+        rename=[("layers/lstm_0/bias", "state/0")],
     )
 
 

@@ -1,5 +1,6 @@
 """Shipped configurations at tiny sizes: an untied model, and a run that starts from the layers of another."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -8,6 +9,8 @@ import tiny_runs
 
 from lmscale import configuration
 from lmscale.data.token_files import PreparedData
+from lmscale.parameters.activity import From
+from lmscale.parameters.warm_start import WarmStart
 from lmscale.start import start_from_elsewhere
 from lmscale.trainer import Trainer
 
@@ -88,6 +91,27 @@ def source(mirrored, tmp_path_factory):
     return train(load("quickstart", data_dir=data), workdir=directory / "run", strategy=mirrored(2))
 
 
+def test_clocks_are_set_back_by_what_they_counted(data_dir, mirrored, tmp_path):
+    """Rows that rested at first have a younger clock than layers; 0 is where either stands when a run begins."""
+    experiment = load("quickstart", data_dir=data_dir).experiment
+    groups = [
+        dataclasses.replace(group, active=From(step=1)) if group.pattern == "tables/.*" else group
+        for group in experiment.groups
+    ]
+    experiment = dataclasses.replace(experiment, groups=groups)
+    workdir = tmp_path / "run"
+    tiny_runs.train_here(experiment, workdir=workdir, strategy=mirrored(2))
+    trainer = Trainer(experiment, data=PreparedData.open(data_dir), strategy=mirrored(1))
+    WarmStart(checkpoint=str(workdir), slots=True).apply(trainer.parameters())
+    saved = tiny_runs.tensors(workdir, NUM_STEPS)
+    for path, num_updates in (("tables/words/embedding", 1), ("layers/lstm_0/kernel", NUM_STEPS)):
+        (last_step,) = (p for p in trainer.parameters() if p.path == f"slots/{path}/last_step")
+        assert saved[last_step.path].max() == num_updates
+        np.testing.assert_array_equal(
+            last_step.read(0, last_step.shape[0]), saved[last_step.path] - num_updates
+        )
+
+
 @pytest.fixture(scope="module")
 def warm_runs(data_dir, mirrored, source, tmp_path_factory):
     """{devices: work directory} of runs that started from `source`, which is where it was no more."""
@@ -99,14 +123,25 @@ def warm_runs(data_dir, mirrored, source, tmp_path_factory):
     return workdirs
 
 
-def test_warm_started_on_any_number_of_devices(data_dir, mirrored, warm_runs, tmp_path):
+@pytest.fixture(scope="module")
+def cold_run(data_dir, mirrored, tmp_path_factory):
+    """The work directory of a run that starts from nothing else, where an earlier start left reports."""
+    workdir = tmp_path_factory.mktemp("cold")
+    for name in ("warm_start.txt", "pretrained_words.txt", "mine.txt"):
+        (workdir / name).write_text("of an earlier start\n")
+    return train(load("quickstart", data_dir=data_dir), workdir=workdir, strategy=mirrored(1))
+
+
+def test_warm_started_on_any_number_of_devices(warm_runs, cold_run):
     assert_same_losses(list(warm_runs.values()))
-    macros = {name: tiny_runs.TINY_MACROS[name] for name in ("EMBED_DIM", "HIDDEN_DIM")}
-    cold = train(
-        load("quickstart", data_dir=data_dir, **macros), workdir=tmp_path / "cold", strategy=mirrored(1)
-    )
-    losses = [line["sampled_loss_nats"] for w in (cold, warm_runs[1]) for line in tiny_runs.metrics(w)[:1]]
+    losses = [
+        line["sampled_loss_nats"] for w in (cold_run, warm_runs[1]) for line in tiny_runs.metrics(w)[:1]
+    ]
     assert losses[0] != losses[1]
+
+
+def test_no_report_of_an_earlier_start_is_left(cold_run):
+    assert sorted(path.name for path in cold_run.glob("*.txt")) == ["mine.txt", "vocab.txt"]
 
 
 def test_layers_start_from_the_source_and_nothing_else_does(data_dir, mirrored, source):
