@@ -104,12 +104,21 @@ def initial_values(initializer, shape, *, seed, path):
     Raises:
       ValueError: naming path and initialiser, if it cannot fill that shape.
     """
+    return _drawn(initializer, tuple(shape), path=path, parts=(seed, path))
+
+
+def _drawn(initializer, shape, *, path, parts):
+    """Values of this shape, float32, by seeds that depend on `parts`; ValueError if it cannot be filled."""
     try:
-        return tf.cast(seeded(initializer, seed, path)(tuple(shape), dtype="float32"), tf.float32)
-    except (ValueError, TypeError) as error:
+        values = tf.cast(seeded(initializer, *parts)(shape, dtype="float32"), tf.float32)
+        if tuple(values.shape) != shape:
+            raise ValueError(f"it returns the shape {tuple(values.shape)}")
+        return values
+    # Of the values of a Constant, TensorFlow finds out that they do not fit.
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
         raise ValueError(
-            f"The initializer of {path} must fill its shape {tuple(shape)}. Received: {describe(initializer)} "
-            f"({error}). Name another one in its group."
+            f"The initializer of {path} must fill its shape {shape}. Received: {describe(initializer)} "
+            f"({getattr(error, 'message', error)}). Name another one in its group."
         ) from error
 
 
@@ -128,7 +137,7 @@ def initial_rows(initializer, *, vocab_size, embed_dim, seed, path):
       seed, path: as of `initial_values`.
 
     Raises:
-      ValueError: for an initialiser that needs the whole matrix.
+      ValueError: for an initialiser that needs the whole matrix, or cannot fill rows of that width.
     """
     if isinstance(initializer, keras.initializers.Orthogonal | keras.initializers.Identity | _Gates):
         raise ValueError(
@@ -138,7 +147,7 @@ def initial_rows(initializer, *, vocab_size, embed_dim, seed, path):
     scale = _fan_correction(initializer, vocab_size=vocab_size, embed_dim=embed_dim)
     for block, start in enumerate(range(0, vocab_size, BLOCK_ROWS)):
         # Always a whole block, cut afterwards.
-        values = seeded(initializer, seed, path, block)((BLOCK_ROWS, embed_dim), dtype="float32")
+        values = _drawn(initializer, (BLOCK_ROWS, embed_dim), path=path, parts=(seed, path, block))
         stop = min(start + BLOCK_ROWS, vocab_size)
         yield start, scale * np.asarray(values[: stop - start], np.float32)
 

@@ -114,6 +114,8 @@ def test_orthogonal_matrices_are_orthogonal():
     [
         (keras.initializers.Orthogonal(), (12,)),
         (keras.initializers.Identity(), (3, 4, 5)),
+        (constant([1.0, 2.0]), (5,)),
+        (constant(np.ones([3, 5])), (5,)),
     ],
 )
 def test_a_shape_that_cannot_be_filled_names_path_and_initializer(initializer, shape):
@@ -129,6 +131,14 @@ def test_what_needs_the_whole_matrix_is_refused_for_tables(initializer):
     message = rf"tables/words/embedding are drawn in blocks.*{type(initializer).__name__}"
     with pytest.raises(ValueError, match=message):
         table(initializer, vocab_size=7)
+
+
+def test_a_constant_row_is_as_wide_as_the_table():
+    np.testing.assert_array_equal(table(constant([1, 2, 3, 4, 5]), vocab_size=3), [[1, 2, 3, 4, 5]] * 3)
+    with pytest.raises(
+        ValueError, match=r"tables/words/embedding must fill its shape .*Received: Constant\("
+    ):
+        table(constant([1.0, 2.0]), vocab_size=3)
 
 
 @pytest.mark.parametrize("distribution", ["truncated_normal", "untruncated_normal", "uniform"])
