@@ -8,6 +8,7 @@ from rich.table import Table
 from lmscale.data.token_files import PreparedData
 from lmscale.parameters import averages
 from lmscale.parameters.groups import treat
+from lmscale.parameters.initializers import initial_rows, initial_values
 from lmscale.parameters.layers import Layers
 from lmscale.parameters.report import as_table, mib, parameter_lines
 from lmscale.softmax.streamed import default_block_rows
@@ -20,7 +21,7 @@ _WIDTH = 140
 
 
 def print_report(experiment, *, num_devices):
-    """Prints the parameter table and the memory of a device. Allocates the layers, not the tables.
+    """Prints the parameter table and the memory of a device. Allocates the layers, of tables a block of rows at most.
 
     Args:
       experiment: `Experiment`.
@@ -35,8 +36,10 @@ def print_report(experiment, *, num_devices):
     layers = Layers(task.layers, num_replicas=num_devices)
     treatments = treat(experiment.groups, [*table_paths(task.tables), *layers.trainable_variables])
     check_learning_rates(treatments)
+    averages.check_constraints(layers.trainable_variables, treatments)
     if experiment.evaluate_averages:
         averages.check_any(treatments)
+    _check_initializers(treatments, task, layers, vocab_size=data.vocab_size, seed=experiment.seed)
     batches = task.training_batches()
     lines = parameter_lines(task, layers, treatments, vocab_size=data.vocab_size, num_devices=num_devices)
     console = Console(width=_WIDTH)
@@ -63,6 +66,21 @@ def print_report(experiment, *, num_devices):
         f"devices; {batches.labels_per_step:,} tokens a step, {batches.steps_per_epoch:,} steps an epoch, "
         f"{experiment.train_steps / batches.steps_per_epoch:.2f} epochs"
     )
+
+
+def _check_initializers(treatments, task, layers, *, vocab_size, seed):
+    """Raises ValueError for an initialiser of a group that cannot fill what it is for."""
+    for path, treatment in treatments.items():
+        initializer, drawn = treatment.initializer, {"seed": seed, "path": path}
+        if initializer is None:
+            continue
+        if path in layers.trainable_variables:
+            initial_values(initializer, layers.trainable_variables[path].shape, **drawn)
+        elif path.endswith("/bias"):
+            initial_values(initializer, [vocab_size], **drawn)
+        else:
+            embed_dim = task.tables[path.split("/")[1]].embed_dim
+            next(initial_rows(initializer, vocab_size=vocab_size, embed_dim=embed_dim, **drawn))
 
 
 def _step_bytes(task, batches, *, num_devices, placement):

@@ -1,16 +1,20 @@
 """What a dry run reports is what a run then holds: each parameter, its slots, and what a step takes beside them."""
 
+import dataclasses
 import functools
 import re
 
+import keras
 import pytest
 import tiny_runs
 
 from lmscale import dry_run
+from lmscale.bodies.body import keras_body
 from lmscale.bodies.lstm import lstm_body
 from lmscale.data.token_files import PreparedData
 from lmscale.experiment import Experiment
 from lmscale.parameters.activity import From, Never
+from lmscale.parameters.averages import Averaged
 from lmscale.parameters.groups import Group
 from lmscale.parameters.update_rules import SGD, Adagrad, RowWiseAdagrad
 from lmscale.softmax.full import FullSoftmax
@@ -153,3 +157,29 @@ def test_counts(report, model):
     text = " ".join(report.split())
     assert f"{num_parameters:,} parameters; vocabulary 5,003 rows, {padding} more as padding" in text
     assert f"{TOKENS} tokens a step" in text
+
+
+@pytest.mark.parametrize("head", ["full"], indirect=True)
+@pytest.mark.parametrize(
+    "path", ["tables/into/embedding", "tables/out_of/bias", "layers/lstm_0/bias", "layers/projection/kernel"]
+)
+def test_an_initializer_that_a_run_would_refuse_is_refused(experiment, path):
+    initializer = keras.initializers.Constant([1.0, 2.0])
+    groups = [Group(pattern=path, initializer=initializer), *experiment.groups]
+    with pytest.raises(ValueError, match=f"initializer of {path} must fill its shape"):
+        dry_run.print_report(dataclasses.replace(experiment, groups=groups), num_devices=NUM_DEVICES)
+
+
+@pytest.mark.parametrize("head", ["full"], indirect=True)
+def test_an_average_that_a_run_would_refuse_is_refused(experiment):
+    def body():
+        return keras_body(layer=functools.partial(keras.layers.Dense, 5, kernel_constraint="non_neg"))
+
+    groups = [Group(pattern=".*", update=Averaged(update=SGD(learning_rate=0.1)))]
+    changed = dataclasses.replace(
+        experiment,
+        groups=groups,
+        task=functools.partial(experiment.task.func, **experiment.task.keywords | {"body": body}),
+    )
+    with pytest.raises(ValueError, match="layers/dense_0/kernel, with NonNeg"):
+        dry_run.print_report(changed, num_devices=NUM_DEVICES)

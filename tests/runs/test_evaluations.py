@@ -167,7 +167,8 @@ def test_the_evaluation_of_a_checkpoint_gives_the_last_value_of_the_run(
 
 def test_there_must_be_averages(data_dir, mirrored, tmp_path):
     experiment = make_experiment(data_dir, evaluate_averages=True, groups=tiny_experiments.one_rule())
-    with pytest.raises(ValueError, match=r"evaluate_averages needs .* averages\.Averaged\. Received: none\."):
+    message = r"evaluate_averages needs .* averages\.Averaged\. Received: none\."
+    with pytest.raises(ValueError, match=message):
         tiny_runs.train_here(experiment, workdir=tmp_path / "run", strategy=mirrored(1))
     with pytest.raises(ValueError, match="evaluate_averages needs"):
         dry_run.print_report(experiment, num_devices=1)
