@@ -93,7 +93,7 @@ def _step_bytes(task, batches, *, num_devices, placement):
     for name, head in task.heads.items():
         width = task.tables[head.table].embed_dim + 1
         num_candidates = head.num_candidates(global_tokens=labels[name])
-        if head.needs_label_rows:
+        if head.needs_label_rows and not head.candidates_are_labels:
             values += labels[name] // num_devices * width
         values += num_candidates * width
         num_logits += labels[name] // num_devices * num_candidates

@@ -164,9 +164,15 @@ class Model:
             for role, lookup in self.task.lookups(own_features).items()
         ]
         shared = []
+        shares = {}
         if step is not None:
             for number, (name, head) in enumerate(heads.items()):
-                if head.needs_label_rows:
+                if head.needs_label_rows and head.candidates_are_labels:
+                    count = labels[name].ids.shape[0]
+                    shares[name] = _Share(
+                        first * (count // batch_size), count, total=everyone[name].ids.shape[0]
+                    )
+                elif head.needs_label_rows:
                     own.append(("labels", name, head.table, labels[name].ids))
                 found = head.candidates(
                     seed=tf.stack([(seed + number) % 2**31, step]), labels=everyone[name].ids
@@ -182,7 +188,8 @@ class Model:
             if not own_parts and not shared_parts:
                 continue
             pulled = table.pull(_joined(own_parts), _joined(shared_parts))
-            receipts[name] = _Receipt(pulled, own_parts, shared_parts)
+            of_heads = {head: share for head, share in shares.items() if heads[head].table == name}
+            receipts[name] = _Receipt(pulled, own_parts, shared_parts, of_heads)
             for parts, embedding, bias in (
                 (own_parts, pulled.embedding, pulled.bias),
                 (shared_parts, pulled.shared_embedding, pulled.shared_bias),
@@ -192,6 +199,8 @@ class Model:
                         tf.reshape(part.embedding, [*ids.shape, table.embed_dim]),
                         None if part.bias is None else tf.reshape(part.bias, ids.shape),
                     )
+        for name, share in shares.items():
+            rows["labels"][name] = share.of(rows["candidates"][name])
         return Reading(
             features=own_features,
             labels=labels,
@@ -280,7 +289,15 @@ class Model:
                     collected[name] = table.collect(None, None, dense=d_shards[name])
                 continue
             own = _stacked(receipt.own_parts, d_rows, table=table)
-            shared = _stacked(receipt.shared_parts, d_rows, table=table)
+            d_candidates = {
+                head: share.added(d_rows.candidates.get(head), d_rows.labels.get(head))
+                for head, share in receipt.shares.items()
+            }
+            shared = _stacked(
+                receipt.shared_parts,
+                dataclasses.replace(d_rows, candidates={**d_rows.candidates, **d_candidates}),
+                table=table,
+            )
             collected[name] = table.collect(
                 receipt.pulled,
                 RowGradients(
@@ -370,11 +387,49 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class _Receipt:
-    """What one table's pull was made of: parts (kind, key, table, ids) of the own and of the shared ids, in order."""
+    """What one table's pull was made of: parts (kind, key, table, ids) of the own and of the shared ids, in order.
+
+    And {head: `_Share`} of the heads whose labels' rows are among those of the candidates.
+    """
 
     pulled: PulledRows
     own_parts: list
     shared_parts: list
+    shares: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """A replica's `count` labels among the `total` of the global batch, from `start` on."""
+
+    start: Any
+    count: int
+    total: int
+
+    def of(self, rows):
+        """This replica's of the `Rows` of all labels."""
+
+        def cut(x):
+            begin, size = [self.start] + [0] * (len(x.shape) - 1), [self.count, *x.shape[1:]]
+            return tf.ensure_shape(tf.slice(x, begin, size), size)
+
+        return Rows(cut(rows.embedding), None if rows.bias is None else cut(rows.bias))
+
+    def added(self, d_all, d_own):
+        """Gradients of the `Rows` of all labels, as candidates, with those of this replica's, as labels."""
+
+        def add(of_all, of_own):
+            if of_own is None:
+                return of_all
+            if of_all is None:
+                of_all = tf.zeros([self.total, *of_own.shape[1:]])
+            stop = self.start + self.count
+            return tf.concat(
+                [of_all[: self.start], of_all[self.start : stop] + of_own, of_all[stop:]], axis=0
+            )
+
+        d_all, d_own = d_all or Rows(None), d_own or Rows(None)
+        return Rows(add(d_all.embedding, d_own.embedding), add(d_all.bias, d_own.bias))
 
 
 def _joined(parts):

@@ -13,7 +13,8 @@ from lmscale.parameters.groups import Group
 from lmscale.parameters.update_rules import SGD, RowWiseAdagrad
 from lmscale.softmax.full import FullSoftmax
 from lmscale.softmax.sampled import SampledSoftmax
-from lmscale.softmax.samplers import LogUniformSampler
+from lmscale.softmax.samplers import InBatchSampler, LogUniformSampler
+from lmscale.tables.table import ShardedTable
 from lmscale.trainer import Trainer
 
 VOCAB_SIZE, INPUT_DIM, OUTPUT_DIM, HIDDEN_DIM, BATCH, WINDOW = 31, 3, 5, 4, 6, 4
@@ -24,6 +25,7 @@ HEADS = {
         SampledSoftmax,
         sampler=functools.partial(LogUniformSampler, num_sampled=VOCAB_SIZE, replacement=False),
     ),
+    "in_batch": functools.partial(SampledSoftmax, sampler=InBatchSampler),
 }
 
 
@@ -48,8 +50,12 @@ def trainer(strategy, *, head, groups, input_dim=None):
     return run
 
 
-def loss(parameters, ids):
-    """Mean cross-entropy of the model's definition, from {path: float64 array}."""
+def loss(parameters, ids, *, counts, head):
+    """Mean cross-entropy of the model's definition, from {path: float64 array}.
+
+    In-batch: over the label and every other label of the batch that differs, as often as it occurs, logits less the log
+    of how often that was to be expected.
+    """
     p = parameters
     x = p["tables/inputs/embedding"][ids[:, :-1]]
     if "layers/input_projection/kernel" in p:
@@ -59,10 +65,20 @@ def loss(parameters, ids):
     hidden = hidden @ p["layers/projection/kernel"]
     logits = hidden @ p["tables/outputs/embedding"].T + p["tables/outputs/bias"]
     labels = ids[:, 1:]
+    if head == "in_batch":
+        smoothed = np.maximum(counts, 1.0)
+        logits = logits - np.log(labels.size * smoothed / smoothed.sum())
+        times = np.bincount(labels.ravel(), minlength=VOCAB_SIZE)
+        # The label itself once, whatever it occurs elsewhere.
+        times = np.where(np.arange(VOCAB_SIZE) == labels[..., np.newaxis], 1, times)
+        with np.errstate(divide="ignore"):
+            weighted = logits + np.log(times)
+        chosen = np.take_along_axis(logits, labels[..., np.newaxis], axis=-1)[..., 0]
+        return np.mean(np.log(np.exp(weighted).sum(axis=-1)) - chosen)
     return -np.mean(np.take_along_axis(log_softmax(logits), labels[..., np.newaxis], axis=-1))
 
 
-def gradient(parameters, ids, path):
+def gradient(parameters, path, loss):
     """By central differences in float64, element by element: the error is about 1e-10."""
     result = np.zeros(parameters[path].shape)
     for index in np.ndindex(result.shape):
@@ -70,7 +86,7 @@ def gradient(parameters, ids, path):
         for size in (-1e-5, 1e-5):
             moved = parameters[path].copy()
             moved[index] += size
-            ends.append(loss({**parameters, path: moved}, ids))
+            ends.append(loss({**parameters, path: moved}))
         result[index] = (ends[1] - ends[0]) / 2e-5
     return result
 
@@ -90,13 +106,14 @@ def test_loss_and_all_gradients(mirrored, num_replicas, head, input_dim):
     ids = run.batches.at(1).features["ids"]
     metrics = {name: m[0].numpy() for name, m in run.train_steps().items()}
     after = values(run.parameters())
-    assert metrics["loss"] == pytest.approx(loss(before, ids), rel=2e-6)
+    loss_of = functools.partial(loss, ids=ids, counts=run.data.counts, head=head)
+    assert metrics["loss"] == pytest.approx(loss_of(before), rel=2e-6)
     assert metrics["loss/next"] == metrics["loss"]
     squares = 0.0
     paths = set(run.model.treatments)
     assert paths == {path for path in before if path.startswith(("tables/", "layers/"))}
     for path in sorted(paths):
-        expected = gradient(before, ids, path)
+        expected = gradient(before, path, loss_of)
         # Differences of float32 weights of order 1.
         np.testing.assert_allclose(before[path] - after[path], expected, rtol=1e-5, atol=5e-7, err_msg=path)
         assert np.abs(expected).max() > 1e-3, path
@@ -104,7 +121,9 @@ def test_loss_and_all_gradients(mirrored, num_replicas, head, input_dim):
     assert metrics["gradient_norm"] == pytest.approx(np.sqrt(squares), rel=1e-5)
     touched = len(np.unique(ids[:, :-1]))
     assert metrics["rows_touched/inputs"].sum() == touched < VOCAB_SIZE
-    assert metrics["rows_touched/outputs"].sum() == VOCAB_SIZE
+    assert metrics["rows_touched/outputs"].sum() == (
+        len(np.unique(ids[:, 1:])) if head == "in_batch" else VOCAB_SIZE
+    )
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
@@ -120,12 +139,13 @@ def test_each_table_by_its_own_rule(mirrored, num_replicas, head):
     state = values(run.parameters())
     before = {p: v.astype(np.float64) for p, v in state.items() if v.dtype == np.float32}
     ids = run.batches.at(1).features["ids"]
+    loss_of = functools.partial(loss, ids=ids, counts=run.data.counts, head=head)
     run.train_steps()
     after = values(run.parameters())
     slots = {path for path in after if path.startswith("slots/")}
     assert slots == {f"slots/tables/outputs/{name}/accumulator" for name in ("embedding", "bias")}
     for path in run.model.treatments:
-        d = gradient(before, ids, path)
+        d = gradient(before, path, loss_of)
         if path.startswith("tables/outputs/"):
             squares = d**2 if d.ndim == 1 else np.mean(d**2, axis=1)
             accumulator = 0.1 + squares
@@ -153,3 +173,22 @@ def test_tables_that_do_not_fit_are_refused(mirrored, names, message):
     task = language_model(**{**untied(input_dim=INPUT_DIM, output_dim=OUTPUT_DIM), **names})
     with pytest.raises(ValueError, match=message):
         Trainer(tiny_experiments.experiment(task=task), data=Text(), strategy=mirrored(1))
+
+
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_in_batch_asks_for_no_row_twice(mirrored, num_replicas, monkeypatch):
+    """The labels' rows are those of the candidates: the table of outputs is asked for the batch's labels, once."""
+    asked = []
+    pull = ShardedTable.pull
+
+    def spy(table, ids, shared_ids):
+        asked.append((table.embed_dim, ids.shape[0], shared_ids.shape[0]))
+        return pull(table, ids, shared_ids)
+
+    monkeypatch.setattr(ShardedTable, "pull", spy)
+    run = trainer(
+        mirrored(num_replicas), head="in_batch", groups=[Group(pattern=".*", update=SGD(learning_rate=1.0))]
+    )
+    run.train_steps()
+    tokens = BATCH * WINDOW
+    assert set(asked) == {(INPUT_DIM, tokens // num_replicas, 0), (OUTPUT_DIM, 0, tokens)}

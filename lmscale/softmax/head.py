@@ -39,12 +39,15 @@ class Head(abc.ABC):
     Attributes:
       name: word under which its training loss is logged.
       needs_label_rows: whether `value_and_gradients` is given the rows of the labels.
+      candidates_are_labels: whether the candidates are the labels of the global batch, in their order: then the rows of
+        a replica's labels are taken from those of the candidates, and none is asked for twice.
       communicates: whether `value_and_gradients` uses collectives, for which no loop of TensorFlow has a place.
       table: name of the table that holds the softmax rows.
     """
 
     name: str
     needs_label_rows = True
+    candidates_are_labels = False
     communicates = True
 
     def __init__(self, *, table: str, vocab_size: int, counts: np.ndarray | None):

@@ -304,6 +304,7 @@ class SampledSoftmax(Head):
         """
         super().__init__(table=table, vocab_size=vocab_size, counts=counts)
         self.sampler = sampler(vocab_size=vocab_size, counts=counts)
+        self.candidates_are_labels = self.sampler.samples_are_labels
         self.remove_accidental_hits = remove_accidental_hits
         self.compute_dtype = resolved_compute_dtype(compute_dtype)
 

@@ -47,9 +47,11 @@ class Sampler(abc.ABC):
       vocab_size: ids are 0 .. vocab_size - 1.
       num_sampled: ids per draw; None where the labels decide it.
       needs_labels: whether `sample` draws from the labels; otherwise it ignores them.
+      samples_are_labels: whether `sample` returns the labels, all of them in their order.
     """
 
     needs_labels = False
+    samples_are_labels = False
     vocab_size: int
     num_sampled: int | None
 
@@ -306,6 +308,7 @@ class InBatchSampler(Sampler):
     """
 
     needs_labels = True
+    samples_are_labels = True
 
     def __init__(self, *, vocab_size: int, counts: np.ndarray):
         self.vocab_size, self.num_sampled = int(vocab_size), None
