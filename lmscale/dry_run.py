@@ -12,6 +12,7 @@ from lmscale.parameters.initializers import initial_rows, initial_values
 from lmscale.parameters.layers import Layers
 from lmscale.parameters.report import as_table, mib, parameter_lines
 from lmscale.softmax.streamed import default_block_rows
+from lmscale.start import check_sources
 from lmscale.tables.placement import Placement
 from lmscale.tables.table_config import table_paths
 from lmscale.trainer import check_learning_rates, make_task
@@ -28,18 +29,19 @@ def print_report(experiment, *, num_devices):
       num_devices: devices that the tables would be sharded over.
 
     Raises:
-      ValueError: if the experiment does not fit its data or the devices.
+      ValueError: if the experiment does not fit its data or the devices, or what it would start from is not there.
     """
     experiment.check_devices(num_devices)
     data = PreparedData.open(experiment.data_dir)
     task = make_task(experiment, data=data, num_replicas=num_devices)
     layers = Layers(task.layers, num_replicas=num_devices)
     treatments = treat(experiment.groups, [*table_paths(task.tables), *layers.trainable_variables])
-    check_learning_rates(treatments)
+    check_learning_rates(treatments, num_steps=experiment.train_steps)
     averages.check_constraints(layers.trainable_variables, treatments)
     if experiment.evaluate_averages:
         averages.check_any(treatments)
     _check_initializers(treatments, task, layers, vocab_size=data.vocab_size, seed=experiment.seed)
+    check_sources(experiment, task)
     batches = task.training_batches()
     lines = parameter_lines(task, layers, treatments, vocab_size=data.vocab_size, num_devices=num_devices)
     console = Console(width=_WIDTH)

@@ -11,6 +11,15 @@ def report_names(task):
     return [*map(_pretrained, task.tables), _WARM_START]
 
 
+def check_sources(experiment, task):
+    """Raises ValueError unless there is what `start_from_elsewhere` would read, as far as that shows at once."""
+    for config in task.tables.values():
+        if config.pretrained is not None:
+            config.pretrained.describe(dim=config.embed_dim)
+    if experiment.warm_start is not None:
+        experiment.warm_start.check()
+
+
 def start_from_elsewhere(experiment, trainer):
     """Fills a new run's parameters with what its configuration names, pretrained vectors first.
 

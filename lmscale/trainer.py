@@ -48,15 +48,19 @@ def learning_rates(treatments, step):
     return {group: float(rule.learning_rate_at(step)) for group, rule in rules.items()}
 
 
-def check_learning_rates(treatments):
-    """Raises ValueError unless all learning rates start as finite numbers, 0 or more. Runs operations."""
-    for group, rate in learning_rates(treatments, 0).items():
-        if not 0 <= rate < math.inf:
-            raise ValueError(
-                "A learning rate must be finite and at least 0. Received: "
-                f"{rate} at the first step, of the group {group!r}. Set LEARNING_RATE and ROW_LEARNING_RATE to "
-                "positive numbers."
-            )
+def check_learning_rates(treatments, *, num_steps):
+    """Raises ValueError unless the first and the last of `num_steps` learning rates of each group are 0 or more.
+
+    And finite. Runs operations.
+    """
+    for which, step in (("first", 0), ("last", num_steps - 1)):
+        for group, rate in learning_rates(treatments, step).items():
+            if not 0 <= rate < math.inf:
+                raise ValueError(
+                    "A learning rate must be finite and at least 0. Received: "
+                    f"{rate} at the {which} step, of the group {group!r}. Set LEARNING_RATE and ROW_LEARNING_RATE to "
+                    "positive numbers, and a schedule so that it stays above 0."
+                )
 
 
 class Trainer:
@@ -102,7 +106,7 @@ class Trainer:
         self._rules = list(
             {id(t.update): t.update for t in self.model.treatments.values() if t.update}.values()
         )
-        check_learning_rates(self.model.treatments)
+        check_learning_rates(self.model.treatments, num_steps=experiment.train_steps)
         if experiment.evaluate_averages:
             averages.check_any(self.model.treatments)
         self.step = 0

@@ -125,7 +125,7 @@ class PretrainedVectors:
             vectors have another width than the table, or `initial_stddev` is not positive though it is needed. Later,
             if something is malformed.
         """
-        file = self._describe(dim=dim)
+        file = self.describe(dim=dim)
         scale = 1.0
         if self.normalise == "initialiser":
             scale = self._scale(file, vocabulary=vocabulary, initial_stddev=initial_stddev)
@@ -139,7 +139,12 @@ class PretrainedVectors:
             write(ids, rows.astype(np.float32, copy=False))
         return matches.coverage()
 
-    def _describe(self, *, dim: int) -> VectorFile:
+    def describe(self, *, dim: int) -> VectorFile:
+        """The file, by its beginning.
+
+        Raises:
+          ValueError: if there is none, it does not begin as a file of vectors, or they are not `dim` wide.
+        """
         paths = expand_patterns([expand(self.path)], flag="PretrainedVectors.path")
         if len(paths) != 1:
             raise ValueError(

@@ -230,6 +230,10 @@ class WarmStart:
             removed_words=() if rows is None else rows.removed_words,
         )
 
+    def check(self):
+        """Raises ValueError as `apply` does for what needs no new run: the checkpoint, and `rename`."""
+        self._targets(open_checkpoint(self.checkpoint, best=self.best))
+
     # What goes where.
 
     def _targets(self, saved):

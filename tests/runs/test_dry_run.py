@@ -16,7 +16,9 @@ from lmscale.experiment import Experiment
 from lmscale.parameters.activity import From, Never
 from lmscale.parameters.averages import Averaged
 from lmscale.parameters.groups import Group
+from lmscale.parameters.pretrained import PretrainedVectors
 from lmscale.parameters.update_rules import SGD, Adagrad, RowWiseAdagrad
+from lmscale.parameters.warm_start import WarmStart
 from lmscale.softmax.full import FullSoftmax
 from lmscale.softmax.sampled import SampledSoftmax
 from lmscale.softmax.samplers import LogUniformSampler
@@ -183,3 +185,33 @@ def test_an_average_that_a_run_would_refuse_is_refused(experiment):
     )
     with pytest.raises(ValueError, match="layers/dense_0/kernel, with NonNeg"):
         dry_run.print_report(changed, num_devices=NUM_DEVICES)
+
+
+@pytest.mark.parametrize("head", ["full"], indirect=True)
+def test_a_learning_rate_that_turns_negative_is_refused(experiment):
+    decay = keras.optimizers.schedules.PolynomialDecay(0.1, decay_steps=9, end_learning_rate=-0.1)
+    groups = [Group(pattern="layers/.*", update=SGD(learning_rate=decay)), *experiment.groups]
+    # It passes zero between step 4 and step 5.
+    for train_steps in (5, 6):
+        changed = dataclasses.replace(experiment, groups=groups, train_steps=train_steps)
+        if train_steps == 5:
+            dry_run.print_report(changed, num_devices=NUM_DEVICES)
+        else:
+            with pytest.raises(
+                ValueError, match=r"Received: -0\.01\d* at the last step, of the group 'layers/"
+            ):
+                dry_run.print_report(changed, num_devices=NUM_DEVICES)
+
+
+@pytest.mark.parametrize("head", ["full"], indirect=True)
+def test_what_a_run_would_start_from_must_be_there(experiment, tmp_path):
+    missing = WarmStart(checkpoint=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="gone"):
+        dry_run.print_report(dataclasses.replace(experiment, warm_start=missing), num_devices=NUM_DEVICES)
+    vectors = tmp_path / "vectors.txt"
+    vectors.write_text("a 1 2 3\nb 4 5 6\n")
+    tables = dict(experiment.task.keywords["tables"])
+    tables["into"] = dataclasses.replace(tables["into"], pretrained=PretrainedVectors(path=str(vectors)))
+    task = functools.partial(experiment.task.func, **experiment.task.keywords | {"tables": tables})
+    with pytest.raises(ValueError, match=f"Received: 3 in the file, {INPUT_DIM} of the table"):
+        dry_run.print_report(dataclasses.replace(experiment, task=task), num_devices=NUM_DEVICES)
