@@ -1,5 +1,6 @@
 """A run that starts from the parameters of another: tensors by patterns over their paths, rows by their words."""
 
+import collections
 import dataclasses
 import difflib
 import hashlib
@@ -99,11 +100,28 @@ class WarmStartReport:
             rest = removed - len(self.removed_words)
             lines += ["", f"removed words: {words}" + (f" and {rest:,} more" if rest else "")]
         if self.skipped:
-            reasons = [(t.from_path, t.reason) for t in self.skipped]
+            reasons = _in_brief((t.from_path, t.reason) for t in self.skipped)
             lines += ["", *_aligned([("skipped", "why"), *reasons], num_text_columns=2)]
         if self.fresh:
-            lines += ["", "left as initialised", *self.fresh]
+            lines += [
+                "",
+                "left as initialised",
+                *(what for what, _ in _in_brief((p, "") for p in self.fresh)),
+            ]
         return "".join(f"    {line}\n" if line else "\n" for line in lines)
+
+
+def _in_brief(paths_and_reasons):
+    """[(what, reason)]: parameters by their paths, then slots and what a run carries along as counts by reason."""
+    parameters, counts = [], collections.Counter()
+    for path, reason in paths_and_reasons:
+        if _SLOT.fullmatch(path):
+            counts["optimizer slots", reason] += 1
+        elif _RUN_STATE.fullmatch(path):
+            counts["states and seeds", reason] += 1
+        else:
+            parameters.append((path, reason))
+    return [*parameters, *((f"{what}: {count:,}", reason) for (what, reason), count in counts.items())]
 
 
 def _aligned(rows, *, num_text_columns):

@@ -518,9 +518,9 @@ def test_the_report_is_aligned_and_a_block_to_markdown(tmp_path):
     assert row.split() == ["tables/words/embedding", "tables/words/embedding", "63", "88", "40"]
     assert header.index("from") == row.index("tables", 10)
     assert len(row) == len(header)
-    assert re.search(r"(?m)^    state/0 +state of the old run$", report.text())
-    assert re.search(r"(?m)^    slots/layers/lstm_0/bias/last_step +slots = False$", report.text())
-    assert lines[-1] == "    state/0"
+    assert re.search(r"(?m)^    states and seeds: 1 +state of the old run$", report.text())
+    assert re.search(r"(?m)^    optimizer slots: 8 +slots = False$", report.text())
+    assert lines[-3:] == ["    left as initialised", "    optimizer slots: 8", "    states and seeds: 1"]
 
 
 def test_memory_is_bounded_by_blocks(tmp_path):
