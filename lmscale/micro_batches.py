@@ -48,6 +48,8 @@ def accumulate(value_and_gradients, reading, state, *, num_parts, communicates):
     Returns:
       `Gradients`, whose losses, penalty and gradients are the sums of the parts'.
     """
+    if num_parts == 1:
+        return value_and_gradients(reading, state, 0)
     num_examples = next(iter(reading.features.values())).shape[0]
     size = num_examples // num_parts
 
@@ -56,8 +58,6 @@ def accumulate(value_and_gradients, reading, state, *, num_parts, communicates):
             _part_of(reading, k, num_parts=num_parts), [_slice(s, k, num_parts) for s in state], k * size
         )
 
-    if num_parts == 1:
-        return part(0)
     if communicates and collectives.num_replicas() > 1:
         return _accumulate_without_loop(part, num_parts=num_parts)
     # The first part is outside the loop: it tells which gradients there are, and their shapes.

@@ -323,20 +323,22 @@ class Model:
             variable = self.layers.trainable_variables[path]
             weights = collectives.local_value(variable.value)
             slots = {slot: collectives.local_value(v) for slot, v in slot_variables.items()}
+            old_weights = weights.read_value()
+            old_slots = {slot: v.read_value() for slot, v in slots.items()}
             # A variable of a layer is one row: it moves at every step.
             new_weights, new_slots = self.treatments[path].update.update(
-                weights=weights[tf.newaxis],
-                gradients=tf.where(keep[path], gradients[path] * scale[path], 0.0)[tf.newaxis],
-                slots={slot: v.read_value() for slot, v in slots.items()},
+                weights=tf.expand_dims(old_weights, 0),
+                gradients=tf.expand_dims(tf.where(keep[path], gradients[path] * scale[path], 0.0), 0),
+                slots=old_slots,
                 step=step[path],
                 learning_rate=learning_rate[path],
             )
-            new_weights = new_weights[0]
+            new_weights = tf.reshape(new_weights, old_weights.shape)
             if variable.constraint is not None:
                 new_weights = variable.constraint(new_weights)
-            weights.assign(tf.where(keep[path], new_weights, weights))
+            weights.assign(tf.where(keep[path], new_weights, old_weights))
             for slot, value in new_slots.items():
-                slots[slot].assign(tf.where(keep[path], value, slots[slot]))
+                slots[slot].assign(tf.where(keep[path], value, old_slots[slot]))
 
     # -- on the host, outside strategy.run ------------------------------------------------------------------------
 

@@ -332,7 +332,7 @@ class Trainer:
             treatment = model.treatments[path]
             steps[path] = treatment.active.num_active(step)
             learning_rates[path] = rates.get(id(treatment.update))
-            keeps[path] = is_finite & active[path]
+            keeps[path] = is_finite if active[path] is True else is_finite & active[path]
         for name, gradients in collected.items():
             prefix = f"tables/{name}/"
             model.tables[name].apply(

@@ -54,21 +54,23 @@ class LstmBody(Body):
         batch, time, _ = inputs.shape
         state, factors, outputs = list(state), {}, []
         num_parts = max(1, time // _LEAST_STEPS_OF_A_PART) if runs_on_cpu() and len(self.layers) > 1 else 1
-        for steps in np.array_split(np.arange(time), num_parts):
-            x = inputs[:, steps[0] : steps[-1] + 1]
+        sizes = [len(steps) for steps in np.array_split(np.arange(time), num_parts)]
+        for part, x in enumerate(tf.split(inputs, sizes, axis=1)):
             for i, layer in enumerate(self.layers.values()):
                 if i and dropout is not None:
                     if i not in factors:  # One mask for the whole window.
-                        factors[i] = dropout.factors(
+                        drawn = dropout.factors(
                             [batch, time, x.shape[2]],
                             self._dropout,
                             dtype=x.dtype,
                             over_time=self._dropout_over_time,
                         )
-                    if factors[i] is not None:
-                        x *= (
-                            factors[i] if self._dropout_over_time else factors[i][:, steps[0] : steps[-1] + 1]
-                        )
+                        if drawn is None or self._dropout_over_time:
+                            factors[i] = [drawn] * num_parts
+                        else:
+                            factors[i] = tf.split(drawn, sizes, axis=1)
+                    if factors[i][part] is not None:
+                        x *= factors[i][part]
                 x, *state[2 * i : 2 * i + 2] = _run_layer(layer, x, state[2 * i : 2 * i + 2])
             outputs.append(x)
         return tf.concat(outputs, axis=1), state

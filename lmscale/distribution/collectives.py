@@ -5,7 +5,12 @@ gives gradients `num_replicas` times too large. lmscale exchanges values, differ
 With one replica every function here is the identity.
 """
 
+import weakref
+
 import tensorflow as tf
+
+# By replica context, which makes an operation of its id whenever it is asked.
+_static_ids: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def num_replicas():
@@ -18,8 +23,10 @@ def replica_id():
     context = tf.distribute.get_replica_context()
     if context is None:
         raise ValueError("replica_id must be called inside strategy.run. Received: a cross-replica context.")
-    static = tf.get_static_value(context.replica_id_in_sync_group)
-    return context.replica_id_in_sync_group if static is None else int(static)
+    if context not in _static_ids:
+        static = tf.get_static_value(context.replica_id_in_sync_group)
+        _static_ids[context] = None if static is None else int(static)
+    return context.replica_id_in_sync_group if _static_ids[context] is None else _static_ids[context]
 
 
 def all_gather(x, axis=0):
