@@ -168,10 +168,10 @@ class Model:
         if step is not None:
             for number, (name, head) in enumerate(heads.items()):
                 if head.needs_label_rows and head.candidates_are_labels:
-                    count = labels[name].ids.shape[0]
-                    shares[name] = _Share(
-                        first * (count // batch_size), count, total=everyone[name].ids.shape[0]
-                    )
+                    count, total = labels[name].ids.shape[0], everyone[name].ids.shape[0]
+                    per_example = count // batch_size
+                    num_padded = next(iter(features.values())).shape[0] * per_example
+                    shares[name] = _Share(first * per_example, count, total=total, padding=num_padded - total)
                 elif head.needs_label_rows:
                     own.append(("labels", name, head.table, labels[name].ids))
                 found = head.candidates(
@@ -402,23 +402,29 @@ class _Receipt:
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-    """A replica's `count` labels among the `total` of the global batch, from `start` on."""
+    """A replica's `count` labels from `start` on, among the `total` of the global batch and `padding` after them."""
 
     start: Any
     count: int
     total: int
+    padding: int
 
     def of(self, rows):
-        """This replica's of the `Rows` of all labels."""
+        """This replica's of the `Rows` of all labels; zeros for padding."""
 
         def cut(x):
+            if self.padding:
+                x = tf.pad(x, [[0, self.padding]] + [[0, 0]] * (len(x.shape) - 1))
             begin, size = [self.start] + [0] * (len(x.shape) - 1), [self.count, *x.shape[1:]]
             return tf.ensure_shape(tf.slice(x, begin, size), size)
 
         return Rows(cut(rows.embedding), None if rows.bias is None else cut(rows.bias))
 
     def added(self, d_all, d_own):
-        """Gradients of the `Rows` of all labels, as candidates, with those of this replica's, as labels."""
+        """Gradients of the `Rows` of all labels, as candidates, with those of this replica's, as labels.
+
+        Of a batch of training, which has no padding.
+        """
 
         def add(of_all, of_own):
             if of_own is None:

@@ -13,7 +13,7 @@ from lmscale.evaluation import EvaluationResult, Evaluator
 from lmscale.model import Model
 from lmscale.softmax.full import FullSoftmax
 from lmscale.softmax.sampled import SampledSoftmax
-from lmscale.softmax.samplers import LogUniformSampler
+from lmscale.softmax.samplers import InBatchSampler, LogUniformSampler
 from lmscale.trainer import make_task
 
 VOCAB_SIZE, EMBED_DIM, EOS_ID = 211, 6, 2
@@ -140,6 +140,28 @@ def test_training_loss_beside_the_exact_one(mirrored, num_replicas):
     case = _Case(mirrored(num_replicas), batch_size=7, window=4, head=head)
     result = case.evaluate(with_training_loss=True)
     assert abs(result.training_loss_nats - result.loss_nats) > 0.01
+
+
+@pytest.mark.parametrize(("num_replicas", "batch_size"), [(1, 7), (3, 7), (5, 1)])
+def test_training_loss_against_the_labels_of_the_batch(mirrored, num_replicas, batch_size):
+    """Against numpy, where some devices have examples of padding, or nothing else."""
+    head = functools.partial(SampledSoftmax, sampler=InBatchSampler)
+    case = _Case(mirrored(num_replicas), batch_size=batch_size, window=4, head=head)
+    probability = np.maximum(np.bincount(TOKENS, minlength=VOCAB_SIZE), 1.0)
+    probability /= probability.sum()
+    rows, total = case.rows["words"].astype(np.float64), 0.0
+    batches = case.task.evaluation_batches("valid")
+    for step in range(batches.num_steps):
+        features = batches.at(step).features
+        labels, weights = features["ids"][:, 1:].ravel(), features["weights"].ravel()
+        logits = rows[features["ids"][:, :-1].ravel()] @ rows[labels].T + case.bias[labels]
+        # Labels are their own candidates: on the diagonal is the logit of each token's label.
+        compared = logits - np.log(len(labels) * probability[labels])
+        own = np.diag(compared)
+        others = np.where(labels[:, None] == labels, -np.inf, compared)
+        total += np.sum(weights * (np.logaddexp.reduce(np.column_stack([own, others]), axis=1) - own))
+    result = case.evaluate(with_training_loss=True)
+    assert result.training_loss_nats == pytest.approx(total / len(TOKENS), rel=1e-5)
 
 
 def test_progress_counts_every_batch(mirrored):
