@@ -421,7 +421,7 @@ class _Share:
         return Rows(cut(rows.embedding), None if rows.bias is None else cut(rows.bias))
 
     def added(self, d_all, d_own):
-        """Gradients of the `Rows` of all labels, as candidates, with those of this replica's, as labels.
+        """Gradients of the `Rows` of all labels, as candidates, with those of this replica's, as labels; float32.
 
         Of a batch of training, which has no padding.
         """
@@ -431,6 +431,7 @@ class _Share:
                 return of_all
             if of_all is None:
                 of_all = tf.zeros([self.total, *of_own.shape[1:]])
+            of_all, of_own = tf.cast(of_all, tf.float32), tf.cast(of_own, tf.float32)
             stop = self.start + self.count
             return tf.concat(
                 [of_all[: self.start], of_all[self.start : stop] + of_own, of_all[stop:]], axis=0

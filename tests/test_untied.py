@@ -1,9 +1,11 @@
 """An untied model's step against a dense computation in float64: the loss and every gradient."""
 
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tiny_experiments
 from references import log_softmax, lstm
 from tiny_experiments import Text, language_model, untied, values
@@ -14,6 +16,7 @@ from lmscale.parameters.update_rules import SGD, RowWiseAdagrad
 from lmscale.softmax.full import FullSoftmax
 from lmscale.softmax.sampled import SampledSoftmax
 from lmscale.softmax.samplers import InBatchSampler, LogUniformSampler
+from lmscale.tables.rows import Rows
 from lmscale.tables.table import ShardedTable
 from lmscale.trainer import Trainer
 
@@ -27,6 +30,15 @@ HEADS = {
     ),
     "in_batch": functools.partial(SampledSoftmax, sampler=InBatchSampler),
 }
+
+
+class NarrowLabelGradients(SampledSoftmax):
+    """Returns bfloat16 for the rows of labels alone."""
+
+    def value_and_gradients(self, hidden, **arguments):
+        result = super().value_and_gradients(hidden, **arguments)
+        rows = result.d_label_rows
+        return dataclasses.replace(result, d_label_rows=Rows(tf.cast(rows.embedding, tf.bfloat16), rows.bias))
 
 
 def trainer(strategy, *, head, groups, input_dim=None):
@@ -192,3 +204,18 @@ def test_in_batch_asks_for_no_row_twice(mirrored, num_replicas, monkeypatch):
     run.train_steps()
     tokens = BATCH * WINDOW
     assert set(asked) == {(INPUT_DIM, tokens // num_replicas, 0), (OUTPUT_DIM, 0, tokens)}
+
+
+def test_gradients_of_in_batch_rows_may_be_narrow(mirrored, monkeypatch):
+    """Of labels in bfloat16, of candidates in float32: their sum is that of float32, up to bfloat16's rounding."""
+    monkeypatch.setitem(HEADS, "narrow", functools.partial(NarrowLabelGradients, sampler=InBatchSampler))
+    moved = {}
+    for head in ("in_batch", "narrow"):
+        run = trainer(mirrored(1), head=head, groups=[Group(pattern=".*", update=SGD(learning_rate=1.0))])
+        before = values(run.parameters())
+        run.train_steps()
+        moved[head] = (
+            values(run.parameters())["tables/outputs/embedding"] - before["tables/outputs/embedding"]
+        )
+    difference = np.abs(moved["narrow"] - moved["in_batch"]).max()
+    assert 0 < difference < 2**-8 * np.abs(moved["in_batch"]).max()
