@@ -179,6 +179,10 @@ def test_each_table_by_its_own_rule(mirrored, num_replicas, head):
         ({"inputs": "input"}, r"inputs='input'.*missing: input; not used: inputs"),
         ({"outputs": "inputs"}, r"outputs='inputs'.*not used: outputs\."),
         ({"input_dim": INPUT_DIM}, r"input_dim=3, embed_dim=3"),
+        (
+            {"inputs": "outputs", "outputs": "inputs"},
+            r"bias='zeros' of the table 'outputs'. Set its TableConfig\.bias = 'none'",
+        ),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(mirrored, names, message):

@@ -51,7 +51,8 @@ class NextToken(Task):
             maps one to the other. None for none.
 
         Raises:
-          ValueError: for tables that are not there or not used, sizes below 1, and what `Encoder` refuses.
+          ValueError: for tables that are not there or not used, a bias without effect, sizes below 1, and what
+            `Encoder` refuses.
         """
         _check_tables(tables, inputs=inputs, outputs=outputs)
         for name, value in (("window", window), ("eval_window", eval_window), ("input_dim", input_dim)):
@@ -139,7 +140,7 @@ class NextToken(Task):
 
 
 def _check_tables(tables, *, inputs, outputs):
-    """Raises ValueError unless exactly the tables named are there."""
+    """Raises ValueError unless exactly the tables named are there, with a bias only where one has an effect."""
     wanted, given = {inputs, outputs}, set(tables)
     if wanted != given:
         missing, unused = sorted(wanted - given), sorted(given - wanted)
@@ -149,4 +150,9 @@ def _check_tables(tables, *, inputs, outputs):
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; not used: {', '.join(unused)}" if unused else "")
             + ". Name one table twice for a tied model, two for an untied one."
+        )
+    if inputs != outputs and tables[inputs].bias != "none":
+        raise ValueError(
+            "A table whose rows only the body reads must have no bias, which belongs to the softmax. Received: "
+            f"bias={tables[inputs].bias!r} of the table {inputs!r}. Set its TableConfig.bias = 'none'."
         )
