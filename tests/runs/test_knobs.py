@@ -374,7 +374,7 @@ def test_pretrained(data_dir, mirrored, tmp_path, base_observation):
 
 def test_tables_inputs_and_outputs(data_dir, mirrored, tmp_path):
     """Two tables of one width, and either of them for either end."""
-    tables = {name: TableConfig(embed_dim=4) for name in ("one", "other")}
+    tables = {name: TableConfig(embed_dim=4, bias="none") for name in ("one", "other")}
     seen = []
     for ends in (("one", "other"), ("other", "one")):
         task = {"tables": tables} | dict(zip(("inputs", "outputs"), ends, strict=True))
