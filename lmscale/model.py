@@ -164,14 +164,16 @@ class Model:
             for role, lookup in self.task.lookups(own_features).items()
         ]
         shared = []
-        shares = {}
+        own_labels = {}
         if step is not None:
             for number, (name, head) in enumerate(heads.items()):
                 if head.needs_label_rows and head.candidates_are_labels:
                     count, total = labels[name].ids.shape[0], everyone[name].ids.shape[0]
                     per_example = count // batch_size
                     num_padded = next(iter(features.values())).shape[0] * per_example
-                    shares[name] = _Share(first * per_example, count, total=total, padding=num_padded - total)
+                    own_labels[name] = _OwnLabels(
+                        first * per_example, count, total=total, padding=num_padded - total
+                    )
                 elif head.needs_label_rows:
                     own.append(("labels", name, head.table, labels[name].ids))
                 found = head.candidates(
@@ -188,7 +190,7 @@ class Model:
             if not own_parts and not shared_parts:
                 continue
             pulled = table.pull(_joined(own_parts), _joined(shared_parts))
-            of_heads = {head: share for head, share in shares.items() if heads[head].table == name}
+            of_heads = {head: place for head, place in own_labels.items() if heads[head].table == name}
             receipts[name] = _Receipt(pulled, own_parts, shared_parts, of_heads)
             for parts, embedding, bias in (
                 (own_parts, pulled.embedding, pulled.bias),
@@ -199,8 +201,8 @@ class Model:
                         tf.reshape(part.embedding, [*ids.shape, table.embed_dim]),
                         None if part.bias is None else tf.reshape(part.bias, ids.shape),
                     )
-        for name, share in shares.items():
-            rows["labels"][name] = share.of(rows["candidates"][name])
+        for name, place in own_labels.items():
+            rows["labels"][name] = place.of(rows["candidates"][name])
         return Reading(
             features=own_features,
             labels=labels,
@@ -290,8 +292,8 @@ class Model:
                 continue
             own = _stacked(receipt.own_parts, d_rows, table=table)
             d_candidates = {
-                head: share.added(d_rows.candidates.get(head), d_rows.labels.get(head))
-                for head, share in receipt.shares.items()
+                head: place.added(d_rows.candidates.get(head), d_rows.labels.get(head))
+                for head, place in receipt.own_labels.items()
             }
             shared = _stacked(
                 receipt.shared_parts,
@@ -391,17 +393,17 @@ class Model:
 class _Receipt:
     """What one table's pull was made of: parts (kind, key, table, ids) of the own and of the shared ids, in order.
 
-    And {head: `_Share`} of the heads whose labels' rows are among those of the candidates.
+    And {head: `_OwnLabels`} of the heads whose labels' rows are among those of the candidates.
     """
 
     pulled: PulledRows
     own_parts: list
     shared_parts: list
-    shares: dict
+    own_labels: dict
 
 
 @dataclasses.dataclass(frozen=True)
-class _Share:
+class _OwnLabels:
     """A replica's `count` labels from `start` on, among the `total` of the global batch and `padding` after them."""
 
     start: Any
