@@ -39,18 +39,17 @@ class Candidates:
 class Sampler(abc.ABC):
     """Draws class ids, and knows how often to expect each.
 
-    A draw is a function of the seed alone (and of the labels, where `needs_labels`): replicas given the same
+    A draw is a function of the seed alone (or of the labels, where `samples_are_labels`): replicas given the same
     seed get the same ids. Construct eagerly, in the strategy's scope if there is one: tables are variables,
     so that each device reads a copy of its own.
 
     Attributes:
       vocab_size: ids are 0 .. vocab_size - 1.
       num_sampled: ids per draw; None where the labels decide it.
-      needs_labels: whether `sample` draws from the labels; otherwise it ignores them.
-      samples_are_labels: whether `sample` returns the labels, all of them in their order.
+      samples_are_labels: whether `sample` returns the labels, all of them in their order; otherwise it need not look at
+        them.
     """
 
-    needs_labels = False
     samples_are_labels = False
     vocab_size: int
     num_sampled: int | None
@@ -61,7 +60,7 @@ class Sampler(abc.ABC):
 
         Args:
           seed: [2] int32.
-          labels: int, any shape, those of the global batch. Used only where `needs_labels`.
+          labels: int, any shape, those of the global batch. Needed where `samples_are_labels`.
 
         Returns:
           [num_sampled] int32.
@@ -307,7 +306,6 @@ class InBatchSampler(Sampler):
     Source: Yi et al. 2019, "Sampling-bias-corrected neural modeling for large corpus item recommendations".
     """
 
-    needs_labels = True
     samples_are_labels = True
 
     def __init__(self, *, vocab_size: int, counts: np.ndarray):
@@ -320,7 +318,7 @@ class InBatchSampler(Sampler):
         if labels is None:
             raise ValueError(
                 "labels must be the labels of the global batch, which are the candidates. Received: "
-                "labels=None. Pass labels, or choose a sampler with needs_labels=False."
+                "labels=None. Pass labels, or choose a sampler that draws by itself."
             )
         return tf.reshape(tf.cast(labels, tf.int32), [-1])
 

@@ -340,9 +340,9 @@ def test_estimates_the_sum_over_all_classes(name):
 def test_in_batch():
     counts = _counts(VOCAB_SIZE)
     sampler = InBatchSampler(vocab_size=VOCAB_SIZE, counts=counts)
-    assert sampler.needs_labels
+    assert sampler.samples_are_labels
     assert sampler.num_sampled is None
-    assert not any(other.needs_labels for other in (UniformSampler, LogUniformSampler, UnigramSampler))
+    assert not any(other.samples_are_labels for other in (UniformSampler, LogUniformSampler, UnigramSampler))
     labels = np.random.default_rng(1).integers(0, VOCAB_SIZE, [4, 9])
     candidates = sampler.candidates(seed=tf.constant(SEED), labels=tf.constant(labels))
     np.testing.assert_array_equal(candidates.sampled_ids, labels.ravel())
