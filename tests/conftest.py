@@ -15,6 +15,12 @@ def pytest_collection_finish(session):
         )
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    """Names bytes by their argument: what a compressor wrote may hold the time of its writing, and
+    the workers of one run must collect the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def mirrored():
     """mirrored(n): a MirroredStrategy over n CPU devices, the same object at each call."""
