@@ -70,5 +70,5 @@ def check_rate(**rates):
     for name, rate in rates.items():
         if not 0 <= rate < 1:
             raise ValueError(
-                f"{name} must be in [0, 1). Received: {name}={rate}. Set DROPOUT to a fraction, such as 0.2."
+                f"{name} must be in [0, 1). Received: {name}={rate}. Set it to a fraction, such as 0.2."
             )

@@ -122,7 +122,8 @@ def lstm_body(
     if num_layers < 1 or hidden_dim < 1 or (last_hidden_dim is not None and last_hidden_dim < 1):
         raise ValueError(
             f"num_layers and hidden dims must be at least 1. Received: num_layers={num_layers}, "
-            f"hidden_dim={hidden_dim}, last_hidden_dim={last_hidden_dim}. Set NUM_LAYERS and HIDDEN_DIM."
+            f"hidden_dim={hidden_dim}, last_hidden_dim={last_hidden_dim}. Set each to 1 or more; the "
+            "shipped configurations have NUM_LAYERS and HIDDEN_DIM for them."
         )
     if compute_dtype not in (None, "float32", "bfloat16"):
         raise ValueError(

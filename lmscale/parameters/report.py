@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+from pathlib import Path
 
 import tensorflow as tf
 from rich.console import Console
@@ -79,7 +80,7 @@ def parameter_lines(task, layers, treatments, *, vocab_size, num_devices):
                 sharded=True,
                 bytes_per_device=entry.bytes_on_shard(placement),
                 slot_bytes_per_device=sum(slot.bytes_on_shard(placement) for slot in slots),
-                **_told(treatments[path], _of_table(config, parameter)),
+                **_told(treatments[path], _of_table(config, parameter), vectors=_vectors(config, parameter)),
             )
         )
     own = _layer_initializers(task.layers.values())
@@ -104,15 +105,21 @@ def parameter_lines(task, layers, treatments, *, vocab_size, num_devices):
     return lines
 
 
-def _told(treatment, initializer):
+def _told(treatment, initializer, *, vectors=""):
     if treatment is None:  # Not trained, by what the layer says.
         return {"initializer": initializer, "group": "", "trained": ""}
     active = repr(treatment.active)
     return {
-        "initializer": describe(treatment.initializer) if treatment.initializer else initializer,
+        "initializer": vectors + (describe(treatment.initializer) if treatment.initializer else initializer),
         "group": treatment.group,
         "trained": {"always": "yes", "never": "no"}.get(active, active),
     }
+
+
+def _vectors(config, parameter):
+    if parameter == "bias" or config.pretrained is None:
+        return ""
+    return f"{Path(config.pretrained.path).name}, else "
 
 
 def _of_table(config, parameter):

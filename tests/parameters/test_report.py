@@ -12,10 +12,13 @@ from tiny_experiments import Text, language_model, tied, untied
 
 from lmscale.bodies.lstm import lstm_body
 from lmscale.parameters.activity import Every, From, Never
-from lmscale.parameters.groups import Group
+from lmscale.parameters.groups import Group, treat
+from lmscale.parameters.layers import Layers
+from lmscale.parameters.pretrained import PretrainedVectors
 from lmscale.parameters.report import as_table, mib, parameter_lines
 from lmscale.parameters.update_rules import SGD, Adagrad, Adam, RowWiseAdagrad
-from lmscale.trainer import Trainer
+from lmscale.tables.table_config import TableConfig, table_paths
+from lmscale.trainer import Trainer, make_task
 
 VOCAB_SIZE = 103
 TABLES = {"tied": tied(embed_dim=7, bias="log_frequency"), "untied": untied(input_dim=3, output_dim=5)}
@@ -130,3 +133,22 @@ def test_the_table_shows_every_line_and_the_sums(mirrored):
 
 def test_mib():
     assert mib(1_536 * 2**20 + 5243) == "1,536.01"
+
+
+def test_vectors_are_named_where_rows_start_from_them():
+    body = functools.partial(lstm_body, num_layers=1, hidden_dim=4)
+    starts = []
+    for pretrained in (None, PretrainedVectors(path="folder/words.vec")):
+        tables = {"words": TableConfig(embed_dim=7, bias="log_frequency", pretrained=pretrained)}
+        experiment = tiny_experiments.experiment(
+            task=language_model(body=body, tables=tables), groups=GROUPS["one_rule"]
+        )
+        task = make_task(experiment, data=Text(vocab_size=VOCAB_SIZE), num_replicas=1)
+        layers = Layers(task.layers, num_replicas=1)
+        treatments = treat(experiment.groups, [*table_paths(task.tables), *layers.trainable_variables])
+        lines = parameter_lines(task, layers, treatments, vocab_size=VOCAB_SIZE, num_devices=1)
+        starts.append({line.path: line.initializer for line in lines})
+    plain, with_vectors = starts
+    path = "tables/words/embedding"
+    assert with_vectors.pop(path) == f"words.vec, else {plain.pop(path)}"
+    assert plain == with_vectors
