@@ -7,10 +7,15 @@ state/0                                      what a body carries from window to 
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+SLOT_PATH = re.compile(r"slots/(?P<parameter>.+)/(?P<slot>[^/]+)")
+# What belongs to the batches and the dice of one run, whatever its parameters are used for.
+RUN_STATE_PATH = re.compile(r"state/.*|.*/seed_generator_state")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """A run that starts from the parameters of another: tensors by patterns over their paths, rows by their words."""
 
-import collections
 import dataclasses
 import difflib
 import hashlib
@@ -16,12 +15,10 @@ from lmscale.checkpoints.saved import SavedCheckpoint, open_checkpoint
 from lmscale.data.vocab import Vocabulary
 from lmscale.parameters.averages import AVERAGE_SLOTS
 from lmscale.parameters.pieces import spell
-from lmscale.parameters.tree import Parameter
+from lmscale.parameters.tree import RUN_STATE_PATH, SLOT_PATH, Parameter
+from lmscale.parameters.warm_start_report import Loaded, Skipped, WarmStartReport
 from lmscale.paths import expand
 
-# What belongs to the batches and the dice of the old run, whatever its parameters are used for.
-_RUN_STATE = re.compile(r"state/.*|.*/seed_generator_state")
-_SLOT = re.compile(r"slots/(?P<parameter>.+)/(?P<slot>[^/]+)")
 _TABLE = re.compile(r"(slots/)?tables/(?P<name>[^/]+)/.+")
 # The slot of `update_rules.Adam` that holds a time, by the clock of its group.
 _LAST_STEP = "last_step"
@@ -31,108 +28,6 @@ _PART_BYTES = 2**23
 _SUM_BYTES = 2**24
 _NAMED_WORDS = 10
 _SAME = r"\g<0>"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """One tensor that was loaded.
-
-    Attributes:
-      path: in the new run.
-      from_path: in the checkpoint.
-      rows_kept: rows that have the values of the checkpoint; 1 for a scalar.
-      new_rows: rows of words that the old vocabulary lacks.
-      removed_rows: rows of words that the new vocabulary lacks.
-    """
-
-    path: str
-    from_path: str
-    rows_kept: int
-    new_rows: int = 0
-    removed_rows: int = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """One tensor of the checkpoint that was not used, and why."""
-
-    from_path: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WarmStartReport:
-    """What a warm start did.
-
-    Attributes:
-      checkpoint: folder of the checkpoint.
-      step: updates that its run had done.
-      loaded: tensors with values of the checkpoint, in the order of the new run.
-      skipped: tensors of the checkpoint that were not used.
-      fresh: paths of the new run that were left as they were initialised.
-      removed_words: the most frequent of the words whose rows were left behind.
-    """
-
-    checkpoint: str
-    step: int
-    loaded: tuple[Loaded, ...]
-    skipped: tuple[Skipped, ...]
-    fresh: tuple[str, ...]
-    removed_words: tuple[str, ...] = ()
-
-    def text(self) -> str:
-        """Aligned tables. Each line is indented by four spaces: to Markdown, a block to be shown as it stands."""
-        lines = [
-            f"warm start from {self.checkpoint}, step {self.step:,}",
-            f"{len(self.loaded):,} loaded, {len(self.skipped):,} skipped, {len(self.fresh):,} left as initialised",
-        ]
-        if self.loaded:
-            header = ("loaded", "from", "rows kept", "new rows", "removed rows")
-            rows = [
-                (t.path, t.from_path, f"{t.rows_kept:,}", f"{t.new_rows:,}", f"{t.removed_rows:,}")
-                for t in self.loaded
-            ]
-            lines += ["", *_aligned([header, *rows], num_text_columns=2)]
-        if self.removed_words:
-            removed = max(t.removed_rows for t in self.loaded)
-            # As literals: a word may hold characters that a terminal obeys.
-            words = ", ".join(map(repr, self.removed_words))
-            rest = removed - len(self.removed_words)
-            lines += ["", f"removed words: {words}" + (f" and {rest:,} more" if rest else "")]
-        if self.skipped:
-            reasons = _in_brief((t.from_path, t.reason) for t in self.skipped)
-            lines += ["", *_aligned([("skipped", "why"), *reasons], num_text_columns=2)]
-        if self.fresh:
-            lines += [
-                "",
-                "left as initialised",
-                *(what for what, _ in _in_brief((p, "") for p in self.fresh)),
-            ]
-        return "".join(f"    {line}\n" if line else "\n" for line in lines)
-
-
-def _in_brief(paths_and_reasons):
-    """[(what, reason)]: parameters by their paths, then slots and what a run carries along as counts by reason."""
-    parameters, counts = [], collections.Counter()
-    for path, reason in paths_and_reasons:
-        if _SLOT.fullmatch(path):
-            counts["optimizer slots", reason] += 1
-        elif _RUN_STATE.fullmatch(path):
-            counts["states and seeds", reason] += 1
-        else:
-            parameters.append((path, reason))
-    return [*parameters, *((f"{what}: {count:,}", reason) for (what, reason), count in counts.items())]
-
-
-def _aligned(rows, *, num_text_columns):
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            f"{cell:<{width}}" if i < num_text_columns else f"{cell:>{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +151,11 @@ class WarmStart:
 
     def _targets(self, saved):
         """{path of the checkpoint: path of the new run}, and what is `Skipped`."""
-        paths = [path for path in saved.tensors if not (_SLOT.fullmatch(path) or _RUN_STATE.fullmatch(path))]
+        paths = [
+            path
+            for path in saved.tensors
+            if not (SLOT_PATH.fullmatch(path) or RUN_STATE_PATH.fullmatch(path))
+        ]
         targets, skipped, decided = {}, [], set()
         for path in paths:
             for number, (pattern, replacement) in enumerate(self.rename):
@@ -290,7 +189,7 @@ class WarmStart:
         skipped += [
             Skipped(from_path=path, reason="state of the old run")
             for path in saved.tensors
-            if _RUN_STATE.fullmatch(path)
+            if RUN_STATE_PATH.fullmatch(path)
         ]
         return targets, skipped
 
@@ -301,7 +200,7 @@ class WarmStart:
         new_sha256 = None
         if vocabulary is not None:
             new_sha256 = hashlib.sha256(vocabulary.to_text().encode()).hexdigest()
-        loadable = [path for path in new if not (_SLOT.fullmatch(path) or _RUN_STATE.fullmatch(path))]
+        loadable = [path for path in new if not (SLOT_PATH.fullmatch(path) or RUN_STATE_PATH.fullmatch(path))]
         for from_path, path in targets.items():
             what = from_path if path == from_path else f"{from_path}, renamed to {path},"
             if path in moves:
@@ -342,7 +241,7 @@ class WarmStart:
         """Adds the slots that can be loaded to `moves`; returns the others, as `Skipped`."""
         skipped = []
         for from_path, (old_shape, old_dtype) in saved.tensors.items():
-            match = _SLOT.fullmatch(from_path)
+            match = SLOT_PATH.fullmatch(from_path)
             if not match:
                 continue
             owner = targets.get(match["parameter"])
@@ -422,7 +321,7 @@ class WarmStart:
             rows_kept = parameter.shape[0] if parameter.shape else 1
             return Loaded(path=parameter.path, from_path=move.from_path, rows_kept=rows_kept)
         assert rows is not None
-        has_mean = self.new_rows != "initializer" and not _SLOT.fullmatch(parameter.path)
+        has_mean = self.new_rows != "initializer" and not SLOT_PATH.fullmatch(parameter.path)
         total = np.zeros(parameter.shape[1:], np.float64)
         for start, values in parts:
             new_ids = rows.new_ids[start : start + len(values)]
@@ -470,7 +369,7 @@ class WarmStart:
 
     def _rows(self, saved, path) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows) of a tensor of the checkpoint, part by part; steps as the new run counts them."""
-        match = _SLOT.fullmatch(path)
+        match = SLOT_PATH.fullmatch(path)
         set_back = saved.updates(match["parameter"]) if match and match["slot"] == _LAST_STEP else 0
         for start, stop in saved.blocks(path):
             block = saved.read(path, start, stop)

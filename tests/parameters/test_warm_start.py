@@ -17,7 +17,8 @@ from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.vocab import EOS, UNK, Vocabulary
 from lmscale.parameters import warm_start
 from lmscale.parameters.update_rules import Adam
-from lmscale.parameters.warm_start import Loaded, Skipped, WarmStart
+from lmscale.parameters.warm_start import WarmStart
+from lmscale.parameters.warm_start_report import Loaded, Skipped
 from lmscale.tables.table import ShardedTable
 
 OLD_ROWS, NEW_ROWS, DIM, STEP = 103, 151, 5, 70
