@@ -70,5 +70,6 @@ def check_rate(**rates):
     for name, rate in rates.items():
         if not 0 <= rate < 1:
             raise ValueError(
-                f"{name} must be in [0, 1). Received: {name}={rate}. Set it to a fraction, such as 0.2."
+                f"{name} must be in [0, 1). Received: {name}={rate}. Set it to a fraction, such as 0.2; the shipped "
+                "configurations have the macro DROPOUT for dropout."
             )
