@@ -6,16 +6,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lmscale.data.token_files import PreparedData
-from lmscale.parameters import averages
-from lmscale.parameters.groups import treat
+from lmscale.model import layers_and_treatments
 from lmscale.parameters.initializers import initial_rows, initial_values
-from lmscale.parameters.layers import Layers
 from lmscale.parameters.report import as_table, mib, parameter_lines
 from lmscale.softmax.streamed import default_block_rows
 from lmscale.start import check_sources
 from lmscale.tables.placement import Placement
-from lmscale.tables.table_config import table_paths
-from lmscale.trainer import check_learning_rates, make_task
+from lmscale.trainer import check_treatments, make_task
 
 _FLOAT_BYTES = 4
 _WIDTH = 140
@@ -34,12 +31,8 @@ def print_report(experiment, *, num_devices):
     experiment.check_devices(num_devices)
     data = PreparedData.open(experiment.data_dir)
     task = make_task(experiment, data=data, num_replicas=num_devices)
-    layers = Layers(task.layers, num_replicas=num_devices)
-    treatments = treat(experiment.groups, [*table_paths(task.tables), *layers.trainable_variables])
-    check_learning_rates(treatments, num_steps=experiment.train_steps)
-    averages.check_constraints(layers.trainable_variables, treatments)
-    if experiment.evaluate_averages:
-        averages.check_any(treatments)
+    layers, treatments = layers_and_treatments(task, experiment.groups, num_replicas=num_devices)
+    check_treatments(experiment, treatments)
     _check_initializers(treatments, task, layers, vocab_size=data.vocab_size, seed=experiment.seed)
     check_sources(experiment, task)
     batches = task.training_batches()

@@ -57,6 +57,28 @@ class Reading:
     receipts: Mapping[str, "_Receipt"]
 
 
+def layers_and_treatments(task, groups, *, num_replicas):
+    """What a model begins with, and a dry run: before any table is made.
+
+    Args:
+      task: `Task`.
+      groups: `Group`s for its parameters; None if no training follows.
+      num_replicas: of the strategy.
+
+    Returns:
+      (`Layers`, {path: `Treatment`}, empty without groups).
+
+    Raises:
+      ValueError: if the groups do not fit the parameters, or the layers the devices.
+    """
+    layers = Layers(task.layers, num_replicas=num_replicas)
+    if groups is None:
+        return layers, {}
+    treatments = treat(groups, [*table_paths(task.tables), *layers.trainable_variables])
+    check_constraints(layers.trainable_variables, treatments)
+    return layers, treatments
+
+
 class Model:
     """What is trained: tables, sharded, and layers, a copy on each device. Build it inside `strategy.scope()`.
 
@@ -82,10 +104,9 @@ class Model:
         """
         self.task = task
         self._strategy = tf.distribute.get_strategy()
-        self.layers = Layers(task.layers, num_replicas=self._strategy.num_replicas_in_sync)
-        paths = [*table_paths(task.tables), *self.layers.trainable_variables]
-        self.treatments = treat(groups, paths) if training else {}
-        check_constraints(self.layers.trainable_variables, self.treatments)
+        self.layers, self.treatments = layers_and_treatments(
+            task, groups if training else None, num_replicas=self._strategy.num_replicas_in_sync
+        )
         self.tables = {
             name: self._make_table(
                 name, config, vocab_size=vocab_size, seed=seed, static_shapes=static_shapes

@@ -48,12 +48,14 @@ def learning_rates(treatments, step):
     return {group: float(rule.learning_rate_at(step)) for group, rule in rules.items()}
 
 
-def check_learning_rates(treatments, *, num_steps):
-    """Raises ValueError unless the first and the last of `num_steps` learning rates of each group are 0 or more.
+def check_treatments(experiment, treatments):
+    """Raises ValueError for groups that the run could not train by, or evaluate: learning rates, averages.
 
-    And finite. Runs operations.
+    Of each learning rate, the first and the last are looked at: finite, and 0 or more. Runs operations.
     """
-    for which, step in (("first", 0), ("last", num_steps - 1)):
+    if experiment.evaluate_averages:
+        averages.check_any(treatments)
+    for which, step in (("first", 0), ("last", experiment.train_steps - 1)):
         for group, rate in learning_rates(treatments, step).items():
             if not 0 <= rate < math.inf:
                 raise ValueError(
@@ -106,9 +108,7 @@ class Trainer:
         self._rules = list(
             {id(t.update): t.update for t in self.model.treatments.values() if t.update}.values()
         )
-        check_learning_rates(self.model.treatments, num_steps=experiment.train_steps)
-        if experiment.evaluate_averages:
-            averages.check_any(self.model.treatments)
+        check_treatments(experiment, self.model.treatments)
         self.step = 0
         self._prefetcher = Prefetcher(self.batches, steps_per_call=experiment.steps_per_call)
         with strategy.scope():
