@@ -9,7 +9,7 @@ import dataclasses
 import tensorflow as tf
 
 from lmscale.distribution import collectives
-from lmscale.model import Reading, StepRows
+from lmscale.reading import Reading, StepRows
 from lmscale.tables.rows import Rows
 
 

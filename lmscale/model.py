@@ -1,9 +1,6 @@
 """A task's tables and layers on the devices of a strategy: one pull a table, and one push, for all that reads it."""
 
 import dataclasses
-import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -14,47 +11,11 @@ from lmscale.parameters.groups import treat
 from lmscale.parameters.initializers import initial_values
 from lmscale.parameters.layers import Layers
 from lmscale.parameters.tree import Parameter
+from lmscale.reading import OwnLabels, Reading, Receipt, StepRows, joined, parted, stacked
 from lmscale.softmax.full import full_softmax_loss
 from lmscale.tables.rows import Rows
-from lmscale.tables.table import PulledRows, RowGradients, ShardedTable
+from lmscale.tables.table import RowGradients, ShardedTable
 from lmscale.tables.table_config import table_paths
-from lmscale.tasks.task import Labels
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepRows:
-    """All rows of a step on one replica, or the gradients with respect to them (then None stands for zero).
-
-    Attributes:
-      roles: {role: `Rows` [examples, ...]} that the task's `forward` reads.
-      labels: {head: `Rows` [n]}, only of heads that need them.
-      candidates: {head: `Rows` [num_candidates]}, only of heads that have them.
-    """
-
-    roles: Mapping[str, Rows]
-    labels: Mapping[str, Rows]
-    candidates: Mapping[str, Rows]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reading:
-    """One replica's part of a batch, and all rows that it asks for.
-
-    Attributes:
-      features: {name: [examples, ...]}.
-      labels: {head: `Labels`}.
-      total_weights: {head: scalar}, the sum of the weights of all labels of the global batch.
-      candidates: {head: candidates or None}; empty if no training loss is asked for.
-      rows: `StepRows`.
-      receipts: of the pulls, for `Model.collect`.
-    """
-
-    features: Mapping[str, tf.Tensor]
-    labels: Mapping[str, Labels]
-    total_weights: Mapping[str, tf.Tensor]
-    candidates: Mapping[str, Any]
-    rows: StepRows
-    receipts: Mapping[str, "_Receipt"]
 
 
 def layers_and_treatments(task, groups, *, num_replicas):
@@ -192,7 +153,7 @@ class Model:
                     count, total = labels[name].ids.shape[0], everyone[name].ids.shape[0]
                     per_example = count // batch_size
                     num_padded = next(iter(features.values())).shape[0] * per_example
-                    own_labels[name] = _OwnLabels(
+                    own_labels[name] = OwnLabels(
                         first * per_example, count, total=total, padding=num_padded - total
                     )
                 elif head.needs_label_rows:
@@ -210,14 +171,14 @@ class Model:
             shared_parts = [part for part in shared if part[2] == name]
             if not own_parts and not shared_parts:
                 continue
-            pulled = table.pull(_joined(own_parts), _joined(shared_parts))
+            pulled = table.pull(joined(own_parts), joined(shared_parts))
             of_heads = {head: place for head, place in own_labels.items() if heads[head].table == name}
-            receipts[name] = _Receipt(pulled, own_parts, shared_parts, of_heads)
+            receipts[name] = Receipt(pulled, own_parts, shared_parts, of_heads)
             for parts, embedding, bias in (
                 (own_parts, pulled.embedding, pulled.bias),
                 (shared_parts, pulled.shared_embedding, pulled.shared_bias),
             ):
-                for (kind, key, _, ids), part in zip(parts, _parted(parts, embedding, bias), strict=True):
+                for (kind, key, _, ids), part in zip(parts, parted(parts, embedding, bias), strict=True):
                     rows[kind][key] = Rows(
                         tf.reshape(part.embedding, [*ids.shape, table.embed_dim]),
                         None if part.bias is None else tf.reshape(part.bias, ids.shape),
@@ -311,12 +272,12 @@ class Model:
                 if name in d_shards:
                     collected[name] = table.collect(None, None, dense=d_shards[name])
                 continue
-            own = _stacked(receipt.own_parts, d_rows, table=table)
+            own = stacked(receipt.own_parts, d_rows, table=table)
             d_candidates = {
                 head: place.added(d_rows.candidates.get(head), d_rows.labels.get(head))
                 for head, place in receipt.own_labels.items()
             }
-            shared = _stacked(
+            shared = stacked(
                 receipt.shared_parts,
                 dataclasses.replace(d_rows, candidates={**d_rows.candidates, **d_candidates}),
                 table=table,
@@ -408,91 +369,6 @@ class Model:
                 for slot, variable in slots.items()
             ]
         return found
-
-
-@dataclasses.dataclass(frozen=True)
-class _Receipt:
-    """What one table's pull was made of: parts (kind, key, table, ids) of the own and of the shared ids, in order.
-
-    And {head: `_OwnLabels`} of the heads whose labels' rows are among those of the candidates.
-    """
-
-    pulled: PulledRows
-    own_parts: list
-    shared_parts: list
-    own_labels: dict
-
-
-@dataclasses.dataclass(frozen=True)
-class _OwnLabels:
-    """A replica's `count` labels from `start` on, among the `total` of the global batch and `padding` after them."""
-
-    start: Any
-    count: int
-    total: int
-    padding: int
-
-    def of(self, rows):
-        """This replica's of the `Rows` of all labels; zeros for padding."""
-
-        def cut(x):
-            if self.padding:
-                x = tf.pad(x, [[0, self.padding]] + [[0, 0]] * (len(x.shape) - 1))
-            begin, size = [self.start] + [0] * (len(x.shape) - 1), [self.count, *x.shape[1:]]
-            return tf.ensure_shape(tf.slice(x, begin, size), size)
-
-        return Rows(cut(rows.embedding), None if rows.bias is None else cut(rows.bias))
-
-    def added(self, d_all, d_own):
-        """Gradients of the `Rows` of all labels, as candidates, with those of this replica's, as labels; float32.
-
-        Of a batch of training, which has no padding.
-        """
-
-        def add(of_all, of_own):
-            if of_own is None:
-                return of_all
-            if of_all is None:
-                of_all = tf.zeros([self.total, *of_own.shape[1:]])
-            of_all, of_own = tf.cast(of_all, tf.float32), tf.cast(of_own, tf.float32)
-            stop = self.start + self.count
-            return tf.concat(
-                [of_all[: self.start], of_all[self.start : stop] + of_own, of_all[stop:]], axis=0
-            )
-
-        d_all, d_own = d_all or Rows(None), d_own or Rows(None)
-        return Rows(add(d_all.embedding, d_own.embedding), add(d_all.bias, d_own.bias))
-
-
-def _joined(parts):
-    """The ids of parts as one [n] tensor; of none, [0]."""
-    return tf.concat([tf.zeros([0], tf.int32), *(tf.reshape(ids, [-1]) for *_, ids in parts)], axis=0)
-
-
-def _parted(parts, embedding, bias):
-    """`Rows` of each part, flat, of what was pulled for `_joined(parts)`."""
-    sizes = [ids.shape.num_elements() for *_, ids in parts]
-    stops = list(itertools.accumulate(sizes))
-    return [
-        Rows(embedding[stop - size : stop], None if bias is None else bias[stop - size : stop])
-        for size, stop in zip(sizes, stops, strict=True)
-    ]
-
-
-def _stacked(parts, d_rows, *, table):
-    """Gradients of parts as one `Rows`, flat, float32, in the order of `_joined(parts)`."""
-    embeddings, biases = [tf.zeros([0, table.embed_dim])], [tf.zeros([0])]
-    for kind, key, _, ids in parts:
-        gradient = getattr(d_rows, kind).get(key) or Rows(None)
-        count = ids.shape.num_elements()
-        embeddings.append(_flat_or_zeros(gradient.embedding, [count, table.embed_dim]))
-        biases.append(_flat_or_zeros(gradient.bias, [count]))
-    has_bias = "bias" in table.parameters
-    return Rows(tf.concat(embeddings, axis=0), tf.concat(biases, axis=0) if has_bias else None)
-
-
-def _flat_or_zeros(gradient, shape):
-    return tf.zeros(shape) if gradient is None else tf.reshape(tf.cast(gradient, tf.float32), shape)
 
 
 def _make_slots(variable, rule):

@@ -10,10 +10,11 @@ from lmscale.bodies.dropout import DropoutStream
 from lmscale.data.batches import Prefetcher
 from lmscale.distribution import collectives
 from lmscale.micro_batches import Gradients, accumulate
-from lmscale.model import Model, StepRows
+from lmscale.model import Model
 from lmscale.parameters import averages
 from lmscale.parameters.layers import check_all_listed
 from lmscale.parameters.tree import Parameter
+from lmscale.reading import StepRows
 from lmscale.tables.rows import Rows
 from lmscale.tasks.task import TaskContext
 

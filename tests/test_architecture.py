@@ -16,6 +16,7 @@ LAYERS = [
     {"trainer"},
     {"configuration", "micro_batches"},
     {"gin_text", "experiment", "model"},
+    {"reading"},
     {"tasks", "parameters.warm_start", "parameters.report"},
     {"checkpoints", "bodies", "softmax"},
     {"tables", "parameters"},

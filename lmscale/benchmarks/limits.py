@@ -18,8 +18,8 @@ from lmscale.benchmarks.synthetic import ZipfText
 from lmscale.data.batches import ContiguousBatches
 from lmscale.distribution import collectives
 from lmscale.distribution.strategies import make_strategy
-from lmscale.model import StepRows
 from lmscale.parameters.update_rules import Adam
+from lmscale.reading import StepRows
 from lmscale.softmax.full import full_softmax_loss
 from lmscale.tables.rows import Rows
 from lmscale.tables.table import RowGradients, ShardedTable
