@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -34,9 +35,10 @@ def print_report(experiment, *, num_devices):
     layers, treatments = layers_and_treatments(task, experiment.groups, num_replicas=num_devices)
     check_treatments(experiment, treatments)
     _check_initializers(treatments, task, layers, vocab_size=data.vocab_size, seed=experiment.seed)
-    check_sources(experiment, task)
-    batches = task.training_batches()
     lines = parameter_lines(task, layers, treatments, vocab_size=data.vocab_size, num_devices=num_devices)
+    tensors = {line.path: (line.shape, np.dtype(line.dtype)) for line in lines}
+    check_sources(experiment, task, tensors, vocabulary=data.vocabulary)
+    batches = task.training_batches()
     console = Console(width=_WIDTH)
     console.print(as_table(lines))
 

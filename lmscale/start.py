@@ -11,13 +11,21 @@ def report_names(task):
     return [*map(_pretrained, task.tables), _WARM_START]
 
 
-def check_sources(experiment, task):
-    """Raises ValueError unless there is what `start_from_elsewhere` would read, as far as that shows at once."""
+def check_sources(experiment, task, tensors, *, vocabulary):
+    """Raises ValueError unless what `start_from_elsewhere` would read is there, and fits, as far as that shows at once.
+
+    Args:
+      experiment: `Experiment`.
+      task: its `Task`.
+      tensors: {path: (shape, numpy dtype)} of the run's parameters.
+      vocabulary: `Vocabulary` of the tables.
+    """
     for config in task.tables.values():
         if config.pretrained is not None:
             config.pretrained.describe(dim=config.embed_dim)
     if experiment.warm_start is not None:
-        experiment.warm_start.check()
+        loaded = experiment.warm_start.check(tensors, vocabulary=vocabulary)
+        _check_vectors_remain(experiment.warm_start, loaded, task)
 
 
 def start_from_elsewhere(experiment, trainer):
@@ -31,12 +39,14 @@ def start_from_elsewhere(experiment, trainer):
       {"pretrained_TABLE" or "warm_start": report as text}, empty if the configuration names nothing.
 
     Raises:
-      ValueError: as `PretrainedVectors.fill` and `WarmStart.apply` do; if the warm start leaves no row to vectors.
+      ValueError: as `check_sources`, before anything is filled; as `PretrainedVectors.fill` and `WarmStart.apply`.
     """
     reports = {}
     parameters = trainer.parameters()
     by_path = {parameter.path: parameter for parameter in parameters}
     vocabulary = trainer.data.vocabulary
+    tensors = {path: (parameter.shape, parameter.dtype) for path, parameter in by_path.items()}
+    check_sources(experiment, trainer.task, tensors, vocabulary=vocabulary)
     for name, config in trainer.task.tables.items():
         if config.pretrained is None:
             continue
@@ -51,16 +61,14 @@ def start_from_elsewhere(experiment, trainer):
         reports[_pretrained(name)] = coverage.text()
     if experiment.warm_start is not None:
         report = experiment.warm_start.apply(parameters, vocabulary=vocabulary)
-        _check_vectors_remain(experiment.warm_start, report, trainer.task)
         reports[_WARM_START] = report.text()
     return reports
 
 
-def _check_vectors_remain(warm_start, report, task):
-    """Raises ValueError where vectors were read for rows all of which another run's then replaced."""
+def _check_vectors_remain(warm_start, loaded, task):
+    """Raises ValueError where vectors would be read for rows all of which another run's then replace."""
     if warm_start.rows_by_word and warm_start.new_rows == "initializer":
         return
-    loaded = {entry.path for entry in report.loaded}
     for name, config in task.tables.items():
         path = _embedding(name)
         if config.pretrained is not None and path in loaded:

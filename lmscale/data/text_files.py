@@ -81,7 +81,7 @@ def expand_patterns(patterns: Sequence[str], *, flag: str) -> list[Path]:
                 kind = _LEADS_NOWHERE
             raise ValueError(f"{flag} must name regular files. Received: {str(path)!r}, {kind}")
         if path.stat().st_size == 0:
-            raise ValueError(f"{flag}: {str(path)!r} is empty (0 bytes). Remove it from the list or fill it.")
+            raise ValueError(f"{flag}: {str(path)!r} is empty (0 bytes). Fill it, or leave it out.")
         if path.suffix in _UNREADABLE_SUFFIXES:
             raise ValueError(
                 f"{flag}: {path.suffix} is not read. Received: {str(path)!r}. Use text, .gz or .xz."
@@ -162,7 +162,7 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
                 lines.pop()
             yield Block(lines, ends_line=ends_line or at_end)
         if at_start:
-            raise ValueError(f"{path}: holds no text. Remove it from the list or fill it.")
+            raise ValueError(f"{path}: holds no text. Fill it, or leave it out.")
 
 
 def read_full(stream, size: int) -> tuple[bytes, Exception | None]:

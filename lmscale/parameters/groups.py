@@ -133,7 +133,7 @@ def treat(groups: Sequence[Group], paths: Sequence[str]) -> Mapping[str, Treatme
             near = difflib.get_close_matches(group.pattern, paths, n=3, cutoff=0.3) or sorted(paths)[:5]
             raise ValueError(
                 f"The pattern of a group must match a parameter's whole path. Received: {group.pattern!r}, which "
-                f"matches none. Near: {_listed(near)}. --dry_run lists all paths."
+                f"matches none. Near: {_listed(near)}. Without this group, --dry_run lists all paths."
             )
         if i not in deciding:
             matched = [treatments[path] for path in paths if re.fullmatch(group.pattern, path)]

@@ -155,8 +155,8 @@ class PretrainedVectors:
         if file.dim != dim:
             raise ValueError(
                 f"{file.path}: its vectors must be as wide as the table's rows. Received: {file.dim} in the file, "
-                f"{dim} of the table. Set the table's dim to {file.dim} (a learned layer then takes it to the body's "
-                "width), or take other vectors."
+                f"{dim} of the table. Set the table's embed_dim to {file.dim} (with NextToken.input_dim = {dim}, a "
+                f"learned layer then takes it to {dim}), or take other vectors."
             )
         return file
 

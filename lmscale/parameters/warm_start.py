@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -122,9 +122,10 @@ class WarmStart:
         """
         saved = open_checkpoint(self.checkpoint, best=self.best)
         new = {parameter.path: parameter for parameter in parameters}
+        tensors = {path: (parameter.shape, parameter.dtype) for path, parameter in new.items()}
         targets, skipped = self._targets(saved)
-        moves = self._moves(saved, new, targets, vocabulary)
-        skipped += self._add_slots(saved, new, targets, moves)
+        moves = self._moves(saved, tensors, targets, vocabulary)
+        skipped += self._add_slots(saved, tensors, targets, moves)
         rows = None
         if any(move.by_word for move in moves.values()):
             assert vocabulary is not None  # `_moves` has asked for it.
@@ -143,9 +144,18 @@ class WarmStart:
             removed_words=() if rows is None else rows.removed_words,
         )
 
-    def check(self):
-        """Raises ValueError as `apply` does for what needs no new run: the checkpoint, and `rename`."""
-        self._targets(open_checkpoint(self.checkpoint, best=self.best))
+    def check(self, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], *, vocabulary: Vocabulary):
+        """Raises ValueError as `apply` does, but for what is read later: the old vocabulary.
+
+        Args:
+          tensors: {path: (shape, dtype)} of the new run's parameters; slots need not be there.
+          vocabulary: as of `apply`.
+
+        Returns:
+          The paths of the new run that it would load.
+        """
+        saved = open_checkpoint(self.checkpoint, best=self.best)
+        return set(self._moves(saved, tensors, self._targets(saved)[0], vocabulary))
 
     # What goes where.
 
@@ -259,10 +269,11 @@ class WarmStart:
                 by_word = moves[owner].by_word
                 # Rows that are matched by their words may be of any number.
                 first = 1 if by_word else 0
-                if (old_shape[first:], old_dtype) == (new[path].shape[first:], new[path].dtype):
+                new_shape, new_dtype = new[path]
+                if (old_shape[first:], old_dtype) == (new_shape[first:], new_dtype):
                     moves[path] = _Move(from_path, by_word)
                 else:
-                    reason = f"{old_dtype.name} {old_shape}, in the new run {new[path].dtype.name} {new[path].shape}"
+                    reason = f"{old_dtype.name} {old_shape}, in the new run {new_dtype.name} {new_shape}"
             if reason:
                 skipped.append(Skipped(from_path=from_path, reason=reason))
         return skipped
@@ -390,21 +401,18 @@ def _table_name(path):
     return match["name"] if match else None
 
 
-def _mismatch(saved, parameter, *, is_table, by_word, same_words, num_words):
-    """Why a saved tensor (shape, dtype) cannot be loaded into a parameter, and what to do; None if it can be."""
-    old_shape, old_dtype = saved
-    received = (
-        f"Received: {old_dtype.name} {old_shape} in the checkpoint, {parameter.dtype.name} {parameter.shape} in the "
-        "new run."
-    )
-    if old_dtype != parameter.dtype:
+def _mismatch(saved, new, *, is_table, by_word, same_words, num_words):
+    """Why a saved tensor cannot be loaded into one of the new run, each (shape, dtype); None if it can be."""
+    (old_shape, old_dtype), (new_shape, new_dtype) = saved, new
+    received = f"Received: {old_dtype.name} {old_shape} in the checkpoint, {new_dtype.name} {new_shape} in the new run."
+    if old_dtype != new_dtype:
         return f"must have one dtype. {received} Rename it to None to leave it out."
-    if by_word and old_shape[1:] != parameter.shape[1:]:
+    if by_word and old_shape[1:] != new_shape[1:]:
         return f"must have rows of one shape. {received} Rename it to None to leave it out."
-    if by_word and num_words != parameter.shape[0]:
+    if by_word and num_words != new_shape[0]:
         words = "no vocabulary" if num_words is None else f"a vocabulary of {num_words:,} words"
         return (
-            f"needs the word of each of the {parameter.shape[0]:,} rows of the new run. Received: {words}. Rename it "
+            f"needs the word of each of the {new_shape[0]:,} rows of the new run. Received: {words}. Rename it "
             "to None, or set rows_by_word = False."
         )
     if is_table and not by_word and same_words is False:
@@ -412,8 +420,8 @@ def _mismatch(saved, parameter, *, is_table, by_word, same_words, num_words):
             f"must have rows of the same words: the vocabularies differ. {received} Set rows_by_word = True, or "
             "rename it to None."
         )
-    if not by_word and old_shape != parameter.shape:
-        by_words = ", or set rows_by_word = True" if is_table else ""
+    if not by_word and old_shape != new_shape:
+        by_words = ", or set rows_by_word = True" if is_table and old_shape[1:] == new_shape[1:] else ""
         return f"must have one shape. {received} Rename it to None to leave it out{by_words}."
     return None
 

@@ -202,7 +202,7 @@ def test_another_width_is_refused_before_anything_is_written(path):
         path.write_bytes(content)
         table = Table(len(VOCABULARY), 200)
         with pytest.raises(
-            ValueError, match=r"Received: 5 in the file, 200 of the table\. Set the table's dim to 5 "
+            ValueError, match=r"Received: 5 in the file, 200 of the table\. Set the table's embed_dim to 5 "
         ):
             PretrainedVectors(path=str(path)).fill(vocabulary=VOCABULARY, dim=200, write=table.write)
         assert table.writes == []

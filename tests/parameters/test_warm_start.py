@@ -381,6 +381,16 @@ def test_what_does_not_fit_is_named_all_at_once(tmp_path):
     assert re.search(r"lstm_0/bias must have one dtype.*float32 \(12,\) in the .*float64 \(12,\)", message)
 
 
+def test_words_are_not_advised_where_rows_are_of_another_width(tmp_path):
+    new = model_arrays(NEW_ROWS, 2)
+    new["tables/words/embedding"] = np.zeros([NEW_ROWS, DIM + 2], np.float32)
+    message = refused(
+        "must have one shape", new, words=None, checkpoint=save_run(tmp_path, model_arrays(OLD_ROWS, 1))
+    )
+    of_rows = next(line for line in message.splitlines() if "tables/words/embedding" in line)
+    assert of_rows.endswith("Rename it to None to leave it out.")
+
+
 def test_two_paths_of_one_new_name_are_refused(tmp_path):
     old = model_arrays(OLD_ROWS, 1, **{"layers/lstm_1/kernel": [DIM, 12]})
     refused(

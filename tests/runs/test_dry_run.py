@@ -5,12 +5,15 @@ import functools
 import re
 
 import keras
+import numpy as np
 import pytest
 import tiny_runs
+from array_parameters import array_parameters
 
 from lmscale import dry_run
 from lmscale.bodies.body import keras_body
 from lmscale.bodies.lstm import lstm_body
+from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.token_files import PreparedData
 from lmscale.experiment import Experiment
 from lmscale.parameters.activity import From, Never
@@ -208,6 +211,19 @@ def test_what_a_run_would_start_from_must_be_there(experiment, tmp_path):
     missing = WarmStart(checkpoint=str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="gone"):
         dry_run.print_report(dataclasses.replace(experiment, warm_start=missing), num_devices=NUM_DEVICES)
+    path = "layers/projection/kernel"
+    saved = array_parameters({path: np.ones([OUTPUT_DIM, OUTPUT_DIM], np.float32)})
+    Checkpoints(tmp_path / "old" / "checkpoints").save(1, saved, metadata={})
+    for rename, message in (
+        (
+            (path, "layers/gone/kernel"),
+            f"renamed to layers/gone/kernel, is no parameter of the new run. .*{path}",
+        ),
+        ((path, path), rf"{path} must have one shape. .*\({OUTPUT_DIM + 1}, {OUTPUT_DIM}\) in the new run"),
+    ):
+        other = WarmStart(checkpoint=str(tmp_path / "old"), rename=[rename])
+        with pytest.raises(ValueError, match=message):
+            dry_run.print_report(dataclasses.replace(experiment, warm_start=other), num_devices=NUM_DEVICES)
     vectors = tmp_path / "vectors.txt"
     vectors.write_text("a 1 2 3\nb 4 5 6\n")
     tables = dict(experiment.task.keywords["tables"])
