@@ -206,6 +206,8 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
             "A model must be evaluated with the vocabulary it was trained with. Received: "
             f"{experiment.data_dir}, whose vocab.txt is another one. Set DATA_DIR to data of the same vocabulary."
         )
+    if experiment.evaluate_averages:
+        model.restore_clocks(metadata.get("updates"), step=metadata["step"])
     evaluator = Evaluator.of_experiment(experiment, model, strategy=strategy)
     with (
         doing(f"evaluating {split}"),

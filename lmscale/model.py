@@ -48,6 +48,8 @@ class Model:
       layers: `Layers`.
       tables: {name: `ShardedTable`}.
       treatments: {path: `Treatment`} of the parameters that may be trained; empty if no training follows.
+      earlier_updates: {path: updates} of update rules whose slots another run has left, which count on from there. Set
+        it before the first step, which is compiled with it.
     """
 
     def __init__(self, task, *, groups, vocab_size, counts, seed, training=True, static_shapes=False):
@@ -83,6 +85,20 @@ class Model:
             path: _make_slots(variable, self.treatments[path].update)
             for path, variable in self.layers.trainable_variables.items()
             if training and self.treatments[path].update is not None
+        }
+        self.earlier_updates = {}
+
+    def num_updates(self, path, step):
+        """What the clock of a parameter's update rule has counted before `step`, at which it is active; int scalar."""
+        counted = self.treatments[path].active.num_active(step)
+        earlier = self.earlier_updates.get(path, 0)
+        return counted + earlier if earlier else counted
+
+    def restore_clocks(self, updates, *, step):
+        """Takes `earlier_updates` from {path: updates} that a checkpoint of this run counts in all; None for none."""
+        counted = {path: int(self.treatments[path].active.num_active(step)) for path in updates or {}}
+        self.earlier_updates = {
+            path: updates[path] - number for path, number in counted.items() if updates[path] != number
         }
 
     def _make_table(self, name, config, *, vocab_size, seed, static_shapes):

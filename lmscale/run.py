@@ -173,6 +173,7 @@ class _Run:
         self.last_validation_tokens = metadata.get("last_validation_tokens")
         self._resume_unlogged(metadata.get("unlogged"))
         self.skipped_steps = metadata["skipped_steps"]
+        self.trainer.model.restore_clocks(metadata.get("updates"), step=self.trainer.step)
 
     def summary(self):
         return {
@@ -221,9 +222,9 @@ class _Run:
                 "data_fingerprint": self.trainer.data.fingerprint,
                 "vocabulary_sha256": self.trainer.data.vocabulary_sha256,
                 "vocabularies": {"words": self.trainer.data.vocabulary_sha256},
-                # Fewer than the steps where a group rests.
+                # Fewer than the steps where a group rests; more where its slots are of another run.
                 "updates": {
-                    path: int(treatment.active.num_active(self.trainer.step))
+                    path: int(self.trainer.model.num_updates(path, self.trainer.step))
                     for path, treatment in self.trainer.model.treatments.items()
                     if treatment.update
                 },

@@ -61,6 +61,7 @@ def start_from_elsewhere(experiment, trainer):
         reports[_pretrained(name)] = coverage.text()
     if experiment.warm_start is not None:
         report = experiment.warm_start.apply(parameters, vocabulary=vocabulary)
+        trainer.model.earlier_updates = dict(report.updates)
         reports[_WARM_START] = report.text()
     return reports
 

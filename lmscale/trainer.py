@@ -331,7 +331,7 @@ class Trainer:
         steps, learning_rates, keeps = {}, {}, {}
         for path in squares:
             treatment = model.treatments[path]
-            steps[path] = treatment.active.num_active(step)
+            steps[path] = model.num_updates(path, step)
             learning_rates[path] = rates.get(id(treatment.update))
             keeps[path] = is_finite if active[path] is True else is_finite & active[path]
         for name, gradients in collected.items():

@@ -38,9 +38,11 @@ def start(tmp_path):
             parameters=lambda: parameters,
             task=types.SimpleNamespace(tables={"words": config}),
             data=types.SimpleNamespace(vocabulary=vocabulary("c", "a", "b")),
+            model=types.SimpleNamespace(earlier_updates=None),
         )
         warm_start = WarmStart(checkpoint=str(tmp_path), **settings)
         reports = start_from_elsewhere(types.SimpleNamespace(warm_start=warm_start), trainer)
+        assert trainer.model.earlier_updates == {}  # No slots.
         assert list(reports) == report_names(trainer.task) == ["pretrained_words", "warm_start"]
         return rows[:, 0].tolist()
 

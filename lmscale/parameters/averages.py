@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from lmscale.parameters.update_rules import Slot, UpdateRule, one_minus_power, per_row
 
-AVERAGE_SLOTS = _AVERAGE, _AVERAGED_AT = "average", "averaged_at"
+_AVERAGE, _AVERAGED_AT = "average", "averaged_at"
 _BLOCK_ROWS = 65_536
 
 
@@ -119,7 +119,7 @@ def _averaged(model, *, step):
     for path, treatment in model.treatments.items():
         if not isinstance(treatment.update, Averaged):
             continue
-        num_updates = int(treatment.active.num_active(tf.constant(step)))
+        num_updates = int(model.num_updates(path, tf.constant(step)))
         if not num_updates:
             continue  # Nothing to average yet.
         for weights, slots in model.components(path):

@@ -13,15 +13,12 @@ import numpy as np
 
 from lmscale.checkpoints.saved import SavedCheckpoint, open_checkpoint
 from lmscale.data.vocab import Vocabulary
-from lmscale.parameters.averages import AVERAGE_SLOTS
 from lmscale.parameters.pieces import spell
 from lmscale.parameters.tree import RUN_STATE_PATH, SLOT_PATH, Parameter
 from lmscale.parameters.warm_start_report import Loaded, Skipped, WarmStartReport
 from lmscale.paths import expand
 
 _TABLE = re.compile(r"(slots/)?tables/(?P<name>[^/]+)/.+")
-# The slot of `update_rules.Adam` that holds a time, by the clock of its group.
-_LAST_STEP = "last_step"
 # Rows are written in parts of this size: what a write copies is small beside the block that was read.
 _PART_BYTES = 2**23
 # Sums of pieces that are held at a time: the checkpoint's rows are read once for each so many.
@@ -69,9 +66,10 @@ class WarmStart:
         path in the new run, in which `\\1` stands for the pattern's first group and `\\g<0>` for the path itself; None
         for what is not to be loaded. A path that no pattern matches is not loaded either.
       slots: load optimizer slots too, of the parameters that are loaded, where the new run has a slot of the same name
-        and shape. Steps are counted anew from 0: Adam's `last_step` is set back by the steps at which its group was
-        active in the old run, so that each moment decays by the steps that really passed, but its correction of
-        moments that started from zero begins again, which makes the first 1 / (1 - beta_2) steps smaller.
+        and shape. The clocks of their update rules go on from what they had counted in the old run, so that they are
+        updated as its next steps would have: moments decay by the steps that really passed, and Adam's correction of
+        moments that started from zero does not begin again; rows of new words are as rows that the old run never
+        touched. Schedules follow the new run's steps.
       rows_by_word: bring the rows of `tables/...` to the ids that their words have in the new run's vocabulary.
         Otherwise both runs must have the same.
       vocabulary: the vocab.txt of the old run, if its working directory holds none.
@@ -142,6 +140,7 @@ class WarmStart:
             skipped=tuple(sorted(skipped, key=lambda entry: entry.from_path)),
             fresh=tuple(path for path in new if path not in moves),
             removed_words=() if rows is None else rows.removed_words,
+            updates=_updates(saved, moves),
         )
 
     def check(self, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], *, vocabulary: Vocabulary):
@@ -259,8 +258,6 @@ class WarmStart:
             reason = None
             if not self.slots:
                 reason = "slots = False"
-            elif match["slot"] in AVERAGE_SLOTS:
-                reason = "averages start anew with the clock"
             elif owner is None:
                 reason = "its parameter is not loaded"
             elif path not in new:
@@ -379,13 +376,9 @@ class WarmStart:
             parameter.scatter(rows.without_old[words], (sums / num_pieces).astype(parameter.dtype))
 
     def _rows(self, saved, path) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows) of a tensor of the checkpoint, part by part; steps as the new run counts them."""
-        match = SLOT_PATH.fullmatch(path)
-        set_back = saved.updates(match["parameter"]) if match and match["slot"] == _LAST_STEP else 0
+        """(first row, rows) of a tensor of the checkpoint, part by part."""
         for start, stop in saved.blocks(path):
             block = saved.read(path, start, stop)
-            if set_back:
-                block = block - np.asarray(set_back, block.dtype)
             if not block.ndim:
                 yield start, block
                 continue
@@ -393,6 +386,12 @@ class WarmStart:
                 yield start, part
                 start += len(part)
             block = part = None  # Not kept while the next one is read.
+
+
+def _updates(saved, moves):
+    """{path of the new run: what the clock of its rule had counted}, of the parameters whose slots are loaded."""
+    with_slots = (match["parameter"] for match in map(SLOT_PATH.fullmatch, moves) if match)
+    return {path: saved.updates(moves[path].from_path) for path in with_slots}
 
 
 def _table_name(path):

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 
 from lmscale.parameters.tree import RUN_STATE_PATH, SLOT_PATH
 
@@ -44,6 +45,7 @@ class WarmStartReport:
       skipped: tensors of the checkpoint that were not used.
       fresh: paths of the new run that were left as they were initialised.
       removed_words: the most frequent of the words whose rows were left behind.
+      updates: {path: updates} that the update rule of a parameter whose slots were loaded had counted.
     """
 
     checkpoint: str
@@ -52,6 +54,7 @@ class WarmStartReport:
     skipped: tuple[Skipped, ...]
     fresh: tuple[str, ...]
     removed_words: tuple[str, ...] = ()
+    updates: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def text(self) -> str:
         """Aligned tables. Each line is indented by four spaces: to Markdown, a block to be shown as it stands."""

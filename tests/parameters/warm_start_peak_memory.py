@@ -76,11 +76,10 @@ def worst_error(parameters, numbers, num_old, *, slots):
     for parameter in parameters:
         if parameter.path.startswith("slots/") and not slots:
             continue
-        set_back = parameter.path.endswith("/last_step")  # By the one step of the old run.
         for start in range(0, len(numbers), 50_000):
             expected = numbers[start : start + 50_000]
             rows = parameter.read(start, start + len(expected)).reshape([len(expected), -1])
-            error = np.abs(rows - (expected[:, np.newaxis] - set_back))[expected < num_old]
+            error = np.abs(rows - (expected[:, np.newaxis]))[expected < num_old]
             worst = max(worst, float(error.max()))
     return worst
 

@@ -1,6 +1,5 @@
 """Shipped configurations at tiny sizes: an untied model, and a run that starts from the layers of another."""
 
-import dataclasses
 import shutil
 
 import numpy as np
@@ -9,8 +8,6 @@ import tiny_runs
 
 from lmscale import configuration
 from lmscale.data.token_files import PreparedData
-from lmscale.parameters.activity import From
-from lmscale.parameters.warm_start import WarmStart
 from lmscale.start import start_from_elsewhere
 from lmscale.trainer import Trainer
 
@@ -89,27 +86,6 @@ def source(mirrored, tmp_path_factory):
     directory = tmp_path_factory.mktemp("source")
     data = tiny_runs.write_data(directory / "data", vocab_size=499, seed=3)
     return train(load("quickstart", data_dir=data), workdir=directory / "run", strategy=mirrored(2))
-
-
-def test_clocks_are_set_back_by_what_they_counted(data_dir, mirrored, tmp_path):
-    """Rows that rested at first have a younger clock than layers; 0 is where either stands when a run begins."""
-    experiment = load("quickstart", data_dir=data_dir).experiment
-    groups = [
-        dataclasses.replace(group, active=From(step=1)) if group.pattern == "tables/.*" else group
-        for group in experiment.groups
-    ]
-    experiment = dataclasses.replace(experiment, groups=groups)
-    workdir = tmp_path / "run"
-    tiny_runs.train_here(experiment, workdir=workdir, strategy=mirrored(2))
-    trainer = Trainer(experiment, data=PreparedData.open(data_dir), strategy=mirrored(1))
-    WarmStart(checkpoint=str(workdir), slots=True).apply(trainer.parameters())
-    saved = tiny_runs.tensors(workdir, NUM_STEPS)
-    for path, num_updates in (("tables/words/embedding", 1), ("layers/lstm_0/kernel", NUM_STEPS)):
-        (last_step,) = (p for p in trainer.parameters() if p.path == f"slots/{path}/last_step")
-        assert saved[last_step.path].max() == num_updates
-        np.testing.assert_array_equal(
-            last_step.read(0, last_step.shape[0]), saved[last_step.path] - num_updates
-        )
 
 
 @pytest.fixture(scope="module")
