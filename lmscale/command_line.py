@@ -61,7 +61,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             else:
                 raise
             logging.debug("The error was raised here:", exc_info=True)
-            return _fail(message)
+            return _fail(message, code=getattr(error, "exit_code", EXIT_USAGE))
 
     def parse(argv: list[str]) -> list[str]:
         end_of_flags = argv.index("--") if "--" in argv else len(argv)
@@ -229,9 +229,9 @@ def _message(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, *, code: int = EXIT_USAGE) -> int:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    return EXIT_USAGE
+    return code
 
 
 def _help(main: Callable) -> str:

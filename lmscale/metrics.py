@@ -140,7 +140,7 @@ class ProgressBar:
 
 
 @contextlib.contextmanager
-def progress(*, total: int, initial: int, description: str) -> Iterator[ProgressBar]:
+def progress(*, total: int, initial: int, description: str, is_shown: bool = True) -> Iterator[ProgressBar]:
     """Shows a progress bar on stderr while it is a terminal, and nothing otherwise.
 
     While the bar is shown, what is printed or logged appears above it. Lines that native code writes to the
@@ -150,11 +150,12 @@ def progress(*, total: int, initial: int, description: str) -> Iterator[Progress
       total: the last step.
       initial: the step from which the run goes on.
       description: shown before the bar.
+      is_shown: False for none.
 
     Yields:
       `ProgressBar`.
     """
-    if not sys.stderr.isatty():
+    if not is_shown or not sys.stderr.isatty():
         yield ProgressBar(None, total=total, initial=initial, description=description)
         return
     bars = Progress(

@@ -8,14 +8,15 @@ import time
 
 import numpy as np
 
-from lmscale import hparams_tab
 from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.token_files import VOCAB_FILE, PreparedData
+from lmscale.distribution.process_group import ProcessGroup
 from lmscale.doing import doing
 from lmscale.evaluation import Evaluator, evaluated_weights
-from lmscale.metrics import MetricsWriter, device_memory_mib, format_log_line, progress, read_metrics
+from lmscale.metrics import device_memory_mib, format_log_line, progress, read_metrics
 from lmscale.parameters.report import as_table, as_text, parameter_lines
+from lmscale.reports import NoReports, Reports
 from lmscale.start import report_names, start_from_elsewhere
 from lmscale.stop_signals import collect_stop_signals
 from lmscale.trainer import Trainer
@@ -31,15 +32,16 @@ class NonFiniteError(Exception):
     """The loss or the gradient was NaN or infinite. No such step was applied or saved."""
 
 
-def train(experiment, *, workdir, strategy, config_text, hparams):
+def train(experiment, *, workdir, strategy, config_text, hparams, group=None):
     """Runs an experiment to its last step, from wherever the work directory's checkpoints have got to.
 
     Args:
       experiment: `Experiment`.
-      workdir: `Workdir`, opened for writing.
+      workdir: `Workdir`, opened for writing by the chief, readonly by others.
       strategy: `tf.distribute.Strategy`.
       config_text: the resolved configuration, written to the work directory and to TensorBoard.
       hparams: {name: value} for TensorBoard's HParams tab.
+      group: `ProcessGroup` of the run, all of which call this; None for one process.
 
     Returns:
       {"step", "validation_loss_nats", "best_step", ...}: the summary that marks the run finished.
@@ -49,52 +51,53 @@ def train(experiment, *, workdir, strategy, config_text, hparams):
       StoppedEarlyError: on a signal of `lmscale.stop_signals`, at the next step boundary, after saving.
       NonFiniteError: with on_bad_step="stop".
     """
+    group = group or ProcessGroup()
     with doing(f"reading the data of {experiment.data_dir}"):
         data = PreparedData.open(experiment.data_dir)
+    group.check_same("The data", f"{experiment.data_dir} with the fingerprint {data.fingerprint[:12]}")
     with doing(f"building the model, with tables of {data.vocab_size:,} rows"):
         trainer = Trainer(experiment, data=data, strategy=strategy)
     _logger.info("%s", _parameter_table(trainer))
-    checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints)
+    checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints, group=group)
     with doing("restoring the newest checkpoint"):
         parameters = trainer.parameters()
         metadata = checkpoints.restore(
             parameters, format_1_names=format_1.names([p.path for p in parameters], trainer.task.layers)
         )
-    run = _Run(trainer, checkpoints=checkpoints, workdir=workdir)
-    reports = {}
-    if metadata is None:
+    is_new = metadata is None
+    run = _Run(trainer, checkpoints=checkpoints, group=group)
+    reports: NoReports = NoReports()
+    if group.is_chief:
+        reports = Reports(workdir, resume_step=None if is_new else metadata["step"])
+    texts = {}
+    if is_new:
         _check_nothing_lost(workdir)
         with doing("reading what the run starts from"):
-            reports = start_from_elsewhere(experiment, trainer)
+            found = start_from_elsewhere(experiment, trainer)
+        texts = {name: found.get(name) for name in report_names(trainer.task)}
     else:
         run.resume(metadata)
-        workdir.mark_saved()
+        reports.saved()
         _logger.info("resuming at step %d", trainer.step)
-    # From here on it is another run than the one that finished; a mistake in the settings was noticed before.
-    workdir.clear_finished()
-    workdir.write_config(config_text)
-    workdir.write_vocabulary(data.directory / VOCAB_FILE)
-    if metadata is None:
-        for name in report_names(trainer.task):
-            workdir.write_report(name, text=reports.get(name))
-    for text in reports.values():
+    for text in filter(None, texts.values()):
         _logger.info("%s", text)
-    # Without a checkpoint, whatever an earlier start has logged is void: step 0 included.
-    resume_step = -1 if metadata is None else trainer.step
-    hparams_tab.list_run(workdir, settings=hparams)
     with (
-        MetricsWriter(workdir.train_dir, resume_step=resume_step) as train_metrics,
-        MetricsWriter(workdir.eval_dir, resume_step=resume_step) as eval_metrics,
+        reports,
         collect_stop_signals() as stop,
-        progress(total=experiment.train_steps, initial=trainer.step, description="training") as show_step,
+        progress(
+            total=experiment.train_steps,
+            initial=trainer.step,
+            description="training",
+            is_shown=group.is_chief,
+        ) as show_step,
     ):
-        # Of the first step that runs with it: a start that goes on from the same step replaces it.
-        code_block = "\n".join("    " + line for line in config_text.splitlines())
-        train_metrics.text("config", code_block, step=resume_step + 1)
-        for name, text in reports.items():
-            train_metrics.text(name, text, step=resume_step + 1)
-        run.loop(train_metrics=train_metrics, eval_metrics=eval_metrics, stop=stop, show_step=show_step)
-    hparams_tab.mark_finished(workdir)
+        reports.start(
+            config_text=config_text, vocabulary=data.directory / VOCAB_FILE, texts=texts, hparams=hparams
+        )
+        run.loop(reports=reports, stop=stop, show_step=show_step)
+    # When all others have done their part as well.
+    group.gather()
+    reports.finished()
     return run.summary()
 
 
@@ -139,11 +142,11 @@ class _Pending:
 class _Run:
     """The loop around `Trainer.train_steps`: when to log, evaluate, save and stop."""
 
-    def __init__(self, trainer, *, checkpoints, workdir):
+    def __init__(self, trainer, *, checkpoints, group):
         self.trainer = trainer
         self.experiment = trainer.experiment
         self.checkpoints = checkpoints
-        self.workdir = workdir
+        self.group = group
         self.evaluator = Evaluator.of_experiment(trainer.experiment, trainer.model, strategy=trainer.strategy)
         self.best_validation_loss = math.inf
         self.last_validation_loss = None
@@ -184,7 +187,7 @@ class _Run:
             "skipped_steps": self.skipped_steps,
         }
 
-    def loop(self, *, train_metrics, eval_metrics, stop, show_step):
+    def loop(self, *, reports, stop, show_step):
         experiment, trainer = self.experiment, self.trainer
         while trainer.step < experiment.train_steps:
             start = time.perf_counter()
@@ -195,22 +198,32 @@ class _Run:
             show_step(step)
             is_last = step == experiment.train_steps
             if step % experiment.log_every == 0 or is_last:
-                self._log(train_metrics)
+                self._log(reports)
             loss, is_best = None, False
             if step % experiment.eval_every == 0 or is_last:
                 self._check_finite()
                 with doing(f"evaluating after step {step:,}"):
-                    loss = self._evaluate(eval_metrics, show_step=show_step)
+                    loss = self._evaluate(reports, show_step=show_step)
                 is_best = loss < self.best_validation_loss
                 self.best_validation_loss = (
                     min(self.best_validation_loss, loss) if is_best else self.best_validation_loss
                 )
                 self.last_validation_loss = loss
-            if step % experiment.save_every == 0 or is_last or is_best or stop:
+            stopped_by = self._stopped_by(stop)
+            if step % experiment.save_every == 0 or is_last or is_best or stopped_by:
                 with doing(f"saving the checkpoint of step {step:,}"):
                     self._save(loss)
-            if stop and not is_last:
-                raise StoppedEarlyError(f"stopped by {stop[0]} after step {step}; the checkpoint is saved")
+                reports.saved()
+            if stopped_by and not is_last:
+                raise StoppedEarlyError(f"stopped by {stopped_by} after step {step}; the checkpoint is saved")
+
+    def _stopped_by(self, stop):
+        """The first signal that a process has received, and by which; None for none. The same in all of them."""
+        signals = self.group.gather(stop[0] if stop else None)
+        for rank, name in enumerate(signals):
+            if name:
+                return name if len(signals) == 1 else f"{name} to {self.group.name(rank)}"
+        return None
 
     def _save(self, validation_loss):
         self._check_finite()
@@ -237,7 +250,6 @@ class _Run:
             },
             validation_loss_nats=validation_loss,
         )
-        self.workdir.mark_saved()
 
     def _unlogged(self):
         """What the next log line will tell of the steps that are done, for `_resume_unlogged`: JSON."""
@@ -262,19 +274,27 @@ class _Run:
             for name, x in unlogged["metrics"].items()
         }
         num_shards = self.trainer.strategy.num_replicas_in_sync
+        num_own = num_shards // self.group.size
         for name, x in metrics.items():
-            if name.startswith("rows_touched/") and x.shape[1] != num_shards:
-                return  # Of other shards: the line begins here.
+            if name.startswith("rows_touched/"):
+                if x.shape[1] != num_shards:
+                    return  # Of other shards: the line begins here.
+                metrics[name] = x[:, self.group.rank * num_own : (self.group.rank + 1) * num_own]
         first_step = self.trainer.step - len(metrics["is_finite"])
         self._pending = [_Pending(first_step, metrics, checked=True)]
         self._seconds = unlogged["seconds"]
 
     def _pending_metrics(self):
-        """{metric: array over the steps since the last log line}."""
-        return {
+        """{metric: array over the steps since the last log line}, those of shards of all shards."""
+        metrics = {
             name: np.concatenate([np.asarray(call.metrics[name]) for call in self._pending])
             for name in (self._pending[0].metrics if self._pending else ())
         }
+        own = {name: x.T.tolist() for name, x in metrics.items() if name.startswith("rows_touched/")}
+        of_processes = self.group.gather(own)
+        for name in own:
+            metrics[name] = np.array([shard for shards in of_processes for shard in shards[name]]).T
+        return metrics
 
     def _steps_of_next_call(self):
         """steps_per_call, or fewer up to the next step at which something is due."""
@@ -306,7 +326,7 @@ class _Run:
         # Reading waits for the steps that a GPU has not done yet: it is their time.
         self._seconds += time.perf_counter() - start
 
-    def _log(self, writer):
+    def _log(self, reports):
         self._check_finite()
         step = self.trainer.step
         metrics = self._pending_metrics()
@@ -330,12 +350,12 @@ class _Run:
             "skipped_steps": self.skipped_steps,
             **{f"memory_mib/{device}": value for device, value in device_memory_mib().items()},
         }
-        writer.scalars(step, scalars)
+        reports.training(step, scalars)
         shown = (loss_tag, "gradient_norm", "tokens_per_sec", "epoch")
         _logger.info("%s", format_log_line(step, {name: scalars[name] for name in shown}))
         self._pending, self._seconds = [], 0.0
 
-    def _evaluate(self, writer, *, show_step):
+    def _evaluate(self, reports, *, show_step):
         evaluator, task = self.evaluator, self.trainer.task
         batches = task.evaluation_batches("valid", limit=self.experiment.eval_tokens)
         probe = None
@@ -360,10 +380,11 @@ class _Run:
                 name = "_".join(sorted(names))
                 scalars[f"probe/{name}_loss_nats"] = probe.training_loss_nats
                 scalars[f"probe/{name}_minus_exact_nats"] = probe.training_loss_nats - probe.loss_nats
-        writer.scalars(self.trainer.step, scalars)
+        reports.evaluation(self.trainer.step, scalars)
         shown = ("valid/exact_loss_nats", "valid/exact_perplexity", "valid/eval_tokens", "valid/eval_secs")
         _logger.info("%s", format_log_line(self.trainer.step, {name: scalars[name] for name in shown}))
-        return valid.loss_nats
+        # One loss for all: what follows from it, all must do.
+        return self.group.of_chief(valid.loss_nats)
 
 
 def _loss_tags(heads):

@@ -2,7 +2,7 @@
 
 Run again on the same work directory, it resumes; on a finished one it says so. Exit codes: 0 finished, 2 a mistake in
 flags, configuration or data, 3 stopped on a NaN or infinite loss or gradient, 75 stopped by a signal or Ctrl-C after
-saving: run the same command again to go on.
+saving, 69 another process of the run was lost: after these two, run the same command again to go on.
 """
 
 import json
@@ -10,7 +10,10 @@ import sys
 
 from absl import flags, logging
 
+from lmscale import process_flags
 from lmscale.command_line import DEFINE_multi_path, DEFINE_path, run_main
+
+flags.adopt_module_key_flags(process_flags)
 
 _GIN_FILE = DEFINE_multi_path(
     "gin_file",
@@ -47,29 +50,49 @@ def main(argv):
         )
     if not _WORKDIR.value and not _DRY_RUN.value:
         raise ValueError("--workdir is required. Received: none. Pass for example --workdir=runs/my_run.")
-    # TensorFlow takes seconds to import: complain about flags before.
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.INFO)
+    if _DRY_RUN.value:
+        _dry_run(num_processes=process_flags.cluster().size)
+        return 0
+    with process_flags.processes() as group:
+        return _train(group)
+
+
+def _load():
     from lmscale import configuration
+
+    return configuration.load(_GIN_FILE.value, _GIN_PARAM.value, seed=_SEED.value)
+
+
+def _dry_run(*, num_processes):
+    # TensorFlow takes seconds to import: mistakes in flags come before.
+    from lmscale import configuration, dry_run
+    from lmscale.distribution.strategies import make_strategy
+
+    config = _load()
+    strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
+    print(configuration.describe(config))
+    dry_run.print_report(config.experiment, num_devices=num_processes * strategy.num_replicas_in_sync)
+
+
+def _train(group):
     from lmscale.distribution.strategies import make_strategy
     from lmscale.run import NonFiniteError, StoppedEarlyError, train
     from lmscale.workdir import Workdir
 
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)
-    config = configuration.load(_GIN_FILE.value, _GIN_PARAM.value, seed=_SEED.value)
-    if _DRY_RUN.value:
-        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
-        print(configuration.describe(config))
-        from lmscale import dry_run
-
-        dry_run.print_report(config.experiment, num_devices=strategy.num_replicas_in_sync)
-        return 0
-    with Workdir(_WORKDIR.value) as workdir:
-        finished = workdir.finished()
-        _check_same_run(config, workdir)
+    config = _load()
+    group.check_same("The configuration", config.text)
+    with Workdir.of_group(_WORKDIR.value, group) as workdir:
+        finished = group.of_chief(workdir.finished() if group.is_chief else None)
+        if group.is_chief:
+            _check_same_run(config, workdir)
         if finished is not None and finished["step"] >= config.experiment.train_steps:
-            print(f"This run is finished: {workdir.path}, {json.dumps(finished)}")
+            _say(group, f"This run is finished: {workdir.path}, {json.dumps(finished)}")
             return 0
-        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
+        strategy = make_strategy(
+            cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value, group=group
+        )
         try:
             summary = train(
                 config.experiment,
@@ -77,17 +100,25 @@ def main(argv):
                 strategy=strategy,
                 config_text=config.text,
                 hparams=config.settings,
+                group=group,
             )
         except StoppedEarlyError as stopped:
-            print(f"{stopped}. Run the same command again to go on.", file=sys.stderr)
+            _say(group, f"{stopped}. Run the same command again to go on.", file=sys.stderr)
             return EXIT_STOPPED
         except NonFiniteError as error:
-            print(f"error: {error}", file=sys.stderr)
+            _say(group, f"error: {error}", file=sys.stderr)
             return EXIT_NON_FINITE
-        workdir.mark_finished(step=summary["step"], summary=summary)
-        print(f"Finished: {workdir.path}, {json.dumps(summary)}")
-        print(f"TensorBoard: tensorboard --logdir={workdir.path}")
+        if group.is_chief:
+            workdir.mark_finished(step=summary["step"], summary=summary)
+        _say(group, f"Finished: {workdir.path}, {json.dumps(summary)}")
+        _say(group, f"TensorBoard: tensorboard --logdir={workdir.path}")
     return 0
+
+
+def _say(group, message, *, file=None):
+    """Of several processes, the chief says it."""
+    if group.is_chief:
+        print(message, file=file)
 
 
 def _check_same_run(config, workdir):

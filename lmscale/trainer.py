@@ -9,6 +9,7 @@ from lmscale import keras_settings
 from lmscale.bodies.dropout import DropoutStream
 from lmscale.data.batches import Prefetcher
 from lmscale.distribution import collectives
+from lmscale.distribution.strategies import first_local_replica
 from lmscale.micro_batches import Gradients, accumulate
 from lmscale.model import Model
 from lmscale.parameters import averages
@@ -376,14 +377,19 @@ class Trainer:
 
     def _read_state(self, i):
         components = self.strategy.experimental_local_results(self._state[i])
-        return np.concatenate([component.numpy() for component in components])
+        return np.concatenate(
+            collectives.values_of_all(self.strategy, [component.read_value() for component in components])
+        )
 
     def _write_state(self, i, rows, values):
-        whole = self._read_state(i)
-        whole[rows] = values
         components = self.strategy.experimental_local_results(self._state[i])
-        for component, part in zip(components, np.split(whole, len(components)), strict=True):
-            component.assign(part)
+        first = first_local_replica(self.strategy, num_local=len(components))
+        size = self._per_replica_batch_size
+        for replica, component in enumerate(components, start=first):
+            own = component.numpy()
+            is_own = (rows >= replica * size) & (rows < (replica + 1) * size)
+            own[rows[is_own] - replica * size] = values[is_own]
+            component.assign(own)
 
 
 def _clipping(squares, treatments, *, clip_norm):

@@ -5,10 +5,14 @@ import json
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import IO
 
 from lmscale.paths import check_checkpoint_path, expand, naming
+
+_LOCK = ".lock"
+_SHARED_SECS = 60.0  # Network filesystems may show a new file that late.
 
 
 class Workdir:
@@ -50,13 +54,40 @@ class Workdir:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until close)
+            lock = open(self.path / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held until close)
         except OSError as error:
             raise ValueError(
                 "The working directory must be one that can be written to. "
                 f"Received: {self.path} ({error.strerror})."
             ) from error
         self._take(lock)
+
+    @classmethod
+    def of_group(cls, path, group) -> "Workdir":
+        """Opens the one directory of a run in several processes, all of which call this: the chief for writing.
+
+        Args:
+          path: as above.
+          group: `ProcessGroup`.
+
+        Raises:
+          ValueError: as above; if another process does not see the chief's directory at this path.
+        """
+        if group.is_chief:
+            workdir = cls(path)
+            group.of_chief((workdir.path / _LOCK).read_text())
+            return workdir
+        mark = group.of_chief()
+        deadline = time.monotonic() + _SHARED_SECS
+        while not _holds(Path(expand(path)) / _LOCK, mark):
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    "The working directory must be on a filesystem that all processes of the run share. Received: "
+                    f"{path}, in which {group.name(group.rank)} does not find what the chief wrote. Pass a path below "
+                    "a shared mount."
+                )
+            time.sleep(0.2)
+        return cls(path, readonly=True)
 
     @property
     def config_path(self) -> Path:
@@ -190,6 +221,13 @@ class Workdir:
     def _check_writer(self) -> None:
         if self._lock is None:
             raise ValueError(f"{self.path} is open readonly, or closed: nothing can be written to it.")
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text() == text
+    except OSError:
+        return False
 
 
 def replace_file(path, *, text: str) -> None:

@@ -25,11 +25,11 @@ from lmscale.checkpoints.tensors import (
     PREFIX,
     DamagedError,
     Stored,
-    checksums,
     read_tensors,
     stored_as,
     write_tensors,
 )
+from lmscale.distribution.process_group import ProcessGroup
 from lmscale.parameters.tree import Parameter
 from lmscale.paths import check_checkpoint_path
 from lmscale.workdir import fsync_directory
@@ -42,20 +42,31 @@ _RESERVED_METADATA = ("step", "validation_loss_nats")
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one directory, with one writer.
+    """The checkpoints of one run, in one directory, with one writer: a process, or a group of processes.
+
+    Of a group, every process calls `save` and `restore`, in the same order. Each writes a part of the tensors; the
+    chief gives the whole its name, and alone changes the directory otherwise.
 
     Keeps the `keep` newest, and the one of the lowest validation loss.
     """
 
-    def __init__(self, directory, *, keep: int = 3, block_mib: float = 64, readonly: bool = False):
+    def __init__(
+        self,
+        directory,
+        *,
+        keep: int = 3,
+        block_mib: float = 64,
+        readonly: bool = False,
+        group: ProcessGroup | None = None,
+    ):
         """Opens the directory, and clears what killed saves left in it.
 
         Args:
           directory: where the checkpoints are; made if absent.
           keep: how many of the newest to keep; the best is kept besides.
           block_mib: rows pass through memory in blocks of this size. A save holds about three blocks.
-          readonly: change nothing in the directory, which another process may be writing. For an
-            evaluation, and for the workers of a run that are not its writer.
+          readonly: change nothing in the directory, which another run may be writing. For an evaluation.
+          group: `ProcessGroup` of those that save and restore together; None for one process.
 
         Raises:
           ValueError: if keep < 1 or block_mib <= 0, or TensorFlow would take the directory for another one.
@@ -70,7 +81,8 @@ class Checkpoints:
         self._keep = keep
         self._block_bytes = int(block_mib * 2**20)
         self._readonly = readonly
-        if not readonly:
+        self._group = group or ProcessGroup()
+        if not readonly and self._group.is_chief:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._clear_unfinished()
 
@@ -136,18 +148,25 @@ class Checkpoints:
             "tensors": {stored.name: stored.to_json() for _, stored in tensors},
         }
         temporary = self._hidden(step, "saving")
+        is_chief = self._group.is_chief
         try:
-            _remove_tree(temporary)
-            temporary.mkdir()
-            write_tensors(temporary, tensors, block_bytes=self._block_bytes)
-            document["files"] = checksums(temporary)
-            documents.write(temporary, document)
-            self._publish(temporary, step)
+            if is_chief:
+                _remove_tree(temporary)
+                temporary.mkdir()
+            document["files"] = write_tensors(
+                temporary, tensors, block_bytes=self._block_bytes, group=self._group
+            )
+            if is_chief:
+                documents.write(temporary, document)
+                self._publish(temporary, step)
         except BaseException:
-            _remove_tree(temporary)
+            if is_chief:
+                _remove_tree(temporary)
             raise
-        self._set_aside_later_than(step)
-        self._prune()
+        if is_chief:
+            self._set_aside_later_than(step)
+            self._prune()
+        self._group.gather()
         return self.prefix(step)
 
     def mark_best(self, step: int, validation_loss_nats: float) -> None:
@@ -208,12 +227,12 @@ class Checkpoints:
                 ) from damage
         damages: dict[int, str] = {}
         # Listed anew each time: a run that writes here may have removed a step while it was read.
-        while untried := [s for s in self._published() if s not in damages]:
+        while untried := self._group.of_chief([s for s in self._published() if s not in damages]):
             newest = untried[-1]
             try:
                 return self._load(newest, items, subset, format_1_names or {})
             except DamagedError as damage:
-                if newest not in self._published():
+                if newest not in self._group.of_chief(self._published()):
                     continue
                 damages[newest] = str(damage)
                 logger.warning(
@@ -328,17 +347,36 @@ class Checkpoints:
         self, step: int, items: Sequence[Parameter], subset: bool, format_1_names: Mapping[str, str]
     ) -> dict:
         directory = self.step_directory(step)
-        document = self._document(step)
+        document = self._document_of_chief(step)
         paths = {name: path for path, name in format_1_names.items()} if document["format"] == 1 else {}
         saved = {
             paths.get(name, name): Stored.from_json(name, entry)
             for name, entry in document["tensors"].items()
         }
         _check_fit(directory, saved, items, subset)
-        documents.check_files(directory, document)
+        documents.check_files(directory, document, group=self._group)
         tensors = [(item, saved[item.path]) for item in items]
-        read_tensors(directory, tensors, block_bytes=self._block_bytes)
+        damage = None
+        try:
+            read_tensors(directory, tensors, block_bytes=self._block_bytes)
+        except DamagedError as error:
+            damage = str(error)
+        for reason in filter(None, self._group.gather(damage)):
+            raise DamagedError(reason)
         return documents.user_metadata(document)
+
+    def _document_of_chief(self, step: int) -> dict:
+        """The document of a step, which the chief reads; raises DamagedError at every process."""
+        document = damage = None
+        if self._group.is_chief:
+            try:
+                document = self._document(step)
+            except DamagedError as error:
+                damage = str(error)
+        document, damage = self._group.of_chief([document, damage])
+        if damage is not None:
+            raise DamagedError(damage)
+        return document
 
 
 def _check_paths(items: Sequence[Parameter]) -> None:

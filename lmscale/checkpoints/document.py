@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from lmscale.checkpoints.tensors import DamagedError, checksums
+from lmscale.distribution.process_group import ProcessGroup
 from lmscale.workdir import replace_file
 
 FILE = "metadata.json"
@@ -56,16 +57,22 @@ def check_sizes(directory: Path, document: dict) -> None:
             raise DamagedError(f"{name} has {size} bytes instead of {file['bytes']}")
 
 
-def check_files(directory: Path, document: dict) -> None:
-    """Raises DamagedError unless each file of the tensors is there and has its size and checksum."""
-    check_sizes(directory, document)
+def check_files(directory: Path, document: dict, *, group: ProcessGroup) -> None:
+    """Raises DamagedError, at every process, unless each file of the tensors has its size and checksum.
+
+    Each process of the group reads its share of the files.
+    """
+    names = sorted(document["files"])
+    own = names[group.rank :: group.size]
     try:
-        found = checksums(directory)
-    except OSError as error:
-        raise DamagedError(str(error)) from error
-    for name, file in document["files"].items():
-        if found.get(name) != file:
-            raise DamagedError(f"the checksum of {name} is not the one saved")
+        check_sizes(directory, document)
+        found = checksums([directory / name for name in own])
+        wrong = [name for name in own if found[name] != document["files"][name]]
+        damage = f"the checksum of {wrong[0]} is not the one saved" if wrong else None
+    except (OSError, DamagedError) as error:
+        damage = str(error)
+    for reason in filter(None, group.gather(damage)):
+        raise DamagedError(reason)
 
 
 def user_metadata(document: dict) -> dict:

@@ -11,6 +11,7 @@ from lmscale.checkpoints import document as documents
 from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import STEP_DIRECTORY, Checkpoints
 from lmscale.checkpoints.tensors import DamagedError, Stored, read_rows
+from lmscale.distribution.process_group import ProcessGroup
 from lmscale.paths import check_checkpoint_path, expand
 
 
@@ -115,7 +116,7 @@ def open_checkpoint(path, *, best: bool = False) -> SavedCheckpoint:
         match = STEP_DIRECTORY.fullmatch(directory.absolute().name)
         if match and int(match[1]) != document["step"]:
             raise DamagedError(f"{documents.FILE} does not match its directory's name")
-        documents.check_files(directory, document)
+        documents.check_files(directory, document, group=ProcessGroup())
     except DamagedError as damage:
         beside = Checkpoints(directory.parent, readonly=True)
         whole = ", ".join(str(beside.step_directory(step)) for step in beside.steps()) or "none"

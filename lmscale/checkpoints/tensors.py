@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from lmscale.distribution.process_group import ProcessGroup
 from lmscale.parameters.tree import Parameter
 from lmscale.paths import naming
 
 PREFIX = "tensors"
+_PARTS = "parts"
 # TensorFlow writes slices of any type, but reads back slices of these only. Tensors of other types
 # (uint32 seeds, float16) are written in one piece.
 _SLICED_DTYPES = frozenset(
@@ -93,38 +95,85 @@ def stored_as(parameter: Parameter, *, block_bytes: int) -> Stored:
     )
 
 
-def write_tensors(directory: Path, tensors: Sequence[tuple[Parameter, Stored]], *, block_bytes: int) -> None:
-    """Writes each batch of blocks as a checkpoint of its own, then merges them, which moves the files.
+def write_tensors(
+    directory: Path, tensors: Sequence[tuple[Parameter, Stored]], *, block_bytes: int, group: ProcessGroup
+) -> dict[str, dict]:
+    """Writes batches of blocks as checkpoints of their own, then joins them, which moves the files.
+
+    Each process of the group writes its share of the batches, and flushes and digests what it wrote; the chief joins.
+
+    Returns:
+      {file name: {"bytes", "sha256"}} of the joined checkpoint; at the chief.
 
     Raises:
       ValueError: if a parameter's `read` returns another shape or dtype than it declares.
       OSError: if the files cannot be written.
     """
+    parts = directory / _PARTS
+    if group.is_chief:
+        parts.mkdir()
+    group.gather()
     try:
-        _write_parts(directory / "parts", tensors, block_bytes=block_bytes, destination=directory / PREFIX)
+        own, num_parts = _write_parts(parts, tensors, block_bytes=block_bytes, group=group)
     except tf.errors.OpError as error:
-        raise OSError(f"{directory}: the checkpoint cannot be written: {error.message}.") from error
-
-
-def _write_parts(parts, tensors, *, block_bytes, destination):
-    parts.mkdir()
-    prefixes = []
-    with tf.device("CPU:0"):
-        for batch in _batches(tensors, block_bytes=block_bytes):
-            prefixes.append(str(parts / f"{len(prefixes):06d}"))
-            tf.raw_ops.SaveV2(
-                prefix=prefixes[-1],
-                tensor_names=[stored.name for _, stored, _, _ in batch],
-                shape_and_slices=[stored.slice_spec(start, stop) for _, stored, start, stop in batch],
-                tensors=[tf.convert_to_tensor(_rows(p, start, stop)) for p, _, start, stop in batch],
-            )
+        raise _cannot_write(directory, error) from error
+    written = {number: file for of_process in group.gather(own) for number, file in of_process}
+    if not group.is_chief:
+        return {}
+    try:
         tf.raw_ops.MergeV2Checkpoints(
-            checkpoint_prefixes=prefixes,
-            destination_prefix=str(destination),
+            checkpoint_prefixes=[str(parts / _part_name(number)) for number in range(num_parts)],
+            destination_prefix=str(directory / PREFIX),
             delete_old_dirs=False,
             allow_missing_files=False,
         )
+    except tf.errors.OpError as error:
+        raise _cannot_write(directory, error) from error
     shutil.rmtree(parts)
+    files = {_data_file(PREFIX, n, num_parts): written[n] for n in range(num_parts)}
+    return files | checksums([directory / f"{PREFIX}.index"])
+
+
+def _cannot_write(directory, error):
+    return OSError(f"{directory}: the checkpoint cannot be written: {error.message}.")
+
+
+def _write_parts(parts, tensors, *, block_bytes, group):
+    """([(number, {"bytes", "sha256"})] of the parts that this process has written, the number of all parts)."""
+    batches = list(_batches(tensors, block_bytes=block_bytes))
+    own = []
+    # All processes read all batches, since reading communicates; of as many as there are processes, each keeps one,
+    # and then all write at the same time.
+    for first in range(0, len(batches), group.size):
+        kept = None
+        for number in range(first, min(first + group.size, len(batches))):
+            rows = [_rows(parameter, start, stop) for parameter, _, start, stop in batches[number]]
+            if number % group.size == group.rank:
+                kept = number, rows
+        if kept is not None:
+            own.append((kept[0], _write_part(parts, *kept, batches[kept[0]])))
+    return own, len(batches)
+
+
+def _write_part(parts, number, rows, batch):
+    with tf.device("CPU:0"):
+        tf.raw_ops.SaveV2(
+            prefix=str(parts / _part_name(number)),
+            tensor_names=[stored.name for _, stored, _, _ in batch],
+            shape_and_slices=[stored.slice_spec(start, stop) for _, stored, start, stop in batch],
+            tensors=[tf.convert_to_tensor(x) for x in rows],
+        )
+    (file,) = checksums([parts / _data_file(_part_name(number), 0, 1)]).values()
+    return file
+
+
+def _part_name(number):
+    return f"{number:06d}"
+
+
+def _data_file(prefix, number, count):
+    """What TensorFlow calls the files of a checkpoint."""
+    return f"{prefix}.data-{number:05d}-of-{count:05d}"
 
 
 def _rows(parameter, start, stop):
@@ -199,8 +248,8 @@ def _batches(tensors, *, block_bytes):
         yield batch
 
 
-def checksums(directory: Path) -> dict[str, dict]:
-    """Size and sha256 of each file of the TensorFlow checkpoint, each flushed to disk."""
+def checksums(paths: Iterable[Path]) -> dict[str, dict]:
+    """{name: {"bytes", "sha256"}} of files, each flushed to disk."""
 
     def checksum(path: Path) -> dict:
         with naming(path), open(path, "rb") as file:
@@ -208,7 +257,7 @@ def checksums(directory: Path) -> dict[str, dict]:
             os.fsync(file.fileno())
             return {"bytes": os.fstat(file.fileno()).st_size, "sha256": _file_digest(file)}
 
-    paths = sorted(directory.glob(f"{PREFIX}.*"))
+    paths = list(paths)
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip((path.name for path in paths), pool.map(checksum, paths), strict=True))
 

@@ -81,6 +81,26 @@ def all_to_all(parts):
     return list(sent[replica_id()])
 
 
+def values_of_all(strategy, own):
+    """The tensors of all replicas, at every process. Outside `strategy.run`.
+
+    Args:
+      strategy: `tf.distribute.Strategy`.
+      own: list of tensors, one of each replica of this process; of the same shape in all.
+
+    Returns:
+      List of num_replicas numpy arrays.
+
+    Communication: between processes, an all-gather of the tensors.
+    """
+    if len(own) == strategy.num_replicas_in_sync:
+        return [x.numpy() for x in own]
+    of_replicas = strategy.experimental_distribute_values_from_function(
+        lambda context: own[context.replica_id_in_sync_group % len(own)][tf.newaxis]
+    )
+    return list(strategy.gather(of_replicas, axis=0).numpy())
+
+
 def local_variable(initial_value, *, dtype=None, name=None):
     """A variable with a value of its own on each replica, for `local_value`. Make it in the strategy's scope."""
     return tf.Variable(

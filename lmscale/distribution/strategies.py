@@ -7,9 +7,11 @@ import os
 
 import tensorflow as tf
 
+from lmscale.stop_signals import exit_on_stop_signals
 
-def make_strategy(*, cpu_devices=None, gpu_memory_mib=None):
-    """Builds the strategy that a run uses on this host.
+
+def make_strategy(*, cpu_devices=None, gpu_memory_mib=None, group=None):
+    """Builds the strategy that a run uses: over the devices of this host, or over those of several processes.
 
     Must be called before TensorFlow initialises its devices (before any op runs) when an argument is given, and
     where other processes use the same GPUs.
@@ -18,6 +20,7 @@ def make_strategy(*, cpu_devices=None, gpu_memory_mib=None):
       cpu_devices: None for all GPUs of the host (or one CPU if there is none); or N to split the host CPU
         into N logical devices, so that a laptop rehearses an N-GPU job. GPUs are then not touched.
       gpu_memory_mib: as of `limit_gpu_memory`.
+      group: `ProcessGroup` of the run; None for one process. Of several, each must call this.
 
     Returns:
       A `tf.distribute.Strategy`.
@@ -33,6 +36,8 @@ def make_strategy(*, cpu_devices=None, gpu_memory_mib=None):
             "gpu_memory_mib is for runs on GPUs. Received also: "
             f"cpu_devices={cpu_devices}. Leave out --cpu_devices or --gpu_memory_mib."
         )
+    if group is not None and group.size > 1:
+        return _multi_worker_strategy(group, cpu_devices=cpu_devices, gpu_memory_mib=gpu_memory_mib)
     _check_tf_config()
     if cpu_devices is None:
         limit_gpu_memory(gpu_memory_mib)
@@ -60,6 +65,34 @@ def make_strategy(*, cpu_devices=None, gpu_memory_mib=None):
                 f"that has started {started} CPU device(s). Call make_strategy first."
             ) from error
     return mirrored_strategy(tuple(f"CPU:{i}" for i in range(cpu_devices)))
+
+
+def _multi_worker_strategy(group, *, cpu_devices, gpu_memory_mib):
+    """A `MultiWorkerMirroredStrategy` over all GPUs of every process, or over one CPU of each."""
+    if cpu_devices is not None:
+        if cpu_devices != 1:
+            raise ValueError(
+                "MultiWorkerMirroredStrategy takes one CPU device of each process. Received: "
+                f"cpu_devices={cpu_devices}, {group.size} processes. Start more processes with --cpu_devices=1 instead."
+            )
+        tf.config.set_visible_devices([], "GPU")
+    else:
+        limit_gpu_memory(gpu_memory_mib)
+    num_gpus = len(tf.config.get_visible_devices("GPU"))
+    group.check_same("The number of GPUs", num_gpus)
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": list(group.addresses)}),
+        task_type="worker",
+        task_id=group.rank,
+        num_accelerators={"GPU": num_gpus},
+        rpc_layer="grpc",
+    )
+    try:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+    finally:
+        # TensorFlow's servers take SIGTERM for themselves, and do nothing with it.
+        exit_on_stop_signals()
+    return strategy
 
 
 def limit_gpu_memory(mib=None):

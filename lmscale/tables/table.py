@@ -327,21 +327,22 @@ class ShardedTable:
     def read_rows(self, name, start, stop):
         """Rows [start, stop) of the logical [vocab_size, ...] tensor `name` in id order, as a numpy array.
 
+        Every process must call it, and is given them.
+
         Raises:
-          ValueError: if there are no such rows, or this process does not hold all shards.
+          ValueError: if there are no such rows.
+
+        Communication: `collectives.values_of_all` of the rows.
         """
         self._check_range(name, start, stop)
         n = self.placement.num_shards
         first, last = start // n, -(-stop // n)
         components = self._components(name)
-        if len(components) < n:
-            raise ValueError(
-                f"Rows are read by a process that holds all shards. Received: {len(components)} of {n} here. "
-                "Read them under a strategy of one process."
-            )
         # Gathered and scattered, here and below: a slice of a variable copies the whole of it once scatter updates
         # have touched it.
-        blocks = [tf.gather(component, tf.range(first, last)).numpy() for _, component in components]
+        blocks = collectives.values_of_all(
+            self._strategy, [tf.gather(component, tf.range(first, last)) for _, component in components]
+        )
         rows = np.stack(blocks, axis=1).reshape((-1, *blocks[0].shape[1:]))
         return rows[start - first * n : stop - first * n]
 
