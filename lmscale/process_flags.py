@@ -42,8 +42,11 @@ def cluster() -> Cluster:
 @contextlib.contextmanager
 def processes() -> Iterator[ProcessGroup]:
     """A context in which this process is one of the run's. Only the chief logs what goes as it should."""
+    found = cluster()
+    if found.warning:
+        logging.warning("%s", found.warning)
     with joined(
-        cluster(), start_timeout_secs=_START_TIMEOUT_SECS.value, silence_secs=_SILENCE_SECS.value
+        found, start_timeout_secs=_START_TIMEOUT_SECS.value, silence_secs=_SILENCE_SECS.value
     ) as group:
         if not group.is_chief and not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)

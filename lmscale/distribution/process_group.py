@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lmscale.distribution.clusters.description import Cluster
+
 EXIT_LOST = 69
 
 
@@ -34,6 +36,7 @@ class ProcessGroup:
     this one ends, whatever it is doing: it may be waiting in a collective for ever.
 
     Attributes:
+      cluster: `Cluster`, as it was found.
       rank: number of this process; 0 is the chief, which alone writes what a run has once.
       size: number of processes.
       addresses: HOST:PORT of each, where its TensorFlow listens; empty for one process.
@@ -42,19 +45,22 @@ class ProcessGroup:
     def __init__(
         self,
         *,
-        rank: int = 0,
+        cluster: Cluster | None = None,
         addresses: Sequence[str] = (),
         connections: Mapping[int, "Connection"] | None = None,
         silence_secs: float = 20.0,
         end: Callable[[int], Any] | None = None,
     ):
         """Args:
-        rank, addresses: as the attributes.
+        cluster, addresses: as the attributes; without them, one process.
         connections: {rank: `Connection`}: the chief's to all others, another one's to the chief.
         silence_secs: how long nothing may be heard of a process.
         end: function of an exit code that ends this process at once.
         """
-        self.rank = rank
+        self.cluster = cluster or Cluster(
+            size=1, rank=0, hosts=None, addresses=None, local_rank=0, local_size=1, source="none"
+        )
+        self.rank = self.cluster.rank
         self.addresses = tuple(addresses)
         self.size = max(1, len(self.addresses))
         self._connections = dict(connections or {})

@@ -14,7 +14,8 @@ import traceback
 from collections.abc import Iterator
 
 from lmscale import __version__
-from lmscale.distribution.cluster import Cluster
+from lmscale.distribution.clusters.addresses import join_address, split_address
+from lmscale.distribution.clusters.description import Cluster
 from lmscale.distribution.process_group import Connection, LostProcessError, ProcessGroup
 
 _RETRY_SECS = 0.3
@@ -40,8 +41,9 @@ def joined(
       LostProcessError: if a process did not come in time, or cannot be reached: it is named.
       ValueError: if a process is not of this run, or the port of this one is taken.
     """
+    cluster.check_reachable()
     if cluster.size == 1:
-        yield ProcessGroup()
+        yield ProcessGroup(cluster=cluster)
         return
     group = _join(cluster, deadline=time.monotonic() + start_timeout_secs, silence_secs=silence_secs)
     try:
@@ -74,7 +76,7 @@ def _join(cluster, *, deadline, silence_secs):
         meet = _gather_processes if cluster.rank == 0 else _join_chief
         addresses, connections = meet(cluster, door, deadline=deadline)
         group = ProcessGroup(
-            rank=cluster.rank, addresses=addresses, connections=connections, silence_secs=silence_secs
+            cluster=cluster, addresses=addresses, connections=connections, silence_secs=silence_secs
         )
         unreachable = [
             problem
@@ -98,7 +100,7 @@ class _Door:
     """Listens at this process's address: to those that want to join, and to those that try whether it is there."""
 
     def __init__(self, address, *, rank):
-        port = _split(address)[1] if address else 0
+        port = split_address(address, name="The address of this process")[1] if address else 0
         try:
             dual = socket.has_dualstack_ipv6()
             self._socket = socket.create_server(
@@ -178,7 +180,7 @@ def _gather_processes(cluster, door, *, deadline):
             _refuse([connection, *connections.values()], problem)
             raise ValueError(f"{problem[0].upper()}{problem[1:]}. Start all processes of one run alike.")
         connections[rank] = connection
-        addresses[rank] = address or _address(host, greeting["port"])
+        addresses[rank] = address or join_address(host, greeting["port"])
     ordered = [addresses[rank] for rank in range(cluster.size)]
     for connection in connections.values():
         connection.send({"addresses": ordered})
@@ -228,7 +230,7 @@ def _unreachable(name, address, rank, *, deadline):
 
 def _connect(address, *, deadline):
     """(socket, None), or (None, what is wrong), after trying until the deadline."""
-    host, port = _split(address)
+    host, port = split_address(address, name="The address of a process")
     while True:
         try:
             return socket.create_connection((host, port), timeout=_GREETING_SECS), None
@@ -253,12 +255,3 @@ def _greeting(connection, *, secs=_GREETING_SECS):
     except ValueError:
         pass
     return None
-
-
-def _split(address):
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def _address(host, port):
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

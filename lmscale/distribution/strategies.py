@@ -7,6 +7,7 @@ import os
 
 import tensorflow as tf
 
+from lmscale.distribution.clusters.gpus import gpus_of_process, share_of_process, visible_gpus
 from lmscale.stop_signals import exit_on_stop_signals
 
 
@@ -77,6 +78,7 @@ def _multi_worker_strategy(group, *, cpu_devices, gpu_memory_mib):
             )
         tf.config.set_visible_devices([], "GPU")
     else:
+        tf.config.set_visible_devices(_own_gpus(group.cluster), "GPU")
         limit_gpu_memory(gpu_memory_mib)
     num_gpus = len(tf.config.get_visible_devices("GPU"))
     group.check_same("The number of GPUs", num_gpus)
@@ -93,6 +95,16 @@ def _multi_worker_strategy(group, *, cpu_devices, gpu_memory_mib):
         # TensorFlow's servers take SIGTERM for themselves, and do nothing with it.
         exit_on_stop_signals()
     return strategy
+
+
+def _own_gpus(cluster):
+    """The GPUs of this process: all that TensorFlow sees, or a share where others of its host see them too."""
+    gpus = tf.config.list_physical_devices("GPU")
+    listed = visible_gpus(os.environ)
+    if listed is None:
+        return list(share_of_process(gpus, cluster))
+    own = gpus_of_process(os.environ, cluster)
+    return [gpu for gpu, name in zip(gpus, listed, strict=False) if name in own]
 
 
 def limit_gpu_memory(mib=None):
