@@ -8,7 +8,10 @@ import math
 
 from absl import flags, logging
 
+from lmscale import process_flags
 from lmscale.command_line import DEFINE_path, run_main
+
+flags.adopt_module_key_flags(process_flags)
 
 _WORKDIR = DEFINE_path("workdir", None, "Work directory of the run.")
 _SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "What to evaluate on.")
@@ -30,27 +33,42 @@ def main(argv):
     checkpoint = _CHECKPOINT.value
     if checkpoint not in ("latest", "best") and not checkpoint.isdecimal():
         raise ValueError(f"--checkpoint must be a step, `latest` or `best`. Received: {checkpoint}.")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.INFO)
+    with process_flags.processes() as group:
+        report = _evaluate(group, checkpoint)
+    if group.is_chief:
+        # JSON has neither NaN nor infinity.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
+        print(json.dumps(finite, allow_nan=False))
+    return 0
+
+
+def _evaluate(group, checkpoint):
+    # TensorFlow takes seconds to import: mistakes in flags come before.
     from lmscale import configuration
     from lmscale.distribution.strategies import make_strategy
     from lmscale.evaluation import evaluate_checkpoint
     from lmscale.workdir import Workdir
 
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)
     with Workdir(_WORKDIR.value, readonly=True) as workdir:
         if not workdir.config_path.exists():
             raise ValueError(
                 f"No run has started in {workdir.path}: it has no config.gin. Start one with lmscale.train."
             )
         config = configuration.load([str(workdir.config_path)], _GIN_PARAM.value)
-        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
-        report = evaluate_checkpoint(
-            config.experiment, workdir=workdir, strategy=strategy, split=_SPLIT.value, checkpoint=checkpoint
+        group.check_same("The configuration", config.text)
+        strategy = make_strategy(
+            cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value, group=group
         )
-    # JSON has neither NaN nor infinity.
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
-    print(json.dumps(finite, allow_nan=False))
-    return 0
+        return evaluate_checkpoint(
+            config.experiment,
+            workdir=workdir,
+            strategy=strategy,
+            split=_SPLIT.value,
+            checkpoint=checkpoint,
+            group=group,
+        )
 
 
 def run():

@@ -12,6 +12,7 @@ from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.token_files import PreparedData
 from lmscale.distribution import collectives
+from lmscale.distribution.process_group import ProcessGroup
 from lmscale.doing import doing
 from lmscale.metrics import progress
 from lmscale.model import Model
@@ -150,7 +151,7 @@ def evaluated_weights(experiment, model, *, step):
     return averages.in_place_of_weights(model, step=step)
 
 
-def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
+def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint, group=None):
     """Restores a checkpoint of a run and evaluates it exactly.
 
     Args:
@@ -159,6 +160,7 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
       strategy: `tf.distribute.Strategy`, of any number of devices.
       split: "train", "valid" or "test".
       checkpoint: a step as a string, "latest" or "best".
+      group: `ProcessGroup`, all of which call this; None for one process.
 
     Returns:
       {"split", "step", "loss_nats", "perplexity", "tokens", "vocab_size", "num_devices", "seconds"}.
@@ -167,12 +169,17 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
       ValueError: if there is no such checkpoint or split, or it does not fit the experiment; if averages are to be
         evaluated and no group keeps any.
     """
-    checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints, readonly=True)
-    step = {"latest": None, "best": checkpoints.best_step()}.get(checkpoint, checkpoint)
+    group = group or ProcessGroup()
+    checkpoints = Checkpoints(
+        workdir.checkpoints_dir, keep=experiment.keep_checkpoints, readonly=True, group=group
+    )
+    best = group.of_chief(checkpoints.best_step() if group.is_chief else None)
+    step = {"latest": None, "best": best}.get(checkpoint, checkpoint)
     if checkpoint == "best" and step is None:
         raise ValueError(f"No checkpoint of {workdir.path} has a validation loss. Pass --checkpoint=latest.")
     with doing(f"reading the data of {experiment.data_dir}"):
         data = PreparedData.open(experiment.data_dir)
+    group.check_same("The data", data.fingerprint)
     rows = f"{data.vocab_size:,} rows"
     with doing(f"building the model, with tables of {rows}"), strategy.scope():
         task = make_task(experiment, data=data, num_replicas=strategy.num_replicas_in_sync, training=False)
@@ -211,7 +218,12 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
     evaluator = Evaluator.of_experiment(experiment, model, strategy=strategy)
     with (
         doing(f"evaluating {split}"),
-        progress(total=batches.num_steps, initial=0, description=f"evaluating {split}") as show_step,
+        progress(
+            total=batches.num_steps,
+            initial=0,
+            description=f"evaluating {split}",
+            is_shown=group.is_chief,
+        ) as show_step,
         evaluated_weights(experiment, model, step=metadata["step"]),
     ):
         result = evaluator.evaluate(batches, on_step=show_step)
