@@ -9,6 +9,7 @@ from lmscale import keras_settings
 from lmscale.bodies.dropout import DropoutStream
 from lmscale.data.batches import Prefetcher
 from lmscale.distribution import collectives
+from lmscale.distribution.all_to_all import gather_on_hosts
 from lmscale.distribution.strategies import first_local_replica
 from lmscale.micro_batches import Gradients, accumulate
 from lmscale.model import Model
@@ -377,9 +378,8 @@ class Trainer:
 
     def _read_state(self, i):
         components = self.strategy.experimental_local_results(self._state[i])
-        return np.concatenate(
-            collectives.values_of_all(self.strategy, [component.read_value() for component in components])
-        )
+        own = np.concatenate([component.numpy() for component in components])
+        return np.concatenate(gather_on_hosts(self.strategy, own))
 
     def _write_state(self, i, rows, values):
         components = self.strategy.experimental_local_results(self._state[i])

@@ -114,15 +114,15 @@ def write_tensors(
         parts.mkdir()
     group.gather()
     try:
-        own, num_parts = _write_parts(parts, tensors, block_bytes=block_bytes, group=group)
+        own = _write_parts(parts, tensors, block_bytes=block_bytes, group=group)
     except tf.errors.OpError as error:
         raise _cannot_write(directory, error) from error
-    written = {number: file for of_process in group.gather(own) for number, file in of_process}
+    written = [part for of_process in group.gather(own) for part in of_process]
     if not group.is_chief:
         return {}
     try:
         tf.raw_ops.MergeV2Checkpoints(
-            checkpoint_prefixes=[str(parts / _part_name(number)) for number in range(num_parts)],
+            checkpoint_prefixes=[str(parts / name) for name, _ in written],
             destination_prefix=str(directory / PREFIX),
             delete_old_dirs=False,
             allow_missing_files=False,
@@ -130,7 +130,7 @@ def write_tensors(
     except tf.errors.OpError as error:
         raise _cannot_write(directory, error) from error
     shutil.rmtree(parts)
-    files = {_data_file(PREFIX, n, num_parts): written[n] for n in range(num_parts)}
+    files = {_data_file(PREFIX, i, len(written)): file for i, (_, file) in enumerate(written)}
     return files | checksums([directory / f"{PREFIX}.index"])
 
 
@@ -139,36 +139,52 @@ def _cannot_write(directory, error):
 
 
 def _write_parts(parts, tensors, *, block_bytes, group):
-    """([(number, {"bytes", "sha256"})] of the parts that this process has written, the number of all parts)."""
-    batches = list(_batches(tensors, block_bytes=block_bytes))
-    own = []
-    # All processes read all batches, since reading communicates; of as many as there are processes, each keeps one,
-    # and then all write at the same time.
-    for first in range(0, len(batches), group.size):
-        kept = None
-        for number in range(first, min(first + group.size, len(batches))):
-            rows = [_rows(parameter, start, stop) for parameter, _, start, stop in batches[number]]
-            if number % group.size == group.rank:
-                kept = number, rows
-        if kept is not None:
-            own.append((kept[0], _write_part(parts, *kept, batches[kept[0]])))
-    return own, len(batches)
+    """[(name, {"bytes", "sha256"})] of the parts that this process has written."""
+    written, batch, batch_bytes = [], [], 0
+
+    def write():
+        name = f"{group.rank:05d}_{len(written):06d}"
+        written.append((name, _write_part(parts, name, batch)))
+        batch.clear()
+
+    for parameter, stored in tensors:
+        for start, stop in _own_blocks(parameter, stored, group):
+            size = stored.num_bytes(start, stop)
+            if batch and batch_bytes + size > block_bytes:
+                write()
+                batch_bytes = 0
+            rows = _rows(parameter, start, stop)
+            if stop > start or not stored.shape or not stored.shape[0]:
+                batch.append((stored, start, stop, rows))
+                batch_bytes += size
+    if batch:
+        write()
+    return written
 
 
-def _write_part(parts, number, rows, batch):
+def _own_blocks(parameter, stored, group):
+    """The blocks that this process reads; of a sharded tensor as many as every other, some empty: all read at once."""
+    if group.size == 1:
+        yield from stored.blocks()
+    elif parameter.sharded:
+        blocks = list(stored.blocks())
+        for first in range(0, len(blocks), group.size):
+            own = blocks[first + group.rank : first + group.rank + 1]
+            yield own[0] if own else (0, 0)
+    elif group.is_chief:
+        yield from stored.blocks()
+
+
+def _write_part(parts, name, batch):
     with tf.device("CPU:0"):
         tf.raw_ops.SaveV2(
-            prefix=str(parts / _part_name(number)),
-            tensor_names=[stored.name for _, stored, _, _ in batch],
-            shape_and_slices=[stored.slice_spec(start, stop) for _, stored, start, stop in batch],
-            tensors=[tf.convert_to_tensor(x) for x in rows],
+            prefix=str(parts / name),
+            tensor_names=[stored.name for stored, _, _, _ in batch],
+            shape_and_slices=[stored.slice_spec(start, stop) for stored, start, stop, _ in batch],
+            tensors=[tf.convert_to_tensor(rows) for _, _, _, rows in batch],
         )
-    (file,) = checksums([parts / _data_file(_part_name(number), 0, 1)]).values()
+    (file,) = checksums([parts / _data_file(name, 0, 1)]).values()
     return file
-
-
-def _part_name(number):
-    return f"{number:06d}"
 
 
 def _data_file(prefix, number, count):

@@ -58,49 +58,6 @@ def all_reduce_sum(x):
     )
 
 
-def all_to_all(parts):
-    """Sends a tensor to each replica, and receives one from each. Only where one process has all the replicas.
-
-    Args:
-      parts: list of num_replicas tensors, the i-th for replica i. Their shapes may be dynamic, and differ from replica
-        to replica.
-
-    Returns:
-      List of num_replicas tensors, the i-th from replica i.
-
-    Communication: each part goes straight to its replica; a replica's own stays where it is.
-    """
-    if num_replicas() == 1:
-        return parts
-    context = tf.distribute.get_replica_context()
-    # sent[i][j] is for replica i, from replica j. Identities: one tensor that all replicas pass would arrive unwrapped.
-    sent = context.merge_call(
-        lambda strategy, *parts: [strategy.experimental_local_results(part) for part in parts],
-        args=[tf.identity(part) for part in parts],
-    )
-    return list(sent[replica_id()])
-
-
-def values_of_all(strategy, own):
-    """The tensors of all replicas, at every process. Outside `strategy.run`.
-
-    Args:
-      strategy: `tf.distribute.Strategy`.
-      own: list of tensors, one of each replica of this process; of the same shape in all.
-
-    Returns:
-      List of num_replicas numpy arrays.
-
-    Communication: between processes, an all-gather of the tensors.
-    """
-    if len(own) == strategy.num_replicas_in_sync:
-        return [x.numpy() for x in own]
-    of_replicas = strategy.experimental_distribute_values_from_function(
-        lambda context: own[context.replica_id_in_sync_group % len(own)][tf.newaxis]
-    )
-    return list(strategy.gather(of_replicas, axis=0).numpy())
-
-
 def local_variable(initial_value, *, dtype=None, name=None):
     """A variable with a value of its own on each replica, for `local_value`. Make it in the strategy's scope."""
     return tf.Variable(

@@ -4,12 +4,13 @@ import dataclasses
 
 import tensorflow as tf
 
-from lmscale.distribution import collectives
+from lmscale.distribution.all_to_all import AllToAll, all_to_all
 from lmscale.tables.exchange import Exchange, Route, StaticExchange
 
 
 @dataclasses.dataclass(frozen=True)
 class _AllToAllRoute(Route):
+    way: AllToAll  # of requests; rows take it back, gradients of rows go it again
     asked: list  # of each replica, [a_i] int32: rows of its shard that this replica wants, each once
     answered: list  # of each replica, [b_i] int32: rows of this shard that it wants, each once
     positions: tf.Tensor  # [n + s] int32: place of each id's row in the concatenation of `asked`
@@ -18,7 +19,7 @@ class _AllToAllRoute(Route):
 class AllToAllExchange(Exchange):
     """A distinct row goes once from its owner to each replica that asks for it, its summed gradient once back.
 
-    For the replicas of one process, in shapes that depend on the ids. Rows of a replica's own shard do not travel, and
+    In shapes that depend on the ids. Rows of a replica's own shard do not travel, and
     no row goes through a sum. Sums are taken in the order of the replicas: equal runs give equal bits.
 
     Communication, u the distinct ids of a replica: route, an all-to-all of [u] rows' numbers; fetch, one of [u] rows;
@@ -31,34 +32,30 @@ class AllToAllExchange(Exchange):
         asked = tf.dynamic_partition(placement.local_row(distinct), owners, placement.num_shards)
         order = tf.dynamic_partition(tf.range(tf.size(distinct)), owners, placement.num_shards)
         positions = tf.math.invert_permutation(tf.concat(order, axis=0))
+        way = all_to_all(
+            tf.stack([tf.size(rows) for rows in asked]), max_size=ids.shape[0] + shared_ids.shape[0]
+        )
         return _AllToAllRoute(
+            way=way,
             asked=asked,
-            answered=collectives.all_to_all(asked),
+            answered=way.send(asked)[0],
             positions=tf.gather(positions, indices),
         )
 
     def fetch(self, route, shards):
-        return [
-            tf.gather(
-                tf.concat(
-                    collectives.all_to_all([tf.gather(shard, rows) for rows in route.answered]), axis=0
-                ),
-                route.positions,
-            )
-            for shard in shards
-        ]
+        answers = [[tf.gather(shard, rows) for rows in route.answered] for shard in shards]
+        received = route.way.send_back(*answers)
+        return [tf.gather(tf.concat(rows, axis=0), route.positions) for rows in received]
 
     def collect(self, route, values):
         sizes = [tf.size(rows) for rows in route.asked]
+        own = [tf.math.unsorted_segment_sum(x, route.positions, tf.add_n(sizes)) for x in values]
+        received = route.way.send(*(tf.split(x, sizes) for x in own))
         local_rows, segments = tf.unique(tf.concat(route.answered, axis=0))
-        sums = []
-        for x in values:
-            own = tf.math.unsorted_segment_sum(x, route.positions, tf.add_n(sizes))
-            received = collectives.all_to_all(tf.split(own, sizes))
-            sums.append(
-                tf.math.unsorted_segment_sum(tf.concat(received, axis=0), segments, tf.size(local_rows))
-            )
-        return local_rows, sums
+        return local_rows, [
+            tf.math.unsorted_segment_sum(tf.concat(x, axis=0), segments, tf.size(local_rows))
+            for x in received
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,5 +94,4 @@ def choose_exchange(strategy, *, static_shapes):
         return StaticExchange()
     if strategy.num_replicas_in_sync == 1:
         return LocalExchange()
-    # merge_call, which AllToAllExchange needs, reaches the replicas of one process alone.
-    return AllToAllExchange() if isinstance(strategy, tf.distribute.MirroredStrategy) else StaticExchange()
+    return AllToAllExchange()

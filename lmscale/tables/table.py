@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from lmscale.distribution import collectives
+from lmscale.distribution.all_to_all import all_to_all_on_hosts, gather_on_hosts
 from lmscale.distribution.strategies import first_local_replica
 from lmscale.parameters.initializers import default_initializer, initial_rows
 from lmscale.tables.all_to_all import choose_exchange
@@ -327,24 +328,38 @@ class ShardedTable:
     def read_rows(self, name, start, stop):
         """Rows [start, stop) of the logical [vocab_size, ...] tensor `name` in id order, as a numpy array.
 
-        Every process must call it, and is given them.
+        Of several processes, each must call it, with a range of its own, which may be empty.
 
         Raises:
           ValueError: if there are no such rows.
 
-        Communication: `collectives.values_of_all` of the rows.
+        Communication: `all_to_all_on_hosts` of the rows, those of every range padded to the longest.
         """
         self._check_range(name, start, stop)
         n = self.placement.num_shards
-        first, last = start // n, -(-stop // n)
-        components = self._components(name)
+        components = [component for _, component in self._components(name)]
+        # Rows of each shard that hold a range, of which the first and the last may be partly of the range.
+        ranges = [
+            (first // n, -(-last // n))
+            for first, last in gather_on_hosts(self._strategy, np.array([start, stop]))
+        ]
+        longest = max(last - first for first, last in ranges)
         # Gathered and scattered, here and below: a slice of a variable copies the whole of it once scatter updates
         # have touched it.
-        blocks = collectives.values_of_all(
-            self._strategy, [tf.gather(component, tf.range(first, last)) for _, component in components]
-        )
-        rows = np.stack(blocks, axis=1).reshape((-1, *blocks[0].shape[1:]))
-        return rows[start - first * n : stop - first * n]
+        pieces = [
+            np.stack(
+                [
+                    tf.gather(x, tf.minimum(tf.range(first, first + longest), x.shape[0] - 1)).numpy()
+                    for x in components
+                ]
+            )
+            for first, _ in ranges
+        ]
+        received = all_to_all_on_hosts(self._strategy, pieces)
+        blocks = received[0] if len(received) == 1 else np.concatenate(received)  # [num_shards, longest, ...]
+        rows = np.swapaxes(blocks, 0, 1).reshape((-1, *blocks.shape[2:]))
+        offset = start - start // n * n
+        return rows[offset : offset + stop - start]
 
     def write_rows(self, name, start, values):
         """Writes rows [start, start + len(values)) of the logical tensor `name`: those that this process holds.

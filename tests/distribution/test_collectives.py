@@ -1,18 +1,9 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from replicas import run_everywhere
 
 from lmscale.distribution import collectives
-
-
-def _run(strategy, function, *, compiled):
-    """The results of a replica function, a list with one of each replica."""
-    run = tf.function(lambda: strategy.run(function)) if compiled else lambda: strategy.run(function)
-    results = run()
-    return [
-        tf.nest.map_structure(lambda x, i=i: np.asarray(strategy.experimental_local_results(x)[i]), results)
-        for i in range(strategy.num_replicas_in_sync)
-    ]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -26,21 +17,23 @@ def test_all_gather_concatenates_in_the_order_of_replicas(mirrored, num_replicas
     def gather():
         return collectives.all_gather(captured[collectives.replica_id()], axis=axis)
 
-    for result in _run(mirrored(num_replicas), gather, compiled=compiled):
+    for result in run_everywhere(mirrored(num_replicas), gather, compiled=compiled):
         np.testing.assert_array_equal(result, np.concatenate(values, axis=axis))
 
 
 @pytest.mark.parametrize("num_replicas", [2, 3])
 def test_all_gather_of_a_captured_tensor_and_of_integers(mirrored, num_replicas):
     captured = tf.constant([[7, 8]], tf.int32)
-    for result in _run(mirrored(num_replicas), lambda: collectives.all_gather(captured), compiled=True):
+    for result in run_everywhere(
+        mirrored(num_replicas), lambda: collectives.all_gather(captured), compiled=True
+    ):
         np.testing.assert_array_equal(result, [[7, 8]] * num_replicas)
         assert result.dtype == np.int32
 
 
 @pytest.mark.parametrize("num_replicas", [2, 3])
 def test_all_gather_of_nothing_is_nothing(mirrored, num_replicas):
-    for result in _run(
+    for result in run_everywhere(
         mirrored(num_replicas), lambda: collectives.all_gather(tf.zeros([0, 4])), compiled=True
     ):
         assert result.shape == (0, 4)
@@ -60,31 +53,11 @@ def test_all_reduce_sum_adds_over_the_replicas(mirrored, num_replicas, compiled)
         own = {name: x[collectives.replica_id()] for name, x in captured.items()}
         return collectives.all_reduce_sum([own, own["matrix"]]), collectives.all_reduce_sum(own["scalar"])
 
-    for (both, matrix), scalar in _run(mirrored(num_replicas), reduce, compiled=compiled):
+    for (both, matrix), scalar in run_everywhere(mirrored(num_replicas), reduce, compiled=compiled):
         for name, x in values.items():
             np.testing.assert_array_equal(both[name], x.sum(axis=0))
         np.testing.assert_array_equal(matrix, values["matrix"].sum(axis=0))
         np.testing.assert_array_equal(scalar, values["scalar"].sum())
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("num_replicas", [1, 2, 3])
-def test_all_to_all_transposes_parts_of_any_length(mirrored, num_replicas, compiled):
-    # Part j of replica i: i + j numbers.
-    parts = [
-        [np.full([i + j], 10 * i + j, np.int32) for j in range(num_replicas)] for i in range(num_replicas)
-    ]
-    # The same tensors on every replica, too.
-    captured = [tf.constant(j) for j in range(num_replicas)]
-
-    def exchange():
-        own = [tf.constant(x) for x in parts[collectives.replica_id()]]
-        return collectives.all_to_all(own), collectives.all_to_all(captured)
-
-    for j, (received, same) in enumerate(_run(mirrored(num_replicas), exchange, compiled=compiled)):
-        for i, part in enumerate(received):
-            np.testing.assert_array_equal(part, parts[i][j])
-        np.testing.assert_array_equal(same, [j] * num_replicas)
 
 
 @pytest.mark.parametrize("in_strategy", [False, True])
@@ -95,7 +68,6 @@ def test_one_replica_exchanges_nothing(mirrored, in_strategy):
         assert collectives.num_replicas() == 1
         assert collectives.replica_id() == 0
         assert collectives.all_gather(x) is x
-        assert collectives.all_to_all([x])[0] is x
         assert collectives.all_reduce_sum(x) is x
         nested = [x, {"x": x}]
         assert collectives.all_reduce_sum(nested) is nested
