@@ -88,10 +88,12 @@ def mvapich(surroundings):
 
 def pmi(surroundings):
     """A launcher of the PMI interface. Where it is Slurm or PALS, which agree about the rank, theirs are the hosts."""
+    if surroundings.has_any("PALS_RANKID") and not all(map(surroundings.has_any, (PMI.size, PMI.rank))):
+        return None
     cluster = _of_numbers(surroundings, PMI)
     if cluster is None or cluster.hosts is not None:
         return cluster
-    if surroundings.has_any("PALS_RANKID"):
+    if surroundings.number("PALS_RANKID") == cluster.rank:
         return pals(surroundings)
     if (step_size(surroundings), surroundings.number("SLURM_PROCID")) == (cluster.size, cluster.rank):
         return slurm_step(surroundings)
