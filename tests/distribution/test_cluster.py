@@ -246,6 +246,39 @@ def test_no_variable_that_is_missing_or_garbled_gives_another_cluster(name, valu
             assert not is_completed, where
 
 
+def test_any_mixture_of_values_gives_a_cluster_or_a_value_error():
+    generator = random.Random(0)
+    names = sorted({name for case in CASES.values() for name in case["environment"]})
+    values = [
+        "0",
+        "1",
+        "3",
+        "a",
+        "a,b",
+        "n[1-2]",
+        "1(x2)",
+        "{}",
+        "[1]",
+        '{"cluster": {"worker": [1]}}',
+        "²",
+        "[::1]:3",
+    ]
+    values += [
+        '{"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": [], "index": 0}}',
+        '{"cluster": {"workerpool0": ["a:1"]}, "task": {"type": {}, "index": 0}}',
+    ]
+    sizes = set()
+    for _ in range(3000):
+        environment = dict(generator.choice(list(CASES.values()))["environment"])
+        environment |= {generator.choice(names): generator.choice(values) for _ in range(3)}
+        found = outcome(environment)
+        sizes.add("error" if isinstance(found, str) else found.size)
+    assert {"error", 1, 2, 3, 4} <= sizes
+
+
+tf_config_of_one = {"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 0}}
+
+
 @pytest.mark.parametrize(
     ("name", "variable", "value"),
     [
@@ -275,7 +308,10 @@ def test_no_variable_that_is_missing_or_garbled_gives_another_cluster(name, valu
         ("pals_pbs_two_nodes", "HOSTNAME", "x4000c0s0b0n0"),
         ("lsf_jsrun", "JSM_NAMESPACE_RANK", "4"),
         ("lsf_jsrun", "JSM_NAMESPACE_LOCAL_RANK", "1"),
+        ("lsf_jsrun", "JSM_NAMESPACE_LOCAL_SIZE", "2"),
         ("lsf_jsrun", "HOSTNAME", "10.10.10.2"),
+        ("tpu_vm_four_workers", "TPU_WORKER_HOSTNAMES", "n[1-4],a,b,c"),
+        ("tpu_vm_four_workers", "TPU_WORKER_HOSTNAMES", "a,,b,c"),
         ("tpu_vm_four_workers", "TPU_WORKER_ID", "4"),
         ("tpu_vm_four_workers", "MEGASCALE_NUM_SLICES", "2"),
         ("sagemaker_two_hosts", "SM_CURRENT_HOST", "algo-3"),
@@ -290,6 +326,7 @@ def test_no_variable_that_is_missing_or_garbled_gives_another_cluster(name, valu
         ("kubeflow_trainer_v2_torch_runtime", "PET_MASTER_ADDR", "job-master"),
         ("kubeflow_trainer_v2_torch_runtime", "HOSTNAME", "job-worker-1"),
         ("precedence_tf_config_over_slurm", "SLURM_PROCID", "0"),
+        ("slurm_srun_one_task_per_node", "TF_CONFIG", json.dumps(tf_config_of_one)),
     ],
 )
 def test_contradictions_are_errors_that_name_the_variable(name, variable, value):
@@ -576,6 +613,9 @@ def test_processes_of_other_launchers_agree(launcher, size):
         assert cluster.hosts[rank] == expected
         assert cluster.rank == rank
         clusters.append(cluster)
+        if launcher in ("lws", "jobset"):
+            with pytest.raises(ValueError, match=r"HOSTNAME must be the pod's name.* HOSTNAME=other"):
+                find(environment | {"HOSTNAME": "other"})
     check_whole(clusters)
 
 
@@ -625,6 +665,11 @@ def test_launchers_that_give_numbers_only(source):
     with pytest.raises(ValueError, match=rf"{rank} must be below {size}\. Received: {rank}=4, {size}=4"):
         find(environment | {rank: "4"})
     assert find(others | {size: "1", rank: "0"}).size == 1
+    if source == "AWS Batch":
+        with pytest.raises(
+            ValueError, match=r"AWS_BATCH_JOB_MAIN_NODE_INDEX must agree with rank 0.*INDEX=2"
+        ):
+            find(environment | {"AWS_BATCH_JOB_MAIN_NODE_INDEX": "2"})
 
 
 @pytest.mark.parametrize("source", [name for name, names in NUMBERS.items() if names[2]])
@@ -660,10 +705,60 @@ def test_what_runs_inside_of_a_launch_comes_first():
     other = find(slurm | {"PMI_SIZE": "3", "PMI_RANK": "1"})
     assert (other.source, other.rank, other.hosts) == ("PMI", 1, None)
     assert find(slurm | {"PMI_SIZE": "1", "PMI_RANK": "0"}) == find(slurm)
+    # A step's PMI of one is no launch: TF_CONFIG is compared with the step.
+    config = CASES["precedence_tf_config_over_slurm"]["environment"]["TF_CONFIG"]
+    with pytest.raises(ValueError, match="rank 1 of 3 from TF_CONFIG, rank 0 of 3 from Slurm"):
+        find(slurm | {"TF_CONFIG": config, "PMI_SIZE": "1", "PMI_RANK": "1"})
+    mpi = {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "1"}
+    assert find(slurm | mpi | {"TF_CONFIG": config}).source == "TF_CONFIG"
+    with pytest.raises(ValueError, match="rank 1 of 3 from TF_CONFIG, rank 2 of 3 from Open MPI"):
+        find(slurm | mpi | {"TF_CONFIG": config, "OMPI_COMM_WORLD_RANK": "2"})
     pals = CASES["pals_pbs_two_nodes"]["environment"]
+    assert find_case("pals_pbs_two_nodes", slurm | pals).source == "PALS"
+    inside = find_case("pals_pbs_two_nodes", pals | {"PMI_SIZE": "24", "PMI_RANK": "12"})
+    assert (inside.source, inside.rank, inside.hosts) == ("PMI", 12, None)
     assert find_case("pals_pbs_two_nodes", pals | {"PMI_SIZE": "24", "PMI_RANK": "13"}) == find_case(
         "pals_pbs_two_nodes"
     )
+
+
+@pytest.mark.parametrize("name", ["PMI_SIZE", "PALS_NRANKS", "PALS_APSIZE"])
+def test_a_number_of_pals_processes_is_believed(name):
+    environment = CASES["pals_pbs_two_nodes"]["environment"]
+    expected = find_case("pals_pbs_two_nodes")
+    assert find_case("pals_pbs_two_nodes", environment | {name: "24", "PALS_LOCAL_SIZE": ""}) == expected
+    # The last host has fewer.
+    uneven = find_case("pals_pbs_two_nodes", environment | {name: "20"})
+    assert (uneven.size, uneven.rank, uneven.hosts) == (20, 13, None)
+    with pytest.raises(ValueError, match="PBS_NODEFILE has 2 hosts, and how 20 processes"):
+        uneven.check_reachable()
+
+
+@pytest.mark.parametrize("distribution", ["plane=2", "arbitrary", "*"])
+def test_slurm_distributions_that_make_no_difference(distribution):
+    environment = CASES["slurm_node2_before_node10"]["environment"] | {"SLURM_DISTRIBUTION": distribution}
+    assert find(environment) == find_case("slurm_node2_before_node10")
+    assert find(slurm_of_one_node(0, 3) | {"SLURM_DISTRIBUTION": distribution}).size == 3
+
+
+def test_a_tpu_host_alone_asks_nobody():
+    asked = []
+    environment = {"TPU_WORKER_ID": "0", "TPU_HOST_BOUNDS": "1,1,1"}
+    assert find_cluster(environment, read_metadata=asked.append).size == 1
+    assert (
+        find_cluster({"TPU_NAME": "local", "TPU_ACCELERATOR_TYPE": "v5"}, read_metadata=asked.append).size
+        == 1
+    )
+    assert asked == []
+    with pytest.raises(ValueError, match="TPU_WORKER_HOSTNAMES must be set"):
+        find_cluster({"TPU_WORKER_ID": "0"}, read_metadata=asked.append)
+    assert asked == ["worker-network-endpoints"]
+
+
+def test_the_name_of_a_host_that_runs_all_processes():
+    environment = {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALNRANKS": "2"}
+    assert find(environment | {"PMIX_HOSTNAME": "a"}).hosts == ("a", "a")
+    assert find(environment | {"PMIX_HOSTNAME": "a", "SLURMD_NODENAME": "b"}).hosts == ("b", "b")
 
 
 def test_more_tasks_than_run_are_warned_about():
@@ -852,17 +947,21 @@ def test_host_lists_against_another_implementation():
 def test_lists_against_tensorflows():
     from tensorflow.python.distribute.cluster_resolver import slurm_cluster_resolver
 
-    compared = 0
+    differing = []
     for row in CASES["slurm_hostlist_table"]["expect"]["table"]:
-        if "own, run" not in row["from"] and row["value"].count("[") <= row["value"].count(",") + 1:
-            try:
-                theirs = slurm_cluster_resolver.expand_hostlist(row["value"])
-            except ValueError:
-                continue  # It takes no second bracket, and no blanks.
-            if theirs == row["hosts"]:
-                assert expand_hosts(row["value"], name="") == theirs
-                compared += 1
-    assert compared >= 8
+        try:
+            theirs = slurm_cluster_resolver.expand_hostlist(row["value"])
+        except ValueError:
+            theirs = None
+        if theirs != expand_hosts(row["value"], name=""):
+            differing.append(row["value"])
+    # It takes no second bracket, and blanks for a part of the name.
+    assert differing == [
+        "rack[0-1]_blade[0-1]",
+        "n[1-2][01-02]",
+        "rack[1-2]_blade[01-03],ln5",
+        "alpha beta gamma",
+    ]
     for row in CASES["slurm_tasks_per_node_table"]["expect"]["table"]:
         assert slurm_cluster_resolver.expand_tasks_per_node(row["value"]) == expand_tasks(
             row["value"], name=""
@@ -907,6 +1006,7 @@ def cluster_on_one_host(size, rank, source="Open MPI"):
         ("Slurm", {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_PER_TASK": "2"}, [("0", "1"), ("2", "3")]),
         ("Slurm", {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_GPUS": "2,5"}, [("0",), ("1",)]),
         # A launcher inside of the step divides what the step has.
+        ("PMI", {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_GPUS": "0,1,2,3"}, [("0",), ("1",)]),
         ("PMI", {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}, [("0",), ("1",)]),
     ],
 )
@@ -922,6 +1022,8 @@ def test_gpus_that_cannot_be_divided():
         (2, 3),
         (4, 5),
     ]
+    unknown = dataclasses.replace(cluster_on_one_host(2, 1, "Flux"), local_size=None)
+    assert gpus_of_process({"CUDA_VISIBLE_DEVICES": "0,1"}, unknown) == ("0", "1")
     flags = find({}, coordinator="a:1", num_processes=2, process_id=1)
     assert share_of_process("ab", flags) == ("a", "b")
 
@@ -960,3 +1062,13 @@ def test_a_file_is_read(tmp_path):
     path = tmp_path / "ranks"
     path.write_text(case["files"]["/tmp/lsb_djob_rankfile"])
     assert find_cluster(case["environment"] | {"LSB_DJOB_RANKFILE": str(path)}) == find_case("lsf_jsrun")
+
+
+def test_the_page_has_every_variable_that_is_read():
+    root = Path(__file__).parents[2]
+    package = root / "lmscale" / "distribution" / "clusters"
+    source = "\n".join(path.read_text(encoding="utf-8") for path in package.glob("*.py"))
+    read = set(re.findall(r"\"([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|RANK|SUBDOMAIN|HOSTNAME)\"", source))
+    assert len(read) >= 70
+    page = (root / "docs" / "environments.md").read_text(encoding="utf-8")
+    assert sorted(name for name in read if not re.search(rf"\b{name}\b", page)) == []

@@ -1,10 +1,10 @@
 """Hosts of clouds that list each other: TPU slices, SageMaker."""
 
 from lmscale.distribution.clusters.addresses import PORT_OF_POD
+from lmscale.distribution.clusters.surroundings import PASS_FLAGS
 
 # What TensorFlow itself takes on SageMaker's hosts.
 PORT_OF_SAGEMAKER = 2223
-FLAGS = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I, which win over the environment"
 
 
 def tpu(surroundings):
@@ -25,18 +25,18 @@ def tpu(surroundings):
         surroundings.required("TPU_WORKER_HOSTNAMES", because="TPU_WORKER_ID is set")
         raise ValueError(
             "TPU_WORKER_HOSTNAMES must be names or addresses with commas between them. Received: "
-            f"{names!r}. See to the launcher; or {FLAGS}."
+            f"{names!r}. See to the launcher; or {PASS_FLAGS}."
         )
     if any("[" in host or "]" in host or " " in host for host in hosts):
         raise ValueError(
             "TPU_WORKER_HOSTNAMES must be names or addresses, without brackets and blanks. Received: "
-            f"{names!r}. See to the launcher; or {FLAGS}."
+            f"{names!r}. See to the launcher; or {PASS_FLAGS}."
         )
     slices = surroundings.number("MEGASCALE_NUM_SLICES") or 1
     if slices > 1:
         raise ValueError(
             "MEGASCALE_NUM_SLICES must be 1: TPU_WORKER_HOSTNAMES lists the hosts of a slice only. Received: "
-            f"{slices}. Use one slice; or {FLAGS}."
+            f"{slices}. Use one slice; or {PASS_FLAGS}."
         )
     rank = surroundings.number("TPU_WORKER_ID")
     if rank is None and len(hosts) > 1:
@@ -48,7 +48,7 @@ def tpu(surroundings):
     if rank >= len(hosts):
         raise ValueError(
             "TPU_WORKER_ID must be below the number of TPU_WORKER_HOSTNAMES. Received: "
-            f"TPU_WORKER_ID={rank}, {len(hosts)} hosts in {names!r}. See to the launcher; or {FLAGS}."
+            f"TPU_WORKER_ID={rank}, {len(hosts)} hosts in {names!r}. See to the launcher; or {PASS_FLAGS}."
         )
     return surroundings.cluster("TPU", rank=rank, hosts=hosts, start=PORT_OF_POD)
 
@@ -64,7 +64,7 @@ def sagemaker(surroundings):
     hosts = surroundings.json("SM_HOSTS", kind=list)
     if not all(isinstance(host, str) and host for host in hosts) or len(set(hosts)) != len(hosts):
         raise ValueError(
-            f"SM_HOSTS must be a list of names, each of them once. Received: {hosts}. See to the job; or {FLAGS}."
+            f"SM_HOSTS must be a list of names, each of them once. Received: {hosts}. See to the job; or {PASS_FLAGS}."
         )
     if len(hosts) < 2:
         return surroundings.one_process("SageMaker", host=hosts[0] if hosts else None)
@@ -72,6 +72,6 @@ def sagemaker(surroundings):
     if host not in hosts:
         raise ValueError(
             f"SM_CURRENT_HOST must be one of SM_HOSTS. Received: SM_CURRENT_HOST={host!r}, SM_HOSTS={hosts}. See to "
-            f"the job; or {FLAGS}."
+            f"the job; or {PASS_FLAGS}."
         )
     return surroundings.cluster("SageMaker", rank=hosts.index(host), hosts=hosts, start=PORT_OF_SAGEMAKER)

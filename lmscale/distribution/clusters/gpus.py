@@ -31,7 +31,8 @@ def visible_gpus(environment: Mapping[str, str]) -> tuple[str, ...] | None:
 def gpus_of_process(environment: Mapping[str, str], cluster: Cluster) -> tuple[str, ...] | None:
     """The entries of CUDA_VISIBLE_DEVICES that are for this process.
 
-    All of them, but where several processes of a host see the same list: then an equal share, by local rank.
+    All of them, but where several processes of a host see the same list: then an equal share, by local rank. Where the
+    cluster does not know about the processes of a host, there is taken to be one.
 
     Args:
       environment: {name: value}.

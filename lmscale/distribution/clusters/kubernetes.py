@@ -3,8 +3,7 @@
 import re
 
 from lmscale.distribution.clusters.addresses import PORT_OF_POD, split_address
-
-FLAGS = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I, which win over the environment"
+from lmscale.distribution.clusters.surroundings import PASS_FLAGS
 
 
 def leader_worker_set(surroundings):
@@ -68,7 +67,7 @@ def jobset(surroundings):
         raise ValueError(
             "JOB_INDEX must be 0: a run is one job of a JobSet, with a pod for each process. Received: "
             f"JOB_INDEX={job}. Set the replicas of the replicated job to 1, and its parallelism to the number of "
-            f"processes; or {FLAGS}."
+            f"processes; or {PASS_FLAGS}."
         )
     domain = surroundings.text("SUBDOMAIN") or jobset_name
     hosts = [f"{jobset_name}-{job_name}-{job}-{pod}.{domain}" for pod in range(size)]
@@ -110,7 +109,8 @@ def _count_and_index(surroundings):
         raise ValueError(
             "NUM_PROCESSES must be set where JOB_COMPLETION_INDEX is: the number of processes is unknown. Received: "
             f"none; this pod has completion index {rank}{', so there are others' if rank else ''}. Set NUM_PROCESSES "
-            "to the number of completions in the manifest, and SUBDOMAIN to the name of the headless service."
+            "to the number of completions in the manifest, and SUBDOMAIN to the name of the headless service; or pass "
+            "--num_processes=1, if there is one."
         )
     if rank >= size:
         raise ValueError(
@@ -146,5 +146,5 @@ def _check_pod_name(surroundings, host, *, of):
     if _pod_name(surroundings) != expected:
         raise ValueError(
             f"HOSTNAME must be the pod's name, as {of} have it. Received: HOSTNAME={_pod_name(surroundings)}, and "
-            f"{expected} from the others. Correct the manifest; or {FLAGS}."
+            f"{expected} from the others. Correct the manifest; or {PASS_FLAGS}."
         )

@@ -4,8 +4,7 @@ import dataclasses
 
 from lmscale.distribution.clusters.addresses import is_same_host, port_of_job
 from lmscale.distribution.clusters.slurm import slurm_step, step_size
-
-FLAGS = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I, which win over the environment"
+from lmscale.distribution.clusters.surroundings import PASS_FLAGS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,10 +87,12 @@ def mvapich(surroundings):
 
 def pmi(surroundings):
     """A launcher of the PMI interface. Where it is Slurm or PALS, which agree about the rank, theirs are the hosts."""
+    if surroundings.has_any("PALS_RANKID") and not all(map(surroundings.has_any, (PMI.size, PMI.rank))):
+        return None
     cluster = _of_numbers(surroundings, PMI)
     if cluster is None or cluster.hosts is not None:
         return cluster
-    if surroundings.has_any("PALS_RANKID"):
+    if surroundings.number("PALS_RANKID") == cluster.rank:
         return pals(surroundings)
     if (step_size(surroundings), surroundings.number("SLURM_PROCID")) == (cluster.size, cluster.rank):
         return slurm_step(surroundings)
@@ -120,6 +121,7 @@ def rank_and_world_size(surroundings):
 
 def aws_batch(surroundings):
     """A multi-node job of AWS Batch, which tells the main node's address to the other nodes, and no other."""
+    surroundings.check_equal("AWS_BATCH_JOB_MAIN_NODE_INDEX", 0, of="rank 0, which must be the main node")
     return _of_numbers(surroundings, AWS_BATCH)
 
 
@@ -137,12 +139,12 @@ def _of_numbers(surroundings, names):
     if local_size is not None and not 1 <= local_size <= size:
         raise ValueError(
             f"{names.local_size} must be from 1 to {names.size}. Received: {names.local_size}={local_size}, "
-            f"{names.size}={size}. See to the launcher; or {FLAGS}."
+            f"{names.size}={size}. See to the launcher; or {PASS_FLAGS}."
         )
     if local_rank is not None and local_rank >= (local_size or size):
         raise ValueError(
             f"{names.local_rank} must be below the number of processes of a host. Received: "
-            f"{names.local_rank}={local_rank} of {local_size or size}. See to the launcher; or {FLAGS}."
+            f"{names.local_rank}={local_rank} of {local_size or size}. See to the launcher; or {PASS_FLAGS}."
         )
     if local_size == size:
         if names.local_rank:
@@ -212,13 +214,13 @@ def pals(surroundings):
         if not nodes:
             raise ValueError(
                 "PBS_NODEFILE must be a file of the job's hosts. Received: "
-                f"{surroundings.text('PBS_NODEFILE')!r}, which cannot be read or is empty. See to it; or {FLAGS}."
+                f"{surroundings.text('PBS_NODEFILE')!r}, which cannot be read or is empty. See to it; or {PASS_FLAGS}."
             )
         size = local_size * len(nodes)
     if rank >= size:
         raise ValueError(
             "PALS_RANKID must be below the number of processes, which PALS_LOCAL_SIZE and the hosts of PBS_NODEFILE "
-            f"amount to, or PMI_SIZE. Received: PALS_RANKID={rank} of {size}. See to the launcher; or {FLAGS}."
+            f"amount to, or PMI_SIZE. Received: PALS_RANKID={rank} of {size}. See to the launcher; or {PASS_FLAGS}."
         )
     local_rank = surroundings.number("PALS_LOCAL_RANKID")
     if not nodes or local_size is None or local_size * len(nodes) != size:
@@ -269,5 +271,5 @@ def _check_this_host(surroundings, hosts, rank, *, of):
     if any(is_same_host(name, host) for host in hosts) and not is_same_host(name, hosts[rank]):
         raise ValueError(
             f"HOSTNAME, this host's name, must agree with the hosts of {of}, in the order of ranks. Received: {name}, "
-            f"and {hosts[rank]} for rank {rank}. See to the launcher; or {FLAGS}."
+            f"and {hosts[rank]} for rank {rank}. See to the launcher; or {PASS_FLAGS}."
         )

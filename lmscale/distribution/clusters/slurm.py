@@ -6,9 +6,9 @@ stay in the environment of what other launchers start.
 
 from lmscale.distribution.clusters.addresses import is_same_host, local_ranks, port_of_job
 from lmscale.distribution.clusters.slurm_lists import expand_hosts, expand_tasks
+from lmscale.distribution.clusters.surroundings import PASS_FLAGS
 
 NODES, TASKS, NUM_TASKS = "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"
-PASS_FLAGS = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I, which win over the environment"
 
 
 def slurm_step(surroundings):

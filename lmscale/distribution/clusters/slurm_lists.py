@@ -4,6 +4,8 @@ import itertools
 import math
 import re
 
+from lmscale.distribution.clusters.surroundings import PASS_FLAGS
+
 # More than any machine has: a list that is longer is a mistake, and would fill the memory.
 MOST_ENTRIES = 1_000_000
 
@@ -55,8 +57,7 @@ def _expand_bracket(bracket, text, name):
 def _bad_list(text, name):
     return ValueError(
         f"{name} must be a list of hosts as Slurm writes it, such as node[001-003,7],gpu-a1. Received: "
-        f"{name}={text!r}. See to the launcher; or pass --coordinator=HOST:PORT --num_processes=N --process_id=I, "
-        "which win over the environment."
+        f"{name}={text!r}. See to the launcher; or {PASS_FLAGS}."
     )
 
 

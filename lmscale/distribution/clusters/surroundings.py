@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping
 from lmscale.distribution.clusters.addresses import computed_addresses, local_ranks
 from lmscale.distribution.clusters.description import Cluster
 
+# What messages advise where a launcher's variables are of no use.
+PASS_FLAGS = "pass --coordinator=HOST:PORT --num_processes=N --process_id=I, which win over the environment"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Surroundings:
@@ -48,8 +51,7 @@ class Surroundings:
         if text is None:
             raise ValueError(
                 f"{name} must be set: {because}. Received: none. Start the processes with the launcher, which sets "
-                f"it; or pass --coordinator=HOST:PORT --num_processes=N --process_id=I, which win over the "
-                "environment; or --num_processes=1 for one process alone."
+                f"it; or {PASS_FLAGS}, as --num_processes=1 does for one process alone."
             )
         return text
 
@@ -106,8 +108,7 @@ class Surroundings:
         if number is not None and number != expected:
             raise ValueError(
                 f"{name} must agree with {of}. Received: {name}={number}, and {expected} from the other. See to the "
-                "launcher; or pass --coordinator=HOST:PORT --num_processes=N --process_id=I, which win over the "
-                "environment."
+                f"launcher; or {PASS_FLAGS}."
             )
 
     def json(self, name: str, *, kind: type) -> object:
