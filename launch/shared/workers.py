@@ -25,20 +25,28 @@ FIRST_PORT = 2222
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=30")
 
 
+def _handle_signals(handler):
+    """Sets a handler, but not of what was ignored at the start, as nohup ignores SIGHUP: that stays so."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 # -------------------------------------------------------------------------------------------------------- The keeper
 
 
 def keep(command, grace_secs):
     """Runs a command in a session of its own, and returns its exit code; 128 + n when signal n ended it."""
-    for number in SIGNALS:  # Handled, not ignored: what is ignored would be so for the command as well.
-        signal.signal(number, lambda number, frame: None)
+    _handle_signals(lambda number, frame: None)  # Ignored, they would be ignored by the command as well.
     libc = ctypes.CDLL(None)
     try:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=lambda: libc.prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: should the keeper be killed.
+            preexec_fn=lambda: libc.prctl(
+                1, signal.SIGKILL
+            ),  # PR_SET_PDEATHSIG: should the keeper be killed.
         )
     except OSError as error:
         print(f"error: {command[0]}: {error.strerror}", file=sys.stderr)
@@ -77,10 +85,7 @@ def _signal_group(group, number):
 def supervise(keepers, grace_secs):
     """Runs keepers side by side until all have ended; returns the exit code of the first that failed, or 0."""
     requests = []
-    for number in SIGNALS:
-        # One that was ignored at the start, as nohup ignores SIGHUP, stays ignored.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: requests.append(signal.Signals(number).name))
+    _handle_signals(lambda number, frame: requests.append(signal.Signals(number).name))
     processes = []
     try:
         for keeper in keepers:
@@ -207,11 +212,13 @@ def parse_hosts(text):
     destinations, addresses = [], []
     for entry in entries:
         user, at, address = entry.rpartition("@")
-        host, port = address, ""
+        host, port = address, None
         if ":" in address.rpartition("]")[2]:  # Of IPv6 only with brackets: [fe80::1]:2222.
             host, _, port = address.rpartition(":")
-        if not host or host.startswith("-") or any(mark in host for mark in " \t,") or not _is_port(port):
-            raise ValueError(f"A host must be HOST, HOST:PORT or USER@HOST:PORT. Received: {entry!r} of {text!r}")
+        if not _is_name(user or "me") or not _is_name(host) or not _is_port(port):
+            raise ValueError(
+                f"A host must be HOST, HOST:PORT or USER@HOST:PORT. Received: {entry!r} of {text!r}"
+            )
         # Processes of one host, without ports given, must not take the same.
         port = port or str(FIRST_PORT + sum(other.rpartition(":")[0] == host for other in addresses))
         destinations.append(user + at + host.strip("[]"))
@@ -223,8 +230,13 @@ def parse_hosts(text):
     return destinations, addresses
 
 
+def _is_name(text):
+    """Whether ssh takes it for a name, and not for one of its flags."""
+    return text != "" and not text.startswith("-") and not any(mark.isspace() for mark in text)
+
+
 def _is_port(text):
-    return not text or (text.isdigit() and 0 < int(text) < 65536)
+    return text is None or (text.isdecimal() and 0 < int(text) < 65536)
 
 
 def main(kind, argument, grace_secs, action, *command):
