@@ -3,7 +3,7 @@
 #
 # Usage: launch/vertex.sh --region=REGION --image=URI --machine_type=TYPE [--accelerator=TYPE:COUNT]
 #                         [--num_processes=N] [--name=NAME] [--print] -- COMMAND ...
-#   launch/vertex.sh --region=europe-west4 --image=europe-docker.pkg.dev/me/lm/lmscale --machine_type=a2-highgpu-1g \
+#   launch/vertex.sh --region=europe-west4 --image=registry.example/lmscale --machine_type=a2-highgpu-1g \
 #     --accelerator=NVIDIA_TESLA_A100:1 --num_processes=4 -- \
 #     lmscale-train --gin_file=quickstart.gin --workdir=/gcs/my-bucket/runs/vertex
 #

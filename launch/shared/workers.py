@@ -7,6 +7,7 @@ A keeper reads signals by name from its standard input and passes them on; when 
 gone, and so it ends its process. So nothing is left behind, even when this script is killed or a connection breaks.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -73,10 +74,8 @@ def _pass_signals_on(group, grace_secs):
 
 
 def _signal_group(group, number):
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
-    except ProcessLookupError:
-        pass
 
 
 # ---------------------------------------------------------------------------------------------------- The supervisor
@@ -137,10 +136,8 @@ def _until_all_end(processes, requests, grace_secs):
 
 
 def _tell(process, name):
-    try:
+    with contextlib.suppress(BrokenPipeError):  # It may just have ended.
         process.stdin.write(f"{name}\n".encode())
-    except BrokenPipeError:  # It has just ended.
-        pass
 
 
 class Lines:

@@ -1,4 +1,4 @@
-"""local_workers.sh and ssh_workers.sh, really run, with small commands: output, exit codes, signals, and what is left."""
+"""local_workers.sh and ssh_workers.sh, run with small commands: output, exit codes, signals, and what is left."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 from launching import LAUNCH, check_golden, environment, processes_with, run, stand_in
@@ -308,7 +309,7 @@ def test_a_keeper_killed_leaves_nothing(local):
     (keeper,) = [
         pid
         for pid in map(int, children_of(process.pid))
-        if '"index":1' in open(f"/proc/{pid}/cmdline").read()
+        if '"index":1' in Path(f"/proc/{pid}/cmdline").read_text()
     ]
     os.kill(keeper, signal.SIGKILL)
     process.communicate(timeout=30)
@@ -317,7 +318,7 @@ def test_a_keeper_killed_leaves_nothing(local):
 
 
 def children_of(pid):
-    return open(f"/proc/{pid}/task/{pid}/children").read().split()
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_what_a_command_has_started_ends_with_it(launcher):
