@@ -132,6 +132,7 @@ def test_slurm_starts_the_tasks(slurm):
     [
         *[(0, None, False), (1, None, False), (2, None, False), (3, None, False), (143, None, False)],
         *[(75, None, True), (75, "99", True), (69, None, True), (69, "9", True), (69, "10", False)],
+        *[(138, None, True), (138, "10", False)],
     ],
 )
 def test_slurm_queues_again_what_can_go_on(slurm, code, restarts, again):
