@@ -45,9 +45,8 @@ def keep(command, grace_secs):
             command,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=lambda: libc.prctl(
-                1, signal.SIGKILL
-            ),  # PR_SET_PDEATHSIG: should the keeper be killed.
+            # PR_SET_PDEATHSIG: should the keeper be killed, so is the command.
+            preexec_fn=lambda: libc.prctl(1, signal.SIGKILL),
         )
     except OSError as error:
         print(f"error: {command[0]}: {error.strerror}", file=sys.stderr)
