@@ -76,6 +76,7 @@ def test_every_block_is_closed_and_of_a_kind_that_is_checked():
         elif not is_gin(text):  # Each block of gin is run too.
             for line in text.replace("\\\n", " ").splitlines():
                 starts = "launch/", "source .venv/bin/activate", "python -m lmscale.", "lmscale-"
+                starts += "sbatch --", "kubectl apply -f launch/"
                 assert line.startswith(starts), line
 
 
@@ -132,6 +133,8 @@ def test_commands_use_flags_that_exist():
 
 def test_flags_of_the_text_exist():
     known = set().union(*map(defined_flags, COMMANDS)) | {"help", "logdir", "signal"}
+    for script in (ROOT / "launch").glob("*.s*"):
+        known |= set(re.findall(r"--(\w+)", script.read_text(encoding="utf-8")))
     mentioned = {
         flag for span in re.findall(r"`([^`\n]*)`", ALL_PROSE) for flag in re.findall(r"--(\w+)", span)
     }
