@@ -8,6 +8,7 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,12 +105,17 @@ def train_arguments(
 class Process:
     """A command of lmscale in a process of its own."""
 
-    def __init__(self, module, arguments, *, log):
-        """Starts `python -m module *arguments`; what it prints goes to files whose names start with `log`."""
+    def __init__(self, module, arguments, *, log, variables=None):
+        """Starts `python -m module *arguments`; what it prints goes to files whose names start with `log`.
+
+        `variables` of the environment come on top of this process's.
+        """
         self._paths = [Path(f"{log}.{name}") for name in ("stdout", "stderr")]
         self._paths[0].parent.mkdir(parents=True, exist_ok=True)
         files = [path.open("w") for path in self._paths]
-        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""}
+        environment = (
+            os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""} | (variables or {})
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
@@ -157,6 +163,53 @@ class Process:
                 raise AssertionError(f"condition not met in {DEADLINE_SECS} s:\n{self.stderr}")
             time.sleep(poll_secs)
         return value
+
+
+def free_ports(count):
+    """Ports of the loopback interface that nobody listens at just now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def start_processes(count, module, arguments, *, log):
+    """Starts a command as the processes of one run on this machine, with --cpu_devices=1 each.
+
+    Args:
+      count: number of processes.
+      module, arguments: as of `Process`; or, for the arguments, a function of the rank that returns them.
+      log: as of `Process`, for each with its rank behind it.
+
+    Returns:
+      List of `Process`, by rank.
+    """
+    arguments_of = arguments if callable(arguments) else lambda rank: arguments
+    (port,) = free_ports(1)
+    return [
+        Process(
+            module,
+            [
+                *arguments_of(rank),
+                "--cpu_devices=1",
+                f"--coordinator=127.0.0.1:{port}",
+                f"--num_processes={count}",
+                f"--process_id={rank}",
+            ],
+            log=f"{log}.{rank}",
+        )
+        for rank in range(count)
+    ]
+
+
+def wait_for_all(processes):
+    """The exit codes of all, by rank."""
+    try:
+        return [process.wait() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @functools.cache
