@@ -301,8 +301,13 @@ def checkpoint_steps(workdir):
 
 
 def tensors(workdir, step):
-    """{name: array} of a checkpoint, read by TensorFlow alone."""
-    reader = tf.train.load_checkpoint(str(Path(workdir) / "checkpoints" / f"step_{step:08d}" / "tensors"))
+    """{name: array} of a run's checkpoint, read by TensorFlow alone."""
+    return tensors_of(Path(workdir) / "checkpoints" / f"step_{step:08d}")
+
+
+def tensors_of(folder):
+    """{name: array} of one checkpoint, read by TensorFlow alone."""
+    reader = tf.train.load_checkpoint(str(folder / "tensors"))
     return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
 
