@@ -13,6 +13,7 @@ from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.token_files import PreparedData
 from lmscale.distribution import collectives
 from lmscale.distribution.process_group import ProcessGroup
+from lmscale.distribution.strategies import first_local_replica
 from lmscale.doing import doing
 from lmscale.metrics import progress
 from lmscale.model import Model
@@ -57,6 +58,12 @@ class Evaluator:
         self._seed = seed
         self._num_replicas = strategy.num_replicas_in_sync
         self._per_replica_batch_size = -(-batch_size // self._num_replicas)
+        num_local = len(strategy.extended.worker_devices)
+        first_replica = first_local_replica(strategy, num_local=num_local)
+        self._local_examples = (
+            first_replica * self._per_replica_batch_size,
+            (first_replica + num_local) * self._per_replica_batch_size,
+        )
 
     @classmethod
     def of_experiment(cls, experiment, model, *, strategy):
@@ -81,14 +88,16 @@ class Evaluator:
           `EvaluationResult`, of all heads together.
         """
         start = time.perf_counter()
-        padding = self._per_replica_batch_size * self._num_replicas - self._batch_size
+        first, stop = self._local_examples
+        examples = slice(min(first, self._batch_size), min(stop, self._batch_size))
+        padding = stop - first - (examples.stop - examples.start)
         state = self._initial_state()
         sums = np.zeros([2], np.float64)
         for i in range(batches.num_steps):
             features = {
                 # Ids of 0, with the weight 0.
                 name: np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-                for name, x in batches.at(i).features.items()
+                for name, x in batches.at(i, examples).features.items()
             }
             step_sums, state = self._step(
                 state,
@@ -116,10 +125,11 @@ class Evaluator:
     def _step(self, state, features, step, *, with_training_loss):
         def replica_step(state):
             model = self._model
+            first = collectives.replica_id() * self._per_replica_batch_size
+            start = first - self._local_examples[0]
             reading = model.read(
-                features,
-                collectives.replica_id() * self._per_replica_batch_size,
-                self._per_replica_batch_size,
+                {name: x[start : start + self._per_replica_batch_size] for name, x in features.items()},
+                first,
                 # Without the examples that fill up the devices: candidates must not depend on their number.
                 num_examples=self._batch_size,
                 seed=self._seed,

@@ -126,7 +126,6 @@ def _part_of(reading, k, *, num_parts):
             name: dataclasses.replace(label, ids=cut(label.ids), weights=cut(label.weights))
             for name, label in reading.labels.items()
         },
-        total_weights=reading.total_weights,
         candidates=reading.candidates,
         rows=StepRows(
             roles=rows(reading.rows.roles),

@@ -136,47 +136,49 @@ class Model:
         """{path: Keras variable} of the layers' variables that steps update: not of those frozen for good."""
         return {path: self.layers.trainable_variables[path] for path in self.layer_slots}
 
-    def read(self, features, first, batch_size, *, num_examples=None, seed=0, step=None):
-        """A batch to what it asks for: features, labels, candidates and rows, with one pull a table.
+    def read(self, features, first, *, num_examples=None, seed=0, step=None):
+        """A replica's examples to what they ask for: labels, candidates and rows, with one pull a table.
 
         Args:
-          features: {name: [global examples, ...] tensor} of a whole batch.
-          first, batch_size: this replica's examples of them.
-          num_examples: how many examples of the batch are no padding; None for all.
+          features: {name: [examples, ...] tensor} of this replica's examples; as many on every replica.
+          first: number of the first of them in the global batch.
+          num_examples: how many examples of the global batch, the first ones, are no padding; None for all.
           seed, step: what the heads' candidates depend on, int and int32 scalar tensor; without a step, neither
             candidates nor the rows of labels are read.
 
         Returns:
           `Reading`.
 
-        Communication: `ShardedTable.pull` of each table.
+        Communication: `ShardedTable.pull` of each table; with a step, an all-gather of [n] labels for heads whose
+        candidates they are.
         """
         heads = self.task.heads
-        own_features = {name: x[first : first + batch_size] for name, x in features.items()}
-        labels = self.task.labels(own_features)
-        everyone = self.task.labels({name: x[:num_examples] for name, x in features.items()})
-        totals = {name: tf.reduce_sum(label.weights) for name, label in everyone.items()}
+        batch_size = next(iter(features.values())).shape[0]
+        num_global = collectives.num_replicas() * batch_size
+        labels = self.task.labels(features)
         candidates = {}
         own = [
-            ("roles", role, lookup.table, lookup.ids)
-            for role, lookup in self.task.lookups(own_features).items()
+            ("roles", role, lookup.table, lookup.ids) for role, lookup in self.task.lookups(features).items()
         ]
         shared = []
         own_labels = {}
         if step is not None:
             for number, (name, head) in enumerate(heads.items()):
+                everyones = None
+                if head.candidates_are_labels:
+                    per_example = labels[name].ids.shape[0] // batch_size
+                    total = (num_global if num_examples is None else num_examples) * per_example
+                    everyones = collectives.all_gather(labels[name].ids)[:total]
                 if head.needs_label_rows and head.candidates_are_labels:
-                    count, total = labels[name].ids.shape[0], everyone[name].ids.shape[0]
-                    per_example = count // batch_size
-                    num_padded = next(iter(features.values())).shape[0] * per_example
                     own_labels[name] = OwnLabels(
-                        first * per_example, count, total=total, padding=num_padded - total
+                        first * per_example,
+                        batch_size * per_example,
+                        total=total,
+                        padding=num_global * per_example - total,
                     )
                 elif head.needs_label_rows:
                     own.append(("labels", name, head.table, labels[name].ids))
-                found = head.candidates(
-                    seed=tf.stack([(seed + number) % 2**31, step]), labels=everyone[name].ids
-                )
+                found = head.candidates(seed=tf.stack([(seed + number) % 2**31, step]), labels=everyones)
                 candidates[name] = found
                 if found is not None:
                     shared.append(("candidates", name, head.table, found.sampled_ids))
@@ -202,9 +204,8 @@ class Model:
         for name, place in own_labels.items():
             rows["labels"][name] = place.of(rows["candidates"][name])
         return Reading(
-            features=own_features,
+            features=features,
             labels=labels,
-            total_weights=totals,
             candidates=candidates,
             rows=StepRows(**rows),
             receipts=receipts,

@@ -88,7 +88,6 @@ class Reading:
     Attributes:
       features: {name: [examples, ...]}.
       labels: {head: `Labels`}.
-      total_weights: {head: scalar}, the sum of the weights of all labels of the global batch.
       candidates: {head: candidates or None}; empty if no training loss is asked for.
       rows: `StepRows`.
       receipts: of the pulls, for `Model.collect`.
@@ -96,7 +95,6 @@ class Reading:
 
     features: Mapping[str, tf.Tensor]
     labels: Mapping[str, Labels]
-    total_weights: Mapping[str, tf.Tensor]
     candidates: Mapping[str, Any]
     rows: StepRows
     receipts: Mapping[str, Receipt]

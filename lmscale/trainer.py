@@ -113,7 +113,14 @@ class Trainer:
         )
         check_treatments(experiment, self.model.treatments)
         self.step = 0
-        self._prefetcher = Prefetcher(self.batches, steps_per_call=experiment.steps_per_call)
+        num_local = len(strategy.extended.worker_devices)
+        self._first_local = first_local_replica(strategy, num_local=num_local) * self._per_replica_batch_size
+        stop = self._first_local + num_local * self._per_replica_batch_size
+        self._prefetcher = Prefetcher(
+            self.batches,
+            steps_per_call=experiment.steps_per_call,
+            examples=slice(self._first_local, stop),
+        )
         with strategy.scope():
             self._state = [
                 collectives.local_variable(initial)
@@ -191,7 +198,7 @@ class Trainer:
         """One replica's part of an update: pull, compute, push. In `strategy.run`.
 
         Args:
-          features: {name: [global_batch_size, ...] tensor}, the whole batch: ids, a few kilobytes.
+          features: {name: [examples, ...] tensor} of all replicas of this process: ids, a few kilobytes.
           step: int32 scalar, updates done before.
           starts_epoch: bool scalar: the carried state does not belong to this batch.
 
@@ -205,10 +212,16 @@ class Trainer:
         # What a bad step makes of what Keras changes within the call is taken back.
         statistics = [(v, tf.identity(v.value)) for v in model.layers.statistics.values()]
 
-        reading = model.read(features, first, self._per_replica_batch_size, seed=seed, step=step)
+        start = first - self._first_local
+        own = {name: x[start : start + self._per_replica_batch_size] for name, x in features.items()}
+        reading = model.read(own, first, seed=seed, step=step)
+        total_weights = _total_weights(reading.labels)
         gradients = accumulate(
             lambda part, its_state, offset: self._value_and_gradients(
-                part, its_state, dropout=DropoutStream(seed=seed, step=step, first_example=first + offset)
+                part,
+                its_state,
+                dropout=DropoutStream(seed=seed, step=step, first_example=first + offset),
+                total_weights=total_weights,
             ),
             reading,
             state,
@@ -253,13 +266,14 @@ class Trainer:
             },
         }
 
-    def _value_and_gradients(self, reading, state, *, dropout):
+    def _value_and_gradients(self, reading, state, *, dropout, total_weights):
         """Rows to losses and back on one replica, without any collective but those of the heads.
 
         Args:
           reading: `Reading`.
           state: list of [examples, ...], what is carried.
           dropout: `DropoutStream`.
+          total_weights: {head: scalar}, of all labels of the global batch.
 
         Returns:
           `Gradients`.
@@ -283,9 +297,7 @@ class Trainer:
             num_shares = self.strategy.num_replicas_in_sync * self.experiment.gradient_accumulation_steps
             penalty = [tf.add_n(penalties) / num_shares] if penalties else []
         check_all_listed(tape.watched_variables(), layers=task.layers, reader=task)
-        loss_weights = {
-            name: labels.weights / reading.total_weights[name] for name, labels in reading.labels.items()
-        }
+        loss_weights = {name: labels.weights / total_weights[name] for name, labels in reading.labels.items()}
         results = model.head_gradients(hidden, reading, loss_weights=loss_weights)
         d_roles, d_layers = tape.gradient(
             [*hidden.values(), *penalty],
@@ -297,7 +309,7 @@ class Trainer:
         )
         return Gradients(
             losses={
-                name: tf.reduce_sum(r.loss * reading.labels[name].weights) / reading.total_weights[name]
+                name: tf.reduce_sum(r.loss * reading.labels[name].weights) / total_weights[name]
                 for name, r in results.items()
             },
             penalty=penalty[0] if penalty else tf.zeros([]),
@@ -412,6 +424,20 @@ def _clipping(squares, treatments, *, clip_norm):
             scale = tf.minimum(1.0, bound / tf.maximum(norm, 1e-30))
         scales |= dict.fromkeys(paths, scale)
     return scales
+
+
+def _total_weights(labels):
+    """{head: sum of the weights of all replicas' labels}.
+
+    Communication: an all-reduce of a scalar, of heads whose weights are not known when the step is traced.
+    """
+    totals = {name: tf.reduce_sum(own.weights) for name, own in labels.items()}
+    known = {name: tf.get_static_value(own.weights) is not None for name, own in labels.items()}
+    unknown = {name: x for name, x in totals.items() if not known[name]}
+    summed = collectives.all_reduce_sum(unknown) if unknown else {}
+    return {
+        name: x * collectives.num_replicas() if known[name] else summed[name] for name, x in totals.items()
+    }
 
 
 def _norm(squares):

@@ -225,7 +225,7 @@ def _step_parts(shape, model, dtype):
         return _exchange(table, ids, candidates(number).sampled_ids, number)
 
     def all_of_it(number):
-        reading = model.read(features, 0, shape.batch_size, step=number)
+        reading = model.read(features, 0, step=number)
         loss = value_and_gradients(
             reading.candidates[name], reading.rows.labels[name], reading.rows.candidates[name]
         )

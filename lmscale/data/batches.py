@@ -9,6 +9,8 @@ from concurrent import futures
 
 import numpy as np
 
+ALL = slice(None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -57,11 +59,11 @@ class ContiguousBatches:
         self._tokens, self._window, self._seed = tokens, window, seed
         self._lane_starts = np.arange(global_batch_size, dtype=np.int64)[:, None] * lane_length
 
-    def at(self, step: int) -> Batch:
-        """The batch of a step, counted from 0 over all epochs."""
+    def at(self, step: int, examples: slice = ALL) -> Batch:
+        """The batch of a step, counted from 0 over all epochs; or some of its examples, and no others are read."""
         epoch, window_in_epoch = divmod(_checked_step(step), self.steps_per_epoch)
         offset = _random_below(len(self._tokens), seed=self._seed, epoch=epoch)
-        positions = self._lane_starts + offset + window_in_epoch * self._window
+        positions = self._lane_starts[examples] + offset + window_in_epoch * self._window
         ids = _windows(self._tokens, positions, self._window)
         return Batch({"ids": ids}, starts_epoch=window_in_epoch == 0, epoch=epoch)
 
@@ -86,12 +88,12 @@ class ShuffledWindows:
         self._tokens, self._window, self._seed = tokens, window, seed
         self._rows = np.arange(global_batch_size, dtype=np.int64)
 
-    def at(self, step: int) -> Batch:
-        """The batch of a step, counted from 0 over all epochs. Every batch says `starts_epoch`."""
+    def at(self, step: int, examples: slice = ALL) -> Batch:
+        """The batch of a step, as above. Every batch says `starts_epoch`."""
         epoch, step_in_epoch = divmod(_checked_step(step), self.steps_per_epoch)
         slack = len(self._tokens) - 1 - self._num_windows * self._window
         offset = _random_below(slack + 1, seed=self._seed, epoch=epoch)
-        places = step_in_epoch * len(self._rows) + self._rows
+        places = step_in_epoch * len(self._rows) + self._rows[examples]
         windows = _permuted(places, self._num_windows, seed=self._seed, epoch=epoch)
         ids = _windows(self._tokens, (offset + windows * self._window)[:, None], self._window)
         return Batch({"ids": ids}, starts_epoch=True, epoch=epoch)
@@ -100,12 +102,14 @@ class ShuffledWindows:
 class Prefetcher:
     """Reads the batches of the next call of a training loop while the devices are busy with this one."""
 
-    def __init__(self, batches, *, steps_per_call: int):
+    def __init__(self, batches, *, steps_per_call: int, examples: slice = ALL):
         """Args:
         batches: `ContiguousBatches`, `ShuffledWindows`, or another pure function of the step.
         steps_per_call: batches of a call at most.
+        examples: those of each batch that are wanted.
         """
         self._batches = batches
+        self._examples = examples
         self._steps_per_call = steps_per_call
         self._thread = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: dict[int, futures.Future] = {}
@@ -119,12 +123,14 @@ class Prefetcher:
         """
         steps = range(first_step, first_step + num_steps)
         here = [
-            self._ahead[step].result() if step in self._ahead else self._batches.at(step) for step in steps
+            self._ahead[step].result() if step in self._ahead else self._batches.at(step, self._examples)
+            for step in steps
         ]
         here += here[-1:] * (self._steps_per_call - num_steps)
         next_steps = range(first_step + num_steps, first_step + num_steps + self._steps_per_call)
         self._ahead = {
-            step: self._ahead.get(step) or self._thread.submit(self._batches.at, step) for step in next_steps
+            step: self._ahead.get(step) or self._thread.submit(self._batches.at, step, self._examples)
+            for step in next_steps
         }
         features = {name: np.stack([batch.features[name] for batch in here]) for name in here[0].features}
         return features, np.array([batch.starts_epoch for batch in here])
@@ -166,13 +172,13 @@ class EvaluationBatches:
         self.num_steps = -(-self._lane_length // window)
         self.num_labels = len(tokens)
 
-    def at(self, step: int) -> Batch:
-        """The batch of a step in 0 .. num_steps - 1."""
+    def at(self, step: int, examples: slice = ALL) -> Batch:
+        """The batch of a step in 0 .. num_steps - 1; or some of its examples."""
         if not 0 <= step < self.num_steps:
             raise ValueError(f"step must be in 0 .. {self.num_steps - 1}. Received: step={step}.")
         # A token of a lane is the label at its place, and the input at the next; before the first stands an input.
         in_lane = step * self._window + np.arange(-1, self._window, dtype=np.int64)[None, :]
-        positions = self._lane_starts + in_lane
+        positions = self._lane_starts[examples] + in_lane
         is_token = (in_lane < self._lane_length) & (positions >= 0) & (positions < len(self._tokens))
         ids = np.where(is_token, self._tokens[np.where(is_token, positions, 0)], self._eos_id)
         return Batch({"ids": ids.astype(np.int32), "weights": is_token[:, 1:].astype(np.float32)})

@@ -69,7 +69,7 @@ class Head(abc.ABC):
 
         Args:
           seed: [2] int32 tensor, a fresh one each step.
-          labels: [global tokens] int32, those of the global batch.
+          labels: [global tokens] int32, those of the global batch, where `candidates_are_labels`; else None.
 
         Returns:
           An object with the field `sampled_ids` [num_candidates] int32, whatever else the head wants back from it;

@@ -77,7 +77,8 @@ class Task(abc.ABC):
         """The batches of the training split.
 
         Returns:
-          An object with `at(step) -> Batch`, a pure function, `steps_per_epoch` and `labels_per_step`.
+          An object with `at(step, examples=slice(None)) -> Batch`, a pure function, `steps_per_epoch` and
+          `labels_per_step`. Of several processes, each asks for its own examples of a batch alone.
         """
 
     @abc.abstractmethod
@@ -89,8 +90,8 @@ class Task(abc.ABC):
           limit: labels to stop after; None for all.
 
         Returns:
-          An object with `at(step) -> Batch`, `num_steps` and `num_labels`. Entry i of batch s + 1 goes on where entry i
-          of batch s ended, for tasks that carry a state.
+          An object with `at(step, examples=slice(None)) -> Batch`, `num_steps` and `num_labels`. Entry i of batch
+          s + 1 goes on where entry i of batch s ended, for tasks that carry a state.
 
         Raises:
           ValueError: if the split is empty.
