@@ -152,7 +152,7 @@ class Model:
         Communication: `ShardedTable.pull` of each table.
         """
         heads = self.task.heads
-        own_features = {name: x[first : first + batch_size] for name, x in features.items()}
+        own_features = {name: collectives.block(x, first, batch_size) for name, x in features.items()}
         labels = self.task.labels(own_features)
         everyone = self.task.labels({name: x[:num_examples] for name, x in features.items()})
         totals = {name: tf.reduce_sum(label.weights) for name, label in everyone.items()}
