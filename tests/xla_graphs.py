@@ -9,8 +9,17 @@ from tensorflow.python.framework import kernels
 
 # Stands in a graph for an argument, and is not run.
 _ARGUMENT = "Placeholder"
-# Its length is known to XLA, from the number of the list's elements and their shape, but not to TensorFlow's tracing.
-_SHAPED_BY_XLA = {"TensorListConcatV2"}
+# XLA knows the lengths of these, and TensorFlow's tracing does not: from the number and the shape of a list's elements;
+# from the static shapes of two factors, of which one is broadcast.
+_SHAPED_BY_XLA = {"TensorListConcatV2", "BroadcastGradientArgs"}
+# How a program for all cores of a TPU is put together: compiled by what only tensorflow-tpu has.
+_OF_TPU_PROGRAMS = {
+    "TPUReplicateMetadata",
+    "TPUReplicatedInput",
+    "TPUReplicatedOutput",
+    "TPUCompilationResult",
+    "CrossReplicaSum",
+}
 
 
 @functools.cache
@@ -58,7 +67,9 @@ def without_kernel(concrete, *, device="XLA_CPU_JIT"):
     assert device in devices()
     missing = set()
     for node in _nodes(concrete):
-        if node.op != _ARGUMENT and not any(_accepts(kernel, node) for kernel in _kernels(node.op, device)):
+        if node.op not in {_ARGUMENT, *_OF_TPU_PROGRAMS} and not any(
+            _accepts(kernel, node) for kernel in _kernels(node.op, device)
+        ):
             types = [types_pb2.DataType.Name(a.type) for _, a in sorted(node.attr.items()) if a.type]
             missing.add(" ".join([node.op, *types]))
     return sorted(missing)
