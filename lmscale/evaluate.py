@@ -17,6 +17,7 @@ _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "As for lmscale.train; need not be what the run used."
 )
 _GPU_MEMORY_MIB = flags.DEFINE_integer("gpu_memory_mib", None, "As for lmscale.train.")
+_TPU = flags.DEFINE_string("tpu", None, "As for lmscale.train.")
 _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "Override of the run's configuration, such as DATA_DIR='elsewhere'; may be repeated."
 )
@@ -43,7 +44,9 @@ def main(argv):
                 f"No run has started in {workdir.path}: it has no config.gin. Start one with lmscale.train."
             )
         config = configuration.load([str(workdir.config_path)], _GIN_PARAM.value)
-        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
+        strategy = make_strategy(
+            cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value, tpu=_TPU.value
+        )
         report = evaluate_checkpoint(
             config.experiment, workdir=workdir, strategy=strategy, split=_SPLIT.value, checkpoint=checkpoint
         )

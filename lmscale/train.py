@@ -29,6 +29,9 @@ _GPU_MEMORY_MIB = flags.DEFINE_integer(
     None,
     "Reserve so much of each GPU's memory. Without it: as much as is needed, as it is needed.",
 )
+_TPU = flags.DEFINE_string(
+    "tpu", None, "Run on a TPU: `local` for that of this machine, a name or an address."
+)
 _SEED = flags.DEFINE_integer("seed", None, "Overrides SEED.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Resolve everything, print configuration, parameters and memory a device, and stop."
@@ -57,7 +60,9 @@ def main(argv):
         logging.set_verbosity(logging.INFO)
     config = configuration.load(_GIN_FILE.value, _GIN_PARAM.value, seed=_SEED.value)
     if _DRY_RUN.value:
-        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
+        strategy = make_strategy(
+            cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value, tpu=_TPU.value
+        )
         print(configuration.describe(config))
         from lmscale import dry_run
 
@@ -69,7 +74,9 @@ def main(argv):
         if finished is not None and finished["step"] >= config.experiment.train_steps:
             print(f"This run is finished: {workdir.path}, {json.dumps(finished)}")
             return 0
-        strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
+        strategy = make_strategy(
+            cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value, tpu=_TPU.value
+        )
         try:
             summary = train(
                 config.experiment,

@@ -8,7 +8,7 @@ import tensorflow as tf
 from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
 
 
-class _Resolver(tf.distribute.cluster_resolver.TPUClusterResolver):
+class Resolver(tf.distribute.cluster_resolver.TPUClusterResolver):
     """Of one host with so many cores."""
 
     def __init__(self, num_cores):
@@ -37,4 +37,4 @@ class _Resolver(tf.distribute.cluster_resolver.TPUClusterResolver):
 
 def tpu_strategy(num_cores):
     """A `TPUStrategy` of so many cores that are not there."""
-    return tf.distribute.TPUStrategy(_Resolver(num_cores))
+    return tf.distribute.TPUStrategy(Resolver(num_cores))
