@@ -6,7 +6,7 @@
 #   --tf220  makes .venv-tf220 instead, from the same lock with TensorFlow 2.20, for launch/test_tf220.sh
 #
 # Needs Linux on x86-64 and a Python 3.10 to 3.13 with venv and pip: the one named by the environment variable PYTHON,
-# or the first that fits of python3.12, python3.11, python3.13, python3.10 and python3.
+# or the first that fits of python3.12, python3.11, python3.13, python3.10 and python3. (--tpu: 3.10 to 3.12.)
 # Does nothing when the environment is up to date; makes it anew when an earlier set-up was interrupted or PYTHON names
 # another version; updates it when its lock or pyproject.toml has changed.
 set -euo pipefail
@@ -14,35 +14,36 @@ unset CDPATH
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"
 
-lock=requirements.lock name=.venv
+lock=requirements.lock name=.venv newest=13
 case "$*" in
   '') ;;
-  --tpu | --tf220) lock=requirements-tpu.lock name=.venv-${1#--} ;;
+  --tpu) lock=requirements-tpu.lock name=.venv-tpu newest=12 ;;
+  --tf220) lock=requirements-tpu.lock name=.venv-tf220 ;;
   -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' launch/setup.sh && exit 0 ;;
   *) echo "error: setup.sh takes --tpu, --tf220 or nothing. Received: $*" >&2 && exit 2 ;;
 esac
 
-readonly lock name venv=$root/$name
+readonly lock name newest venv=$root/$name
 readonly stamp=$venv/lmscale.stamp # Written last: an environment without it was never completed.
 
 # A name on PATH proves little: a version manager's shim exists for versions which are not there, and a distribution
 # may package Python without the modules that make an environment. So ask.
 suitable() {
-  "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+  "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, '"$newest"'))' >/dev/null 2>&1
 }
 
 find_python() {
   local python
   if [[ -n ${PYTHON-} ]]; then
     suitable "$PYTHON" && echo "$PYTHON" && return
-    echo "error: PYTHON must name a Python 3.10 to 3.13 with the modules venv and ensurepip. Received:" \
+    echo "error: PYTHON must name a Python 3.10 to 3.$newest with the modules venv and ensurepip. Received:" \
       "PYTHON=$PYTHON. Unset it, or name another." >&2
     return 2
   fi
   for python in python3.12 python3.11 python3.13 python3.10 python3; do
     suitable "$python" && echo "$python" && return
   done
-  echo "error: a Python 3.10 to 3.13 with the modules venv and ensurepip is needed. Tried: python3.12, python3.11," \
+  echo "error: a Python 3.10 to 3.$newest with the modules venv and ensurepip is needed. Tried: python3.12, python3.11," \
     "python3.13, python3.10, python3. Install one (Debian and Ubuntu: apt install python3 python3-venv), or name it:" \
     "PYTHON=/path/to/python3.12 launch/setup.sh" >&2
   return 2

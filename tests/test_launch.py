@@ -246,6 +246,8 @@ def test_setup_for_tpus_stands_beside_the_other(setup, project):
     assert (result.returncode, did) == (0, ["venv 3.12.1", "pip requirements-tpu.lock", "pip ."])
     assert (project / ".venv-tpu" / "bin" / "python").exists()
     assert setup()[1] == setup("--tpu")[1] == []
+    # There is no libtpu of the pinned version for Python 3.13.
+    assert "a Python 3.10 to 3.12 with" in setup("--tpu", PYTHON="none")[0].stderr
     # tensorflow-tpu is TensorFlow, whatever pip makes of it. Nothing else may be missing.
     (project / "requirements-tpu.lock").write_text("")
     unknown = "tensorflow-text 2.20.1 requires tensorflow, which is not installed.\n"
