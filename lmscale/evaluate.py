@@ -8,18 +8,14 @@ import math
 
 from absl import flags, logging
 
-from lmscale import process_flags
+from lmscale import machine_flags
 from lmscale.command_line import DEFINE_path, run_main
 
-flags.adopt_module_key_flags(process_flags)
+flags.adopt_module_key_flags(machine_flags)
 
 _WORKDIR = DEFINE_path("workdir", None, "Work directory of the run.")
 _SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "What to evaluate on.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "A step, `latest` or `best`.")
-_CPU_DEVICES = flags.DEFINE_integer(
-    "cpu_devices", None, "As for lmscale.train; need not be what the run used."
-)
-_GPU_MEMORY_MIB = flags.DEFINE_integer("gpu_memory_mib", None, "As for lmscale.train.")
 _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "Override of the run's configuration, such as DATA_DIR='elsewhere'; may be repeated."
 )
@@ -35,7 +31,7 @@ def main(argv):
         raise ValueError(f"--checkpoint must be a step, `latest` or `best`. Received: {checkpoint}.")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
-    with process_flags.processes() as group:
+    with machine_flags.processes() as group:
         report = _evaluate(group, checkpoint)
     if group.is_chief:
         # JSON has neither NaN nor infinity.
@@ -47,7 +43,6 @@ def main(argv):
 def _evaluate(group, checkpoint):
     # TensorFlow takes seconds to import: mistakes in flags come before.
     from lmscale import configuration
-    from lmscale.distribution.strategies import make_strategy
     from lmscale.evaluation import evaluate_checkpoint
     from lmscale.workdir import Workdir
 
@@ -58,9 +53,7 @@ def _evaluate(group, checkpoint):
             )
         config = configuration.load([str(workdir.config_path)], _GIN_PARAM.value)
         group.check_same("The configuration", config.text)
-        strategy = make_strategy(
-            cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value, group=group
-        )
+        strategy = machine_flags.strategy(group)
         return evaluate_checkpoint(
             config.experiment,
             workdir=workdir,

@@ -128,7 +128,10 @@ class Evaluator:
             first = collectives.replica_id() * self._per_replica_batch_size
             start = first - self._local_examples[0]
             reading = model.read(
-                {name: x[start : start + self._per_replica_batch_size] for name, x in features.items()},
+                {
+                    name: collectives.block(x, start, self._per_replica_batch_size)
+                    for name, x in features.items()
+                },
                 first,
                 # Without the examples that fill up the devices: candidates must not depend on their number.
                 num_examples=self._batch_size,

@@ -59,6 +59,9 @@ class OwnLabels:
             if of_all is None:
                 of_all = tf.zeros([self.total, *of_own.shape[1:]])
             of_all, of_own = tf.cast(of_all, tf.float32), tf.cast(of_own, tf.float32)
+            if not isinstance(self.start, int):  # One program for every core (TPU).
+                places = self.start + tf.range(self.count)
+                return tf.tensor_scatter_nd_add(of_all, places[:, tf.newaxis], of_own)
             stop = self.start + self.count
             return tf.concat(
                 [of_all[: self.start], of_all[self.start : stop] + of_own, of_all[stop:]], axis=0

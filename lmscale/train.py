@@ -10,10 +10,10 @@ import sys
 
 from absl import flags, logging
 
-from lmscale import process_flags
+from lmscale import machine_flags
 from lmscale.command_line import DEFINE_multi_path, DEFINE_path, run_main
 
-flags.adopt_module_key_flags(process_flags)
+flags.adopt_module_key_flags(machine_flags)
 
 _GIN_FILE = DEFINE_multi_path(
     "gin_file",
@@ -24,14 +24,6 @@ _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "Override, such as LEARNING_RATE=0.001; may be repeated."
 )
 _WORKDIR = DEFINE_path("workdir", None, "Where the run writes: checkpoints, metrics, its configuration.")
-_CPU_DEVICES = flags.DEFINE_integer(
-    "cpu_devices", None, "Split the host CPU into this many devices. Without it: all GPUs, or else one CPU."
-)
-_GPU_MEMORY_MIB = flags.DEFINE_integer(
-    "gpu_memory_mib",
-    None,
-    "Reserve so much of each GPU's memory. Without it: as much as is needed, as it is needed.",
-)
 _SEED = flags.DEFINE_integer("seed", None, "Overrides SEED.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Resolve everything, print configuration, parameters and memory a device, and stop."
@@ -53,9 +45,9 @@ def main(argv):
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     if _DRY_RUN.value:
-        _dry_run(num_processes=process_flags.cluster().size)
+        _dry_run(num_processes=machine_flags.cluster().size)
         return 0
-    with process_flags.processes() as group:
+    with machine_flags.processes() as group:
         return _train(group)
 
 
@@ -68,16 +60,14 @@ def _load():
 def _dry_run(*, num_processes):
     # TensorFlow takes seconds to import: mistakes in flags come before.
     from lmscale import configuration, dry_run
-    from lmscale.distribution.strategies import make_strategy
 
     config = _load()
-    strategy = make_strategy(cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value)
+    strategy = machine_flags.strategy()
     print(configuration.describe(config))
     dry_run.print_report(config.experiment, num_devices=num_processes * strategy.num_replicas_in_sync)
 
 
 def _train(group):
-    from lmscale.distribution.strategies import make_strategy
     from lmscale.run import NonFiniteError, StoppedEarlyError, train
     from lmscale.workdir import Workdir
 
@@ -90,9 +80,7 @@ def _train(group):
         if finished is not None and finished["step"] >= config.experiment.train_steps:
             _say(group, f"This run is finished: {workdir.path}, {json.dumps(finished)}")
             return 0
-        strategy = make_strategy(
-            cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value, group=group
-        )
+        strategy = machine_flags.strategy(group)
         try:
             summary = train(
                 config.experiment,

@@ -213,7 +213,9 @@ class Trainer:
         statistics = [(v, tf.identity(v.value)) for v in model.layers.statistics.values()]
 
         start = first - self._first_local
-        own = {name: x[start : start + self._per_replica_batch_size] for name, x in features.items()}
+        own = {
+            name: collectives.block(x, start, self._per_replica_batch_size) for name, x in features.items()
+        }
         reading = model.read(own, first, seed=seed, step=step)
         total_weights = _total_weights(reading.labels)
         gradients = accumulate(

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "lmscale"
 # From top to bottom. A module may import those of layers below its own, and those of its own layer.
 LAYERS = [
     {"train", "evaluate", "prepare", "bench", "plot"},
-    {"process_flags"},
+    {"machine_flags"},
     {"benchmarks"},
     {"run", "dry_run"},
     {"reports"},

@@ -75,7 +75,13 @@ def test_every_block_is_closed_and_of_a_kind_that_is_checked():
             assert language == "python", text  # Each is run: see below.
         elif not is_gin(text):  # Each block of gin is run too.
             for line in text.replace("\\\n", " ").splitlines():
-                starts = "launch/", "source .venv/bin/activate", "python -m lmscale.", "lmscale-"
+                starts = (
+                    "launch/",
+                    "source .venv/bin/activate",
+                    "source .venv-tpu/bin/activate",
+                    "python -m lmscale.",
+                    "lmscale-",
+                )
                 starts += "sbatch --", "kubectl apply -f launch/"
                 assert line.startswith(starts), line
 

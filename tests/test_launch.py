@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+LOCKS = ("requirements.lock", "requirements-tpu.lock")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
@@ -42,7 +43,7 @@ def project(tmp_path):
     """A project with the launch scripts and nothing else, at a path that needs quotes."""
     root = tmp_path / "a $folder's"
     shutil.copytree(ROOT / "launch", root / "launch")
-    for name in ("requirements.lock", "pyproject.toml"):
+    for name in (*LOCKS, "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
     return root
 
@@ -64,11 +65,13 @@ def test_help_only_prints_usage(script, project, tmp_path):
     assert not (project / ".venv").exists()
 
 
-@pytest.mark.parametrize("name", ["setup.sh", "quickstart.sh"])
-def test_unexpected_arguments_are_named(name, project, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "takes"), [("setup.sh", "--tpu, --tf220 or nothing"), ("quickstart.sh", "no arguments")]
+)
+def test_unexpected_arguments_are_named(name, takes, project, tmp_path):
     result = run(project / "launch" / name, "--fast", "now", cwd=tmp_path)
     assert result.returncode == 2
-    assert f"{name} takes no arguments. Received: --fast now" in result.stderr
+    assert f"{name} takes {takes}. Received: --fast now" in result.stderr
 
 
 def test_ci_runs_the_tests(project):
@@ -79,8 +82,11 @@ def test_ci_runs_the_tests(project):
 
 
 def test_test_and_check_set_up_first_and_pass_arguments_on(project, tmp_path):
-    write_script(project / "launch" / "setup.sh", "echo setup\n")
+    write_script(project / "launch" / "setup.sh", 'echo setup "$@"\n')
     write_script(project / ".venv" / "bin" / "python", 'printf " %s" "$@"; echo\n')
+    write_script(project / ".venv-tf220" / "bin" / "python", 'printf " %s" "$@"; echo\n')
+    result = run(project / "launch" / "test_tf220.sh", "-k", "a b", cwd=tmp_path)
+    assert result.stdout == "setup --tf220\n -m pytest -k a b\n"
     result = run(project / "launch" / "test.sh", "-k", "a b", cwd=tmp_path)
     assert result.stdout == "setup\n -m pytest -k a b\n"
     result = run(project / "launch" / "check.sh", "-x", cwd=tmp_path)
@@ -92,31 +98,49 @@ def test_test_and_check_set_up_first_and_pass_arguments_on(project, tmp_path):
 # ---------------------------------------------------------------------------------------------- The lock file
 
 
-def pins():
-    """The requirements of the lock file."""
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
+def pins(lock):
+    """The requirements of a lock file."""
+    lines = (ROOT / lock).read_text().splitlines()
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
-@pytest.mark.parametrize("python", PYTHONS)
-def test_lock_pins_all_that_the_project_asks_for(python):
-    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+def pinned(lock, python):
+    """{name: version} that a lock file pins for a Python."""
     environment = {"python_version": python, "python_full_version": f"{python}.0"}
     locked = {}
-    for pin in pins():
+    for pin in pins(lock):
         assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), f"{pin} is not pinned to one version"
         if pin.marker is None or pin.marker.evaluate(environment):
             assert pin.name not in locked, f"{pin.name} is pinned twice for Python {python}"
             locked[pin.name] = str(pin.specifier)[2:]
+    return locked
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("lock", LOCKS)
+def test_lock_pins_all_that_the_project_asks_for(lock, python):
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    locked = pinned(lock, python)
     wanted = project["project"]["dependencies"] + project["build-system"]["requires"]
     wanted += project["project"]["optional-dependencies"]["dev"]
+    if lock == "requirements-tpu.lock":
+        wanted += project["project"]["optional-dependencies"]["tpu"]
+        assert "tensorflow" not in locked  # It would be installed over the files of tensorflow-tpu.
+        locked["tensorflow"] = locked["tensorflow-tpu"]
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(locked[requirement.name]), requirement
 
 
+@pytest.mark.parametrize("python", PYTHONS)
+def test_locks_differ_in_nothing_but_tensorflow(python):
+    plain, tpu = (set(pinned(lock, python).items()) for lock in LOCKS)
+    assert {name for name, _ in plain - tpu} == {"tensorflow", "tensorflow-text", "tensorboard"}
+    assert {name for name, _ in tpu - plain} == {"tensorflow-tpu", "libtpu", "tensorflow-text", "tensorboard"}
+
+
 def test_no_package_index_is_named():
-    for path in [*SCRIPTS, ROOT / "requirements.lock", ROOT / ".ci" / "run"]:
+    for path in [*SCRIPTS, *(ROOT / lock for lock in LOCKS), ROOT / ".ci" / "run"]:
         assert not re.search(r"https?:|index-url|find-links|trusted-host", path.read_text()), path
 
 
@@ -134,6 +158,7 @@ case "$*" in
   "-m pip "*" install "*)
     echo "pip ${*: -1}" >>"$LOG"
     [[ "${*: -1}" != "${FAIL-}" ]] ;;
+  "-m pip "*" check") printf "%b" "${CHECK-}"; [[ -z ${CHECK-} ]] ;;
   "-m pip "*) ;;
   *) echo "unexpected: $*" >&2 && exit 9 ;;
 esac
@@ -153,11 +178,11 @@ def setup(project, tmp_path):
     for name in ("python3.12", "python3.11", "python3.13", "python3.10", "python3"):
         write_script(only / name, "echo 'no such version' >&2; exit 127\n")
 
-    def setup(**environment):
+    def setup(*arguments, **environment):
         log.write_text("")
         path = f"{only}:{os.environ['PATH']}"
         script = project / "launch" / "setup.sh"
-        result = run(script, cwd=tmp_path, **({"PATH": path, "LOG": str(log)} | environment))
+        result = run(script, *arguments, cwd=tmp_path, **({"PATH": path, "LOG": str(log)} | environment))
         return result, log.read_text().splitlines()
 
     setup.bin = only
@@ -212,6 +237,39 @@ def test_setup_repairs_what_was_left_half_made(setup, project, failing):
     (project / "requirements.lock").write_text("")
     assert setup(FAIL=failing)[0].returncode != 0
     assert setup()[1] == ["venv 3.12.1", *INSTALLED]
+
+
+def test_setup_for_tpus_stands_beside_the_other(setup, project):
+    fake_python(setup.bin / "python3.12")
+    setup()
+    result, did = setup("--tpu")
+    assert (result.returncode, did) == (0, ["venv 3.12.1", "pip requirements-tpu.lock", "pip ."])
+    assert (project / ".venv-tpu" / "bin" / "python").exists()
+    assert setup()[1] == setup("--tpu")[1] == []
+    # There is no libtpu of the pinned version for Python 3.13.
+    assert "a Python 3.10 to 3.12 with" in setup("--tpu", PYTHON="none")[0].stderr
+    # tensorflow-tpu is TensorFlow, whatever pip makes of it. Nothing else may be missing.
+    (project / "requirements-tpu.lock").write_text("")
+    unknown = "tensorflow-text 2.20.1 requires tensorflow, which is not installed.\n"
+    assert setup("--tpu", CHECK=unknown)[0].returncode == 0
+    (project / "requirements-tpu.lock").write_text("# changed")
+    missing = "keras 3.15.1 requires rich, which is not installed.\n"
+    result, _ = setup("--tpu", CHECK=unknown + missing)
+    assert (result.returncode, result.stderr) == (1, missing)
+    (project / "requirements.lock").write_text("# changed")
+    assert setup(CHECK=unknown)[0].returncode == 1
+
+
+def test_setup_with_tensorflow_2_20_takes_it_in_place_of_tensorflow_tpu(setup, project):
+    fake_python(setup.bin / "python3.12")
+    result, did = setup("--tf220")
+    requirements = project / ".venv-tf220" / "requirements.txt"
+    assert (result.returncode, did) == (0, ["venv 3.12.1", f"pip {requirements}", "pip ."])
+    text = (project / "requirements-tpu.lock").read_text()
+    expected = re.sub(r"^libtpu==.*\n", "", text, flags=re.MULTILINE)
+    expected = expected.replace("\ntensorflow-tpu==", "\ntensorflow==")
+    assert requirements.read_text() == expected
+    assert expected.count("\ntensorflow==2.20.") == 1
 
 
 def test_setup_makes_the_environment_anew_for_another_python_or_place(setup, project, tmp_path):

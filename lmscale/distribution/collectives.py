@@ -29,6 +29,24 @@ def replica_id():
     return context.replica_id_in_sync_group if _static_ids[context] is None else _static_ids[context]
 
 
+def block(x, start, size):
+    """Elements start .. start + size - 1 of `x` along its first axis, in a static shape.
+
+    Args:
+      x: tensor, of static shape but perhaps for the first axis.
+      start: int; or int scalar tensor, where one program serves every replica (TPU): it may not decide a shape.
+      size: int; start + size must not be above x.shape[0].
+
+    Returns:
+      [size, ...].
+
+    Communication: none.
+    """
+    if isinstance(start, int):
+        return x[start : start + size]
+    return tf.slice(x, [start] + [0] * (len(x.shape) - 1), [size, *x.shape[1:]])
+
+
 def all_gather(x, axis=0):
     """Concatenates `x` of every replica along `axis`, in replica order.
 
@@ -80,7 +98,42 @@ def local_value(variable):
         return components[0]
     replica = replica_id()
     if not isinstance(replica, int):
-        # One program for every core (TPU): the wrapper itself resolves to the core's own component.
-        return variable
+        # One program for every core (TPU).
+        return _CoreComponent(variable)
     # Every process has the same number of replicas, numbered consecutively.
     return components[replica % len(components)]
+
+
+class _CoreComponent:
+    """The component of a distributed variable on whichever core runs the program, as a `tf.Variable` is used here.
+
+    TensorFlow's own wrapper refuses slice writes, and reduces over the cores what is assigned to a mirrored variable.
+    Both are right for gradients of one value on all cores, and neither for a shard, or for an update that every core
+    makes by itself. In one program for all cores, the wrapper's `handle` is that of the core's component.
+    """
+
+    def __init__(self, variable):
+        self._variable = variable
+        self.dtype, self.shape = variable.dtype, variable.shape
+
+    def read_value(self):
+        value = tf.raw_ops.ReadVariableOp(resource=self._variable.handle, dtype=self.dtype)
+        return tf.ensure_shape(value, self.shape)
+
+    def sparse_read(self, indices, name=None):
+        """Rows of these indices: what `tf.gather` calls."""
+        del name
+        return tf.raw_ops.ResourceGather(resource=self._variable.handle, indices=indices, dtype=self.dtype)
+
+    def assign(self, value):
+        value = tf.convert_to_tensor(value, self.dtype)
+        tf.raw_ops.AssignVariableOp(resource=self._variable.handle, value=tf.ensure_shape(value, self.shape))
+
+    def scatter_update(self, slices):
+        tf.raw_ops.ResourceScatterUpdate(
+            resource=self._variable.handle, indices=slices.indices, updates=slices.values
+        )
+
+    def __tf_tensor__(self, dtype=None, name=None):
+        del name
+        return tf.convert_to_tensor(self.read_value(), dtype)

@@ -1,17 +1,20 @@
-"""Choose the `tf.distribute` strategy of a run, and how much of a GPU it takes."""
+"""Choose the `tf.distribute` strategy of a run: CPUs, GPUs and how much of them, or a TPU."""
 
 import contextlib
 import functools
 import logging
 import os
+import socket
 
 import tensorflow as tf
 
 from lmscale.distribution.clusters.gpus import gpus_of_process, share_of_process, visible_gpus
 from lmscale.stop_signals import exit_on_stop_signals
 
+_ANSWER_SECONDS = 10
 
-def make_strategy(*, cpu_devices=None, gpu_memory_mib=None, group=None):
+
+def make_strategy(*, cpu_devices=None, gpu_memory_mib=None, tpu=None, group=None):
     """Builds the strategy that a run uses: over the devices of this host, or over those of several processes.
 
     Must be called before TensorFlow initialises its devices (before any op runs) when an argument is given, and
@@ -21,6 +24,7 @@ def make_strategy(*, cpu_devices=None, gpu_memory_mib=None, group=None):
       cpu_devices: None for all GPUs of the host (or one CPU if there is none); or N to split the host CPU
         into N logical devices, so that a laptop rehearses an N-GPU job. GPUs are then not touched.
       gpu_memory_mib: as of `limit_gpu_memory`.
+      tpu: None; or the TPU to run on, as of `tpu_strategy`.
       group: `ProcessGroup` of the run; None for one process. Of several, each must call this.
 
     Returns:
@@ -28,7 +32,8 @@ def make_strategy(*, cpu_devices=None, gpu_memory_mib=None, group=None):
 
     Raises:
       ValueError: if an argument is below 1, both are given, or TensorFlow has already been initialised otherwise; if
-        there is no GPU whose memory could be limited; if TF_CONFIG in the environment is not of a cluster.
+        there is no GPU whose memory could be limited; if TF_CONFIG in the environment is not of a cluster; if the TPU
+        does not answer, or is asked for beside another argument.
     """
     # TensorFlow tells of every collective that it traces: it would drown the run's own lines.
     logging.getLogger("tensorflow").setLevel(logging.WARNING)
@@ -38,8 +43,20 @@ def make_strategy(*, cpu_devices=None, gpu_memory_mib=None, group=None):
             f"cpu_devices={cpu_devices}. Leave out --cpu_devices or --gpu_memory_mib."
         )
     if group is not None and group.size > 1:
+        if tpu is not None:
+            raise ValueError(
+                f"A TPU's cores, of all its hosts, are run by one process. Received: tpu={tpu!r}, {group.size} "
+                "processes. Start one process, with --num_processes=1 if the environment tells of more."
+            )
         return _multi_worker_strategy(group, cpu_devices=cpu_devices, gpu_memory_mib=gpu_memory_mib)
     _check_tf_config()
+    if tpu is not None:
+        for name, value in (("cpu_devices", cpu_devices), ("gpu_memory_mib", gpu_memory_mib)):
+            if value is not None:
+                raise ValueError(
+                    f"tpu is for runs on TPUs. Received also: {name}={value}. Leave out --tpu or --{name}."
+                )
+        return tpu_strategy(tpu)
     if cpu_devices is None:
         limit_gpu_memory(gpu_memory_mib)
     if cpu_devices is None:
@@ -157,6 +174,90 @@ def _check_tf_config():
             "TF_CONFIG in the environment must describe a cluster in JSON, or be unset. Received: "
             f"{os.environ['TF_CONFIG']!r} ({error}). Unset it: a run has one host and does not need it."
         ) from error
+
+
+def tpu_strategy(tpu):
+    """Connects to a TPU, initialises it, and builds the strategy of all of its cores.
+
+    What the TPU held before is lost. Not run on a TPU yet: see docs/tpu.md.
+
+    Args:
+      tpu: "local" for the TPU of this machine (a TPU VM); or the name of one of this machine's project, or the address
+        "grpc://host:port" of a TPU's worker.
+
+    Returns:
+      `tf.distribute.TPUStrategy`. Its steps are exchanged in static shapes: see `choose_exchange`.
+
+    Raises:
+      ValueError: naming what did not answer: no TPU of this name or at this address, a TensorFlow without TPUs, a
+        machine without one, another process that holds it.
+    """
+    if not tpu:
+        raise ValueError(
+            f"tpu must be `local`, a name or an address. Received: tpu={tpu!r}. Give --tpu=local."
+        )
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
+        address = resolver.master()
+    # Whatever the client of Google Cloud raises: its errors have no class in common.
+    except Exception as error:
+        raise ValueError(
+            f"The TPU {tpu!r} must be found by its name, which only machines of Google Cloud can look up. Received: "
+            f"{_first_line(error)}. On the TPU's own machine give --tpu=local; else check the name, and that the "
+            "TPU is of this machine's project and zone, or give its address, --tpu=grpc://host:port."
+        ) from error
+    try:
+        if tpu != "local":
+            _check_answers(tpu, address)
+            tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+        return tf.distribute.TPUStrategy(resolver)
+    except (tf.errors.OpError, RuntimeError) as error:
+        raise ValueError(_why_no_tpu(tpu, str(error))) from error
+
+
+def _check_answers(tpu, address):
+    """Raises ValueError unless something listens at `address`, for which TensorFlow would wait without an end."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS):
+            pass
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The TPU {tpu!r} must answer at {address}. Received: {error}. See that the TPU is running (its state "
+            "READY) and reachable from here, its port 8470 as a rule; on the TPU's own machine give --tpu=local."
+        ) from error
+
+
+def _why_no_tpu(tpu, message):
+    """What a user can do about a TPU that TensorFlow could not initialise, with this message."""
+    where = "this machine" if tpu == "local" else tpu
+    version = f"TensorFlow {tf.__version__}"
+    if "already in use" in message or "lockfile" in message:
+        what = (
+            "Another process holds the TPU. End it (`sudo lsof -w /dev/accel* /dev/vfio/*` names it); if none is left, "
+            "remove /tmp/libtpu_lockfile"
+        )
+    elif "No OpKernel was registered" in message:
+        what = (
+            f"The installed {version} has no support for TPUs. Install tensorflow-tpu in place of tensorflow, on the "
+            "TPU's own machine: launch/setup.sh --tpu"
+        )
+    else:
+        what = (
+            f"The installed {version} found no TPU that it could start. See that the machine has one (`ls /dev/accel* "
+            "/dev/vfio`), that no other process holds it, and that libtpu is of the version in requirements-tpu.lock"
+        )
+    return f"The TPU of {where} must answer. Received: {_first_line(message)}. {what}; or leave out --tpu."
+
+
+def _first_line(error):
+    """The first line of an error's text that says something."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [
+        line for line in lines if line and not line.startswith(("Graph execution", "Detected at", "<stack"))
+    ]
+    return told[0].rstrip(".:") if told else type(error).__name__
 
 
 @functools.cache

@@ -149,7 +149,7 @@ def _own_tokens(x, tokens):
     if collectives.num_replicas() == 1:
         return x
     start = collectives.replica_id() * tokens
-    return tf.ensure_shape(x[start : start + tokens], [tokens, *x.shape[1:]])
+    return tf.ensure_shape(collectives.block(x, start, tokens), [tokens, *x.shape[1:]])
 
 
 class FullSoftmax(Head):

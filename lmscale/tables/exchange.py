@@ -94,7 +94,9 @@ class StaticExchange(Exchange):
         rows = _sum_over_replicas([tf.gather(shard, route.local_rows) for shard in shards])
         first = collectives.replica_id() * route.num_own
         num_gathered = collectives.num_replicas() * route.num_own
-        return [tf.concat([x[first : first + route.num_own], x[num_gathered:]], axis=0) for x in rows]
+        return [
+            tf.concat([collectives.block(x, first, route.num_own), x[num_gathered:]], axis=0) for x in rows
+        ]
 
     def collect(self, route, values):
         own = _gather_over_replicas([x[: route.num_own] for x in values])

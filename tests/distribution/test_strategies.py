@@ -1,9 +1,13 @@
 import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import tensorflow as tf
+from tpu_stand_in import Resolver
 
 from lmscale.distribution import strategies
 from lmscale.distribution.strategies import limit_gpu_memory, make_strategy
@@ -137,3 +141,127 @@ def test_a_cluster_that_tensorflow_refuses_is_named(monkeypatch, text):
         "TF_CONFIG", '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}'
     )
     assert make_strategy(cpu_devices=1).num_replicas_in_sync == 1
+
+
+# ------------------------------------------------------------------------------------------------------- TPUs
+
+
+@pytest.mark.skipif(
+    bool(tf.config.list_physical_devices("TPU_SYSTEM")), reason="this TensorFlow has support for TPUs"
+)
+def test_a_tensorflow_without_tpus_is_named_by_the_command():
+    """TensorFlow's own error, in a process of its own."""
+    process = subprocess.run(
+        [sys.executable, "-m", "lmscale.train", "--gin_file=quickstart.gin", "--dry_run", "--tpu=local"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert process.returncode == 2
+    (message,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert message.startswith(
+        "error: The TPU of this machine must answer. Received: TPUs not found in the cluster"
+    )
+    assert (
+        f"The installed TensorFlow {tf.__version__} has no support for TPUs. Install tensorflow-tpu"
+        in message
+    )
+    assert "launch/setup.sh --tpu; or leave out --tpu." in message
+
+
+def test_a_worker_that_does_not_answer_is_named():
+    with socket.socket() as closed:  # Bound, and listening to nobody.
+        closed.bind(("127.0.0.1", 0))
+        address = f"grpc://127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(
+            ValueError,
+            match=rf"The TPU '{address}' must answer at {address}. Received: .*refused.* give --tpu=local",
+        ):
+            make_strategy(tpu=address)
+
+
+class FakeTpu:
+    """In place of what asks for a TPU: notes the calls, and raises what it is told to."""
+
+    def __init__(self, monkeypatch, *, find=None, initialise=None):
+        self.calls = []
+
+        def resolver(tpu):
+            self.calls.append(f"find {tpu}")
+            if find is not None:
+                raise find
+            return Resolver(2)
+
+        def initialize(resolver):
+            self.calls.append("initialise")
+            if initialise is not None:
+                raise initialise
+
+        monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", resolver)
+        monkeypatch.setattr(tf.tpu.experimental, "initialize_tpu_system", initialize)
+        monkeypatch.setattr(
+            tf.config, "experimental_connect_to_cluster", lambda resolver: self.calls.append("connect")
+        )
+
+
+def test_a_tpu_is_found_connected_and_initialised(monkeypatch):
+    tpu = FakeTpu(monkeypatch)
+    strategy = make_strategy(tpu="local")
+    assert isinstance(strategy, tf.distribute.TPUStrategy)
+    assert strategy.num_replicas_in_sync == 2
+    assert tpu.calls == ["find local", "initialise"]
+
+    tpu = FakeTpu(monkeypatch)
+    with socket.create_server(("127.0.0.1", 0)) as worker:
+        monkeypatch.setattr(Resolver, "master", lambda self: f"grpc://127.0.0.1:{worker.getsockname()[1]}")
+        assert make_strategy(tpu="mine").num_replicas_in_sync == 2
+    assert tpu.calls == ["find mine", "connect", "initialise"]
+
+
+def test_a_name_that_nobody_knows(monkeypatch):
+    FakeTpu(monkeypatch, find=URLError("Name or service not known"))
+    with pytest.raises(
+        ValueError,
+        match=r"The TPU 'mine' must be found by its name, .* Received: .*service not known.* give --tpu=local",
+    ):
+        make_strategy(tpu="mine")
+
+
+# What libtpu says, as TensorFlow passes it on.
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            tf.errors.AbortedError(
+                None, None, "The TPU is already in use by process with pid 4321. Not loading"
+            ),
+            r"Received: The TPU is already in use by process with pid 4321.* Another process holds the TPU. End it",
+        ),
+        (
+            tf.errors.InternalError(
+                None,
+                None,
+                "Graph execution error:\n\nDetected at node x defined at (most recent call last):\n"
+                "<stack traces unavailable>\nRET_CHECK failure (tpu_node_interfaces.cc:432) *platform",
+            ),
+            r"Received: RET_CHECK failure \(tpu_node_interfaces.cc:432\) \*platform. .*found no TPU",
+        ),
+    ],
+)
+def test_a_tpu_that_does_not_start(monkeypatch, error, told):
+    FakeTpu(monkeypatch, initialise=error)
+    with pytest.raises(ValueError, match=told) as raised:
+        make_strategy(tpu="local")
+    assert str(raised.value).endswith("; or leave out --tpu.")
+
+
+def test_a_tpu_beside_other_devices_is_refused():
+    with pytest.raises(
+        ValueError, match=r"tpu is for runs on TPUs. Received also: cpu_devices=2. Leave out --tpu"
+    ):
+        make_strategy(tpu="local", cpu_devices=2)
+    with pytest.raises(ValueError, match=r"Received also: gpu_memory_mib=5. .* or --gpu_memory_mib"):
+        make_strategy(tpu="local", gpu_memory_mib=5)
+    with pytest.raises(ValueError, match=r"tpu must be `local`, a name or an address. Received: tpu=''"):
+        make_strategy(tpu="")

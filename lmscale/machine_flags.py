@@ -1,4 +1,4 @@
-"""The flags of commands that run in several processes, and how such a command joins the others."""
+"""The flags that say on which devices a command runs, and in which processes: to a group and a strategy."""
 
 import contextlib
 import os
@@ -10,6 +10,17 @@ from lmscale.distribution.cluster import Cluster, find_cluster
 from lmscale.distribution.process_group import ProcessGroup
 from lmscale.distribution.rendezvous import joined
 
+_CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", None, "Split the host CPU into this many devices. Without it: all GPUs, or else one CPU."
+)
+_GPU_MEMORY_MIB = flags.DEFINE_integer(
+    "gpu_memory_mib",
+    None,
+    "Reserve so much of each GPU's memory. Without it: as much as is needed, as it is needed.",
+)
+_TPU = flags.DEFINE_string(
+    "tpu", None, "Run on a TPU: `local` for that of this machine, a name or an address."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -51,3 +62,13 @@ def processes() -> Iterator[ProcessGroup]:
         if not group.is_chief and not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         yield group
+
+
+def strategy(group: ProcessGroup | None = None):
+    """The `tf.distribute.Strategy` over the devices of this host, or over those of a group's processes."""
+    # TensorFlow takes seconds to import: mistakes in flags come before.
+    from lmscale.distribution.strategies import make_strategy
+
+    return make_strategy(
+        cpu_devices=_CPU_DEVICES.value, gpu_memory_mib=_GPU_MEMORY_MIB.value, tpu=_TPU.value, group=group
+    )
