@@ -34,6 +34,8 @@ COMMANDS = {
 
 def defined_flags(command):
     source = (ROOT / "lmscale" / f"{command}.py").read_text(encoding="utf-8")
+    for module in re.findall(r"adopt_module_key_flags\((\w+)\)", source):
+        source += (ROOT / "lmscale" / f"{module}.py").read_text(encoding="utf-8")
     return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source))
 
 
@@ -260,12 +262,14 @@ def test_every_configuration_is_in_the_table():
 
 def test_exit_codes():
     codes = dict(re.findall(r"^\| (\d+) \| (.*) \|$", ALL_TEXT, re.MULTILINE))
-    assert set(codes) == {"0", "1", "2", "3", "75", "130", "143"}
-    source = "".join((ROOT / "lmscale" / f"{name}.py").read_text() for name in ("train", "command_line"))
+    assert set(codes) == {"0", "1", "2", "3", "69", "75", "130", "143"}
+    modules = "train", "command_line", "distribution/process_group"
+    source = "".join((ROOT / "lmscale" / f"{name}.py").read_text() for name in modules)
     constants = dict(re.findall(r"^(EXIT_\w+) = (\d+)$", source, re.MULTILINE))
     assert constants == {
         "EXIT_USAGE": "2",
         "EXIT_NON_FINITE": "3",
+        "EXIT_LOST": "69",
         "EXIT_STOPPED": "75",
         "EXIT_INTERRUPTED": "130",
     }
