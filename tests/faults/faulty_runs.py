@@ -1,6 +1,5 @@
 """Runs in several processes of which a test can afford many: forked, tiny, and with faults put in."""
 
-import functools
 import os
 import re
 import signal
@@ -129,26 +128,35 @@ def errors(process):
 # ------------------------------------------------------------------------ What is put into a process before it runs
 
 
-def _kill_at_call(module, name, number):
-    function = getattr(module, name)
-    calls = 0
+def save_in_small_blocks():
+    """Has every process write some of each save, as where tables are large."""
+    from lmscale.checkpoints.directory import Checkpoints
 
-    @functools.wraps(function)
-    def counted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == number:
+    Checkpoints.__init__.__kwdefaults__["block_mib"] = 1e-3
+
+
+def die_in_save(operation):
+    """Kills this process in its second save, when it is about to call an operation of `tf.raw_ops`."""
+    import tensorflow as tf
+
+    from lmscale.checkpoints.directory import Checkpoints
+
+    save_in_small_blocks()
+    save, function = Checkpoints.save, getattr(tf.raw_ops, operation)
+    num_saves = 0
+
+    def counted_save(self, *args, **kwargs):
+        nonlocal num_saves
+        num_saves += 1
+        return save(self, *args, **kwargs)
+
+    def deadly(*args, **kwargs):
+        if num_saves == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
 
-    setattr(module, name, counted)
-
-
-def die_in_save(number, operation):
-    """Kills this process at the n-th call of an operation of `tf.raw_ops`."""
-    import tensorflow as tf
-
-    _kill_at_call(tf.raw_ops, operation, number)
+    Checkpoints.save = counted_save
+    setattr(tf.raw_ops, operation, deadly)
 
 
 def sleep_in_saves(secs):
@@ -178,13 +186,6 @@ def fail_at_step(step):
     Trainer.train_steps = failing
 
 
-def limit_files(num_bytes):
-    """Lets no file of this process grow beyond a size, as a disk that is full lets none."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-
-
 def claim_version(version):
     """Makes this process one of another version of lmscale."""
     from lmscale.distribution import rendezvous
@@ -197,3 +198,26 @@ def look_for_shared_files(secs):
     from lmscale import workdir
 
     workdir._SHARED_SECS = secs
+
+
+def fill_disk_in_save(number):
+    """Lets no file of this process grow from its n-th save on: what a disk lets grow that is full."""
+    import resource
+
+    from lmscale.checkpoints.directory import Checkpoints
+
+    save_in_small_blocks()
+    save = Checkpoints.save
+    num_saves = 0
+
+    def full(self, *args, **kwargs):
+        nonlocal num_saves
+        num_saves += 1
+        if num_saves == number:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        try:
+            return save(self, *args, **kwargs)
+        finally:  # So that the process can say it.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    Checkpoints.save = full
