@@ -11,6 +11,7 @@ Usage: soak.py FAULTS SEED N,N FOLDER run|print
 The processes of a start are forked from one that has imported TensorFlow, which saves most of the time.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -74,6 +75,7 @@ def planned(number, *, seed, sizes):
 
 def become(module, arguments, log, operation):
     """Makes a forked process the command; with an operation, one that is killed in its next save."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: should the soak be killed, so is this.
     for descriptor in (1, 2):
         with open(log, "a") as file:
             os.dup2(file.fileno(), descriptor)
