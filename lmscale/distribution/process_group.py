@@ -21,6 +21,7 @@ from typing import Any
 from lmscale.distribution.clusters.description import Cluster
 
 EXIT_LOST = 69
+_PRINT_SECS = 2.0
 
 
 class LostProcessError(OSError):
@@ -238,9 +239,7 @@ class ProcessGroup:
         advice = (
             " Run the same command again: it goes on from the last checkpoint." if code == EXIT_LOST else ""
         )
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"error: {self.name(rank)} {how.rstrip('.')}.{advice}\n")
-            sys.stderr.flush()
+        _print_in_time(f"error: {self.name(rank)} {how.rstrip('.')}.{advice}\n")
         self._end(code)
 
 
@@ -297,11 +296,24 @@ def _difference(first, second):
     return first, second
 
 
+def _print_in_time(text):
+    """Prints to stderr, and flushes stdout, unless nobody reads them: a terminal that stands still must not hold us."""
+
+    def write(stream, text):
+        with contextlib.suppress(OSError, ValueError):
+            stream.write(text)
+            stream.flush()
+
+    arguments = ((sys.stderr, text), (sys.stdout, ""))
+    threads = [threading.Thread(target=write, args=each, daemon=True) for each in arguments]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + _PRINT_SECS
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))
+
+
 def _end_at_once(code):
     """Without what Python does at its end, which waits for threads: they may hang in a collective."""
-    if sys.stderr.isatty():
-        print("\033[?25h", end="", file=sys.stderr)  # The cursor that a progress bar hides.
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    _print_in_time("\033[?25h" if sys.stderr.isatty() else "")  # The cursor that a progress bar hides.
     os._exit(code)

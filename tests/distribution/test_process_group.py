@@ -236,30 +236,45 @@ def test_the_first_reason_counts(members, capfd):
     assert "second" not in capfd.readouterr().err
 
 
-def test_a_process_without_an_end_of_its_own_exits_at_once():
-    """What is printed is flushed; a thread that hangs, as in a collective, is not waited for."""
-    program = """
-import socket, threading, time
+ALONE = """
+import socket, sys, threading, time
 from small_groups import cluster, connected_pair
 from lmscale.distribution.process_group import Connection, ProcessGroup
 near, far = connected_pair()
 addresses = ("a:1", "b:2")
 group = ProcessGroup(cluster=cluster(2, 0, addresses=addresses), addresses=addresses, connections={1: Connection(near)})
 threading.Thread(target=time.sleep, args=(600,)).start()
-print("last words", end="")
-far.close()
-group.gather()
+threading.Timer(0.5, far.close).start()
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program],
+
+
+def start_alone(program):
+    """Starts Python with a group whose other process goes after half a second."""
+    return subprocess.Popen(
+        [sys.executable, "-c", ALONE + program],
         env={"PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
-        check=False,
     )
-    assert (result.returncode, result.stdout) == (EXIT_LOST, "last words")
-    assert result.stderr.startswith("error: process 1 of 2 (b:2) has gone without a word")
+
+
+def test_a_process_without_an_end_of_its_own_exits_at_once():
+    """What is printed is flushed; a thread that hangs, as in a collective, is not waited for."""
+    with start_alone("print('last words', end=''); group.gather()") as process:
+        stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (EXIT_LOST, "last words")
+    assert stderr.startswith("error: process 1 of 2 (b:2) has gone without a word")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_that_nobody_reads_does_not_hold_up_the_end(stream):
+    """As that of a terminal stopped by Ctrl-S: the process waits in a write, and holds the stream."""
+    with start_alone(f"sys.{stream}.write('x' * 10**7)") as process:
+        try:
+            assert process.wait(timeout=60) == EXIT_LOST
+        finally:
+            process.kill()
 
 
 # ------------------------------------------------------------------------------------------------- The connection
