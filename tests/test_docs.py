@@ -140,7 +140,8 @@ def test_commands_use_flags_that_exist():
 
 
 def test_flags_of_the_text_exist():
-    known = set().union(*map(defined_flags, COMMANDS)) | {"help", "logdir", "signal"}
+    shared = [path.stem for path in (ROOT / "lmscale").glob("*_flags.py")]
+    known = set().union(*map(defined_flags, [*COMMANDS, *shared])) | {"help", "logdir", "signal"}
     for script in (ROOT / "launch").glob("*.s*"):
         known |= set(re.findall(r"--(\w+)", script.read_text(encoding="utf-8")))
     mentioned = {

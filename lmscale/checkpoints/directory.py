@@ -235,12 +235,13 @@ class Checkpoints:
                 if newest not in self._group.of_chief(self._published()):
                     continue
                 damages[newest] = str(damage)
-                logger.warning(
-                    "DAMAGED CHECKPOINT: step %d in %s: %s. Trying the one before it.",
-                    newest,
-                    self._directory,
-                    damage,
-                )
+                if self._group.is_chief:  # All know the same.
+                    logger.warning(
+                        "DAMAGED CHECKPOINT: step %d in %s: %s. Trying the one before it.",
+                        newest,
+                        self._directory,
+                        damage,
+                    )
         if not damages:
             return None
         reasons = "\n".join(f"  step {s}: {reason}" for s, reason in sorted(damages.items()))

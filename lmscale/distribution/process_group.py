@@ -21,6 +21,7 @@ from typing import Any
 from lmscale.distribution.clusters.description import Cluster
 
 EXIT_LOST = 69
+_PRINT_SECS = 2.0
 
 
 class LostProcessError(OSError):
@@ -72,6 +73,7 @@ class ProcessGroup:
         )  # At the chief: by number and rank.
         self._answers: dict[int, list] = {}
         self._num_gathered = 0
+        self._left: set[int] = set()
         self._is_over = False
         if self._connections:
             threading.Thread(target=self._watch, name="process_group", daemon=True).start()
@@ -97,11 +99,14 @@ class ProcessGroup:
         number = self._num_gathered
         self._num_gathered += 1
         if not self.is_chief:
-            self._connections[0].send({"number": number, "value": value})
-            return self._wait_for(lambda: number in self._answers, lambda: self._answers.pop(number))
+            for connection in list(self._connections.values()):  # The chief's, unless it has left.
+                connection.send({"number": number, "value": value})
+            self._wait_for(lambda: () if number in self._answers else (0,))
+            return self._answers.pop(number)
         with self._news:
             self._given[number][0] = value
-        given = self._wait_for(lambda: len(self._given[number]) == self.size, lambda: self._given.pop(number))
+        self._wait_for(lambda: [rank for rank in range(self.size) if rank not in self._given[number]])
+        given = self._given.pop(number)
         answer = [given[rank] for rank in range(self.size)]
         for connection in list(self._connections.values()):
             connection.send({"number": number, "answer": answer})
@@ -127,11 +132,15 @@ class ProcessGroup:
                     f"in {self.name(rank)}. Start every process from the same files, with the same command."
                 )
 
-    def _wait_for(self, is_there, take):
+    def _wait_for(self, awaited):
+        """Waits until awaited() is empty: the ranks of processes that have not said what this one needs."""
         with self._news:
-            while not is_there():
+            while ranks := awaited():
+                for rank in self._left.intersection(ranks):
+                    raise LostProcessError(
+                        f"{self.name(rank)} has ended as if all was done, while this process waits for it."
+                    )
                 self._news.wait()
-            return take()
 
     # -- to end ------------------------------------------------------------------------------------------------------
 
@@ -171,21 +180,32 @@ class ProcessGroup:
                 self._take(rank, message)
         beat_secs = self._silence_secs / 10
         next_beat = 0.0
+        last_round = time.monotonic()
         while self._connections:
-            if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + beat_secs
+            now = time.monotonic()
+            if now - last_round > self._silence_secs / 2:
+                # This process itself was stopped (Ctrl-Z, a machine that sleeps): others may have been, with it.
+                for connection in list(self._connections.values()):
+                    connection.last_heard = now
+            last_round = now
+            if now >= next_beat:
+                next_beat = now + beat_secs
                 for connection in list(self._connections.values()):
                     connection.send({})
             for key, _ in selector.select(timeout=beat_secs / 2):
                 rank, connection = key.data
-                for message in connection.receive():
-                    self._take(rank, message)
+                try:
+                    for message in connection.receive():
+                        self._take(rank, message)
+                except (ValueError, KeyError) as error:  # This thread must go on, or nobody watches.
+                    self._over(rank, f"has sent what is no message ({error})")
+                    connection.is_closed = True
                 if connection.is_closed:
                     selector.unregister(connection.socket)
                     if rank in self._connections:
                         self._over(rank, "has gone without a word: killed, or its machine is lost")
             for rank, connection in list(self._connections.items()):
-                silence = time.monotonic() - connection.last_heard
+                silence = now - connection.last_heard
                 if silence > self._silence_secs:
                     self._over(
                         rank, f"has not been heard of for {silence:.0f} s: stopped, or its machine is lost"
@@ -193,7 +213,10 @@ class ProcessGroup:
 
     def _take(self, rank, message):
         if "left" in message:
-            del self._connections[rank]
+            with self._news:
+                del self._connections[rank]
+                self._left.add(rank)
+                self._news.notify_all()
         elif "ended" in message:
             self._over(message["ended"], message["how"], code=message["code"])
         elif "number" in message:
@@ -216,8 +239,7 @@ class ProcessGroup:
         advice = (
             " Run the same command again: it goes on from the last checkpoint." if code == EXIT_LOST else ""
         )
-        with contextlib.suppress(OSError):
-            print(f"error: {self.name(rank)} {how.rstrip('.')}.{advice}", file=sys.stderr, flush=True)
+        _print_in_time(f"error: {self.name(rank)} {how.rstrip('.')}.{advice}\n")
         self._end(code)
 
 
@@ -252,10 +274,18 @@ class Connection:
         self.is_closed = not data
         self.last_heard = time.monotonic()
         *lines, self._received = (self._received + data).split(b"\n")
-        messages = [json.loads(line) for line in lines]
+        try:
+            messages = [json.loads(line) for line in lines]
+        except RecursionError as error:
+            raise ValueError("a message must not be nested so deeply") from error
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError("a message must be a JSON object")
         return messages
+
+    @property
+    def num_unfinished(self) -> int:
+        """Bytes of a message that has arrived in part."""
+        return len(self._received)
 
 
 def _difference(first, second):
@@ -266,11 +296,24 @@ def _difference(first, second):
     return first, second
 
 
+def _print_in_time(text):
+    """Prints to stderr, and flushes stdout, unless nobody reads them: a terminal that stands still must not hold us."""
+
+    def write(stream, text):
+        with contextlib.suppress(OSError, ValueError):
+            stream.write(text)
+            stream.flush()
+
+    arguments = ((sys.stderr, text), (sys.stdout, ""))
+    threads = [threading.Thread(target=write, args=each, daemon=True) for each in arguments]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + _PRINT_SECS
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))
+
+
 def _end_at_once(code):
     """Without what Python does at its end, which waits for threads: they may hang in a collective."""
-    if sys.stderr.isatty():
-        print("\033[?25h", end="", file=sys.stderr)  # The cursor that a progress bar hides.
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    _print_in_time("\033[?25h" if sys.stderr.isatty() else "")  # The cursor that a progress bar hides.
     os._exit(code)

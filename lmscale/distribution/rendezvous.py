@@ -20,6 +20,7 @@ from lmscale.distribution.process_group import Connection, LostProcessError, Pro
 
 _RETRY_SECS = 0.3
 _GREETING_SECS = 5.0
+_GREETING_BYTES = 2**22
 _EXIT_BUG, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -131,15 +132,26 @@ class _Door:
                 accepted, _ = self._socket.accept()
             except OSError:
                 return
+            # Each for itself: one that says nothing must not keep others waiting.
+            threading.Thread(target=self._admit, args=(accepted,), name="admission", daemon=True).start()
+
+    def _admit(self, accepted):
+        try:
             connection = Connection(accepted)
-            greeting = _greeting(connection)
-            if greeting is None:  # Not one of ours: a port scanner, a health check.
-                accepted.close()
-            elif "size" in greeting:
-                self.applicants.put((greeting, connection))
-            else:
-                connection.send({"lmscale": __version__, "rank": self._rank})
-                accepted.close()
+        except OSError:  # It has gone again.
+            return
+        greeting = _greeting(connection)
+        if greeting is not None and _is_application(greeting):
+            self.applicants.put((greeting, connection))
+            return
+        if greeting is not None and "probe" in greeting:
+            connection.send({"lmscale": __version__, "rank": self._rank})
+        accepted.close()  # Else not one of ours: a port scanner, a health check.
+
+
+def _is_application(greeting):
+    kinds = {"lmscale": str, "rank": int, "size": int, "port": int}
+    return all(type(greeting.get(name)) is kind for name, kind in kinds.items())
 
 
 def _gather_processes(cluster, door, *, deadline):
@@ -156,7 +168,7 @@ def _gather_processes(cluster, door, *, deadline):
                 f"All {cluster.size} processes of the run must join the chief at {addresses[0]} in time. Received: "
                 f"nothing of process {', '.join(where)}. See whether it has started, and what it says"
             )
-            _refuse(connections.values(), problem)
+            _refuse(connections.values(), problem, code=LostProcessError.exit_code)
             raise LostProcessError(f"{problem}.") from None
         rank, host = greeting["rank"], connection.socket.getpeername()[0].removeprefix("::ffff:")
         address = cluster.addresses[rank] if cluster.addresses else None
@@ -171,13 +183,13 @@ def _gather_processes(cluster, door, *, deadline):
                 f"every process must be told the same number of processes. Received: {cluster.size} in process 0 "
                 f"({addresses[0]}), process {rank} of {greeting['size']} at {host}"
             )
-        elif rank in connections:
+        elif rank in connections and _is_open(connections[rank]):  # If not, it was started again.
             problem = (
                 f"every process must have a number of its own. Received: process {rank} twice, from "
                 f"{connections[rank].socket.getpeername()[0].removeprefix('::ffff:')} and {host}"
             )
         if problem:
-            _refuse([connection, *connections.values()], problem)
+            _refuse([connection, *connections.values()], problem, code=_EXIT_USAGE)
             raise ValueError(f"{problem[0].upper()}{problem[1:]}. Start all processes of one run alike.")
         connections[rank] = connection
         addresses[rank] = address or join_address(host, greeting["port"])
@@ -187,9 +199,22 @@ def _gather_processes(cluster, door, *, deadline):
     return ordered, connections
 
 
-def _refuse(connections, problem):
+def _is_open(connection):
+    """Whether the other end of a connection, which says nothing now, is still there."""
+    connection.socket.setblocking(False)
+    try:
+        return connection.socket.recv(1, socket.MSG_PEEK) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        connection.socket.settimeout(_GREETING_SECS)
+
+
+def _refuse(connections, problem, *, code):
     for connection in connections:
-        connection.send({"refused": problem})
+        connection.send({"refused": problem, "code": code})
 
 
 def _join_chief(cluster, door, *, deadline):
@@ -210,7 +235,8 @@ def _join_chief(cluster, door, *, deadline):
             "time. See whether the chief's log tells of an error, and whether the port is that of another program."
         )
     if "refused" in answer:
-        raise ValueError(f"The chief at {address} has refused this process: {answer['refused']}.")
+        kind = LostProcessError if answer.get("code") == LostProcessError.exit_code else ValueError
+        raise kind(f"The chief at {address} has refused this process: {answer['refused']}.")
     return answer["addresses"], {0: connection}
 
 
@@ -245,9 +271,10 @@ def _connect(address, *, deadline):
 
 def _greeting(connection, *, secs=_GREETING_SECS):
     """The first message of a process of lmscale; None if none comes in time, or something else."""
-    connection.socket.settimeout(secs)
+    deadline = time.monotonic() + secs
     try:
-        while not connection.is_closed:
+        while not connection.is_closed and connection.num_unfinished < _GREETING_BYTES:
+            connection.socket.settimeout(max(deadline - time.monotonic(), 0.01))
             if messages := connection.receive():
                 connection.socket.settimeout(_GREETING_SECS)
                 connection.unread = messages[1:]

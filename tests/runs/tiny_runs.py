@@ -213,7 +213,7 @@ def wait_for_all(processes):
 
 
 @functools.cache
-def _fork_server():
+def fork_server():
     """Starts processes by forking one that has imported TensorFlow, and done nothing with it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tensorflow", "lmscale.run", "lmscale.configuration"])
@@ -226,7 +226,7 @@ def run_forked(module, arguments, *, log):
     Returns:
       (exit code, what it printed to stdout, to stderr).
     """
-    process = _fork_server().Process(target=_become_command, args=(module, arguments, str(log)))
+    process = fork_server().Process(target=become_command, args=(module, arguments, str(log)))
     process.start()
     process.join(DEADLINE_SECS)
     if process.exitcode is None:
@@ -236,11 +236,12 @@ def run_forked(module, arguments, *, log):
     return process.exitcode, stdout, stderr
 
 
-def _become_command(module, arguments, log):
+def become_command(module, arguments, log, cwd=REPOSITORY):
+    """Makes this process the command, which prints to files whose names start with `log`."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         with open(f"{log}.{name}", "w") as file:
             os.dup2(file.fileno(), descriptor)
-    os.chdir(REPOSITORY)
+    os.chdir(cwd)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
