@@ -1,11 +1,13 @@
 """The working directory of a run: where everything is, and who may write there."""
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +27,7 @@ class Workdir:
     train/ eval/     TensorBoard events and metrics.jsonl of the training and of the evaluations
     saved.json       there since the run's first checkpoint
     finished.json    there when the run has done all its steps
+    eval_SPLIT/      likewise of the evaluations of `lmscale.evaluate --follow`, which holds a .lock of its own there
     .lock            held by the process that writes here
 
     The writer holds an exclusive lock until `close`, or until its process ends in whatever way: the kernel
@@ -60,7 +63,13 @@ class Workdir:
                 "The working directory must be one that can be written to. "
                 f"Received: {self.path} ({error.strerror})."
             ) from error
-        self._take(lock)
+        _take(
+            lock,
+            used=f"The working directory {self.path}",
+            by="another run",
+            otherwise="pass another directory",
+        )
+        self._lock = lock
 
     @classmethod
     def of_group(cls, path, group) -> "Workdir":
@@ -104,6 +113,10 @@ class Workdir:
     @property
     def eval_dir(self) -> Path:
         return self.path / "eval"
+
+    def followed_dir(self, split: str) -> Path:
+        """Where `lmscale.evaluate --follow` writes."""
+        return self.path / f"eval_{split}"
 
     @property
     def finished_path(self) -> Path:
@@ -196,31 +209,49 @@ class Workdir:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _take(self, lock: IO[str]) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            holder = lock.read().strip() or "a process that has just started"
-            lock.close()
-            raise ValueError(
-                f"The working directory {self.path} is in use by another run: {holder}. "
-                "Wait for it to end, or pass another directory."
-            ) from error
-        except OSError as error:
-            lock.close()
-            raise ValueError(
-                f"The working directory {self.path} must be on a filesystem with locks ({error.strerror})."
-            ) from error
-        with naming(lock.name):
-            lock.truncate(0)
-            lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
-        self._lock = lock
-
     def _check_writer(self) -> None:
         if self._lock is None:
             raise ValueError(f"{self.path} is open readonly, or closed: nothing can be written to it.")
+
+
+@contextlib.contextmanager
+def locked(directory: Path, *, used: str, by: str, otherwise: str) -> Iterator[None]:
+    """A context in which this process alone has a directory, by a lock as `Workdir`'s.
+
+    Args:
+      directory: made if absent; its parent must be there.
+      used: what messages call it: "The folder runs/mine/eval_test".
+      by: who else may have it: "another evaluation".
+      otherwise: what to do but wait: "pass another --split".
+
+    Raises:
+      ValueError: if another process has it, or there are no locks.
+      OSError: if it cannot be made or written to.
+    """
+    directory.mkdir(exist_ok=True)
+    with open(directory / _LOCK, "a+", encoding="utf-8") as lock:
+        _take(lock, used=used, by=by, otherwise=otherwise)
+        yield
+
+
+def _take(lock: IO[str], *, used: str, by: str, otherwise: str) -> None:
+    """Locks an open file and writes who has it; closes it if that fails."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "a process that has just started"
+        lock.close()
+        raise ValueError(
+            f"{used} is in use by {by}: {holder}. Wait for it to end, or {otherwise}."
+        ) from error
+    except OSError as error:
+        lock.close()
+        raise ValueError(f"{used} must be on a filesystem with locks ({error.strerror}).") from error
+    with naming(lock.name):
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
 
 
 def _holds(path: Path, text: str) -> bool:

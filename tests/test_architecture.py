@@ -12,7 +12,7 @@ LAYERS = [
     {"train", "evaluate", "prepare", "bench", "plot"},
     {"process_flags"},
     {"benchmarks"},
-    {"run", "dry_run"},
+    {"run", "dry_run", "follow"},
     {"reports"},
     {"evaluation", "start"},
     {"trainer"},

@@ -41,6 +41,10 @@ _UNFINISHED = re.compile(r"\.step_(\d{8,})\.(saving|removing|replaced)")
 _RESERVED_METADATA = ("step", "validation_loss_nats")
 
 
+class UnavailableError(ValueError):
+    """The checkpoint of the step that was asked for is not there, not any more, or damaged."""
+
+
 class Checkpoints:
     """The checkpoints of one run, in one directory, with one writer: a process, or a group of processes.
 
@@ -212,8 +216,8 @@ class Checkpoints:
           or None if there is no checkpoint at all.
 
         Raises:
-          ValueError: if the checkpoint does not fit `items`; if `step` has no checkpoint, or a damaged
-            one; if checkpoints exist and none is readable.
+          ValueError: if the checkpoint does not fit `items`; if checkpoints exist and none is readable.
+          UnavailableError: if `step` has no checkpoint, or a damaged one; if it is removed while it is read.
         """
         _check_paths(items)
         if step is not None:
@@ -221,7 +225,8 @@ class Checkpoints:
             try:
                 return self._load(step, items, subset, format_1_names or {})
             except DamagedError as damage:
-                raise ValueError(
+                self._check_available(step)
+                raise UnavailableError(
                     f"The checkpoint of step {step} in {self._directory} is damaged: {damage}. "
                     f"Select another step. Available: {_listed(s for s in self.steps() if s != step)}."
                 ) from damage
@@ -262,10 +267,14 @@ class Checkpoints:
         return sorted(int(match[1]) for match in matches if match)
 
     def _check_available(self, step: int) -> None:
-        if step not in self._published():
-            raise ValueError(
-                f"There is no checkpoint of step {step} in {self._directory}. "
-                f"Available: {_listed(self.steps())}."
+        """Raises UnavailableError, at every process, unless the chief finds a directory of the step."""
+        available = None
+        if self._group.is_chief and step not in self._published():
+            available = _listed(self.steps())
+        available = self._group.of_chief(available)
+        if available is not None:
+            raise UnavailableError(
+                f"There is no checkpoint of step {step} in {self._directory}. Available: {available}."
             )
 
     def _clear_unfinished(self) -> None:
