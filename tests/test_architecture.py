@@ -22,7 +22,7 @@ LAYERS = [
     {"tasks", "parameters.warm_start", "parameters.report"},
     {"checkpoints", "bodies", "softmax"},
     {"tables", "parameters"},
-    {"data", "distribution", "metrics", "hparams_tab", "event_files"},
+    {"data", "distribution", "metrics", "hparams_tab", "event_files", "profiling"},
     {
         "command_line",
         "workdir",
