@@ -15,7 +15,7 @@ from lmscale.command_line import DEFINE_path, run_main
 
 flags.adopt_module_key_flags(process_flags)
 
-_WORKDIR = DEFINE_path("workdir", None, "Work directory of the run.")
+_WORKDIR = DEFINE_path("workdir", None, "Work directory of the run.", remote=True)
 _SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "What to evaluate on.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "A step, `latest` or `best`.")
 _CPU_DEVICES = flags.DEFINE_integer(

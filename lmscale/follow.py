@@ -9,13 +9,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from lmscale.checkpoints.directory import Checkpoints, UnavailableError
 from lmscale.distribution.process_group import ProcessGroup
 from lmscale.evaluation import CheckpointEvaluator
 from lmscale.metrics import MetricsWriter, format_log_line, read_metrics
-from lmscale.paths import expand
+from lmscale.storage import as_path
 from lmscale.workdir import Workdir, locked
 
 _logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class Follower:
         group: `ProcessGroup`; None for one process.
         sleep: function of seconds that waits.
         """
-        self._path = Path(expand(path))
+        self._path = as_path(path)
         self._split = split
         self._poll_secs = poll_secs
         self._group = group or ProcessGroup()

@@ -24,7 +24,9 @@ _GIN_FILE = DEFINE_multi_path(
 _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "Override, such as LEARNING_RATE=0.001; may be repeated."
 )
-_WORKDIR = DEFINE_path("workdir", None, "Where the run writes: checkpoints, metrics, its configuration.")
+_WORKDIR = DEFINE_path(
+    "workdir", None, "Where the run writes: checkpoints, metrics, its configuration.", remote=True
+)
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "Split the host CPU into this many devices. Without it: all GPUs, or else one CPU."
 )

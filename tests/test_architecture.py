@@ -26,6 +26,7 @@ LAYERS = [
     {
         "command_line",
         "workdir",
+        "storage",
         "stop_signals",
         "quiet_start",
         "factories",
