@@ -82,9 +82,14 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def DEFINE_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
-    """As `flags.DEFINE_string`, for a path: `~` is expanded, it must not be empty, and there cannot be two."""
-    return flags.DEFINE_flag(_PathFlag(_PathParser(), flags.ArgumentSerializer(), name, default, help))
+def DEFINE_path(name: str, default: str | None, help: str, *, remote: bool = False) -> flags.FlagHolder:
+    """As `flags.DEFINE_string`, for a path: `~` is expanded, it must not be empty, and there cannot be two.
+
+    With `remote`, it may be in a store, such as gs://bucket/run.
+    """
+    return flags.DEFINE_flag(
+        _PathFlag(_PathParser(remote=remote), flags.ArgumentSerializer(), name, default, help)
+    )
 
 
 def DEFINE_multi_path(name: str, default: Sequence[str] | None, help: str) -> flags.FlagHolder:
@@ -119,10 +124,14 @@ class _PathFlag(flags.Flag):
 class _PathParser(flags.ArgumentParser):
     syntactic_help = "a path"
 
+    def __init__(self, *, remote=False):
+        super().__init__()
+        self._remote = remote
+
     def parse(self, argument):
         if not argument:
             raise ValueError("a path must not be empty. Received: ''. `.` is the current directory")
-        return paths.expand(argument)
+        return paths.expand(argument, remote=self._remote)
 
 
 class _PathsParser(flags.ListParser):

@@ -1,6 +1,8 @@
 """Exact perplexity of a run: python -m lmscale.evaluate --workdir=runs/quickstart --split=test
 
 Full softmax over every row of the vocabulary, every token of the split once. The last line on stdout is a JSON object.
+With --follow, each checkpoint of a run that is training, as it appears: a line on stdout for each, and metrics in the
+folder eval_SPLIT of the work directory. It ends with the run.
 """
 
 import json
@@ -13,11 +15,17 @@ from lmscale.command_line import DEFINE_path, run_main
 
 flags.adopt_module_key_flags(machine_flags)
 
-_WORKDIR = DEFINE_path("workdir", None, "Work directory of the run.")
+_WORKDIR = DEFINE_path("workdir", None, "Work directory of the run.", remote=True)
 _SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "What to evaluate on.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "A step, `latest` or `best`.")
 _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "Override of the run's configuration, such as DATA_DIR='elsewhere'; may be repeated."
+)
+_FOLLOW = flags.DEFINE_bool(
+    "follow", False, "Evaluate each new checkpoint, until the run is finished and its last one is evaluated."
+)
+_POLL_SECS = flags.DEFINE_float(
+    "poll_secs", 10.0, "With --follow: seconds after which to look for a new checkpoint.", lower_bound=0.01
 )
 
 
@@ -31,37 +39,66 @@ def main(argv):
         raise ValueError(f"--checkpoint must be a step, `latest` or `best`. Received: {checkpoint}.")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
+    for name, is_used in (("checkpoint", not _FOLLOW.value), ("poll_secs", _FOLLOW.value)):
+        if flags.FLAGS[name].present and not is_used:
+            way_out = "Leave it out" if _FOLLOW.value else "Leave it out, or pass --follow"
+            raise ValueError(
+                f"--{name} must be given {'without' if _FOLLOW.value else 'with'} --follow. "
+                f"Received: --{name}={flags.FLAGS[name].value}. {way_out}."
+            )
     with machine_flags.processes() as group:
-        report = _evaluate(group, checkpoint)
+        if _FOLLOW.value:
+            _follow(group)
+        else:
+            _print(_evaluate(group, checkpoint), group)
+    return 0
+
+
+def _print(report, group):
     if group.is_chief:
         # JSON has neither NaN nor infinity.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
-        print(json.dumps(finite, allow_nan=False))
-    return 0
+        print(json.dumps(finite, allow_nan=False), flush=True)
+
+
+def _follow(group):
+    from lmscale.follow import Follower
+
+    with Follower(_WORKDIR.value, split=_SPLIT.value, poll_secs=_POLL_SECS.value, group=group) as follower:
+        workdir = follower.wait_for_run()
+        experiment, strategy = _prepare(workdir, group)
+        for report in follower.reports(experiment, workdir=workdir, strategy=strategy):
+            _print(report, group)
 
 
 def _evaluate(group, checkpoint):
     # TensorFlow takes seconds to import: mistakes in flags come before.
-    from lmscale import configuration
     from lmscale.evaluation import evaluate_checkpoint
     from lmscale.workdir import Workdir
 
     with Workdir(_WORKDIR.value, readonly=True) as workdir:
-        if not workdir.config_path.exists():
-            raise ValueError(
-                f"No run has started in {workdir.path}: it has no config.gin. Start one with lmscale.train."
-            )
-        config = configuration.load([str(workdir.config_path)], _GIN_PARAM.value)
-        group.check_same("The configuration", config.text)
-        strategy = machine_flags.strategy(group)
+        experiment, strategy = _prepare(workdir, group)
         return evaluate_checkpoint(
-            config.experiment,
+            experiment,
             workdir=workdir,
             strategy=strategy,
             split=_SPLIT.value,
             checkpoint=checkpoint,
             group=group,
         )
+
+
+def _prepare(workdir, group):
+    """(experiment of the run, strategy)."""
+    from lmscale import configuration
+
+    if not workdir.config_path.exists():
+        raise ValueError(
+            f"No run has started in {workdir.path}: it has no config.gin. Start one with lmscale.train."
+        )
+    config = configuration.load([str(workdir.config_path)], _GIN_PARAM.value)
+    group.check_same("The configuration", config.text)
+    return config.experiment, machine_flags.strategy(group)
 
 
 def run():

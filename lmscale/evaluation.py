@@ -164,16 +164,116 @@ def evaluated_weights(experiment, model, *, step):
     return averages.in_place_of_weights(model, step=step)
 
 
+class CheckpointEvaluator:
+    """Evaluates checkpoints of a run exactly. Data, model and graph are there once, for any number of them."""
+
+    def __init__(self, experiment, *, workdir, strategy, split, group=None):
+        """Reads the data and builds the model.
+
+        Args:
+          experiment: `Experiment` of the run.
+          workdir: its `Workdir`; only read.
+          strategy: `tf.distribute.Strategy`, of any number of devices.
+          split: "train", "valid" or "test".
+          group: `ProcessGroup`, all of which do the same; None for one process.
+
+        Raises:
+          ValueError: if the data or the split do not fit the experiment; if averages are to be evaluated and no group
+            keeps any.
+        """
+        self._experiment = experiment
+        self._workdir = workdir
+        self._split = split
+        self._strategy = strategy
+        self._group = group = group or ProcessGroup()
+        self.checkpoints = Checkpoints(
+            workdir.checkpoints_dir, keep=experiment.keep_checkpoints, readonly=True, group=group
+        )
+        with doing(f"reading the data of {experiment.data_dir}"):
+            self._data = data = PreparedData.open(experiment.data_dir)
+        group.check_same("The data", data.fingerprint)
+        rows = f"{data.vocab_size:,} rows"
+        with doing(f"building the model, with tables of {rows}"), strategy.scope():
+            self._task = make_task(
+                experiment, data=data, num_replicas=strategy.num_replicas_in_sync, training=False
+            )
+            # No update rules: an evaluation holds the parameters alone.
+            self._model = Model(
+                self._task,
+                groups=experiment.groups,
+                vocab_size=data.vocab_size,
+                counts=data.counts,
+                seed=experiment.seed,
+                # Averages are slots.
+                training=experiment.evaluate_averages,
+            )
+        if experiment.evaluate_averages:
+            averages.check_any(self._model.treatments)
+        self._batches = self._task.evaluation_batches(split)
+        self._evaluator = Evaluator.of_experiment(experiment, self._model, strategy=strategy)
+
+    def evaluate(self, step=None):
+        """Restores a checkpoint and evaluates it.
+
+        Args:
+          step: int; None for the newest.
+
+        Returns:
+          As `evaluate_checkpoint`.
+
+        Raises:
+          UnavailableError: if `step` has no checkpoint, or a damaged one; if it is removed while it is read.
+          ValueError: if there is none at all, or it does not fit the experiment or its data.
+        """
+        experiment, model = self._experiment, self._model
+        with doing("restoring the checkpoint"):
+            parameters = model.parameters()
+            metadata = self.checkpoints.restore(
+                parameters,
+                step=step,
+                subset=True,
+                format_1_names=format_1.names([p.path for p in parameters], self._task.layers),
+            )
+        if metadata is None:
+            raise ValueError(
+                f"{self._workdir.path} has no checkpoint yet. Wait for the run's first, or shorten SAVE_EVERY."
+            )
+        if metadata["vocabulary_sha256"] != self._data.vocabulary_sha256:
+            raise ValueError(
+                "A model must be evaluated with the vocabulary it was trained with. Received: "
+                f"{experiment.data_dir}, whose vocab.txt is another one. Set DATA_DIR to data of the same vocabulary."
+            )
+        if experiment.evaluate_averages:
+            model.restore_clocks(metadata.get("updates"), step=metadata["step"])
+        with (
+            doing(f"evaluating {self._split}"),
+            progress(
+                total=self._batches.num_steps,
+                initial=0,
+                description=f"evaluating {self._split}",
+                is_shown=self._group.is_chief,
+            ) as show_step,
+            evaluated_weights(experiment, model, step=metadata["step"]),
+        ):
+            result = self._evaluator.evaluate(self._batches, on_step=show_step)
+        return {
+            "split": self._split,
+            "step": metadata["step"],
+            "loss_nats": result.loss_nats,
+            "perplexity": result.perplexity,
+            "tokens": result.tokens,
+            "vocab_size": self._data.vocab_size,
+            "num_devices": self._strategy.num_replicas_in_sync,
+            "seconds": result.seconds,
+        }
+
+
 def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint, group=None):
     """Restores a checkpoint of a run and evaluates it exactly.
 
     Args:
-      experiment: `Experiment` of the run.
-      workdir: its `Workdir`; only read.
-      strategy: `tf.distribute.Strategy`, of any number of devices.
-      split: "train", "valid" or "test".
+      experiment, workdir, strategy, split, group: as of `CheckpointEvaluator`.
       checkpoint: a step as a string, "latest" or "best".
-      group: `ProcessGroup`, all of which call this; None for one process.
 
     Returns:
       {"split", "step", "loss_nats", "perplexity", "tokens", "vocab_size", "num_devices", "seconds"}.
@@ -183,70 +283,13 @@ def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint, gro
         evaluated and no group keeps any.
     """
     group = group or ProcessGroup()
-    checkpoints = Checkpoints(
-        workdir.checkpoints_dir, keep=experiment.keep_checkpoints, readonly=True, group=group
-    )
-    best = group.of_chief(checkpoints.best_step() if group.is_chief else None)
-    step = {"latest": None, "best": best}.get(checkpoint, checkpoint)
-    if checkpoint == "best" and step is None:
-        raise ValueError(f"No checkpoint of {workdir.path} has a validation loss. Pass --checkpoint=latest.")
-    with doing(f"reading the data of {experiment.data_dir}"):
-        data = PreparedData.open(experiment.data_dir)
-    group.check_same("The data", data.fingerprint)
-    rows = f"{data.vocab_size:,} rows"
-    with doing(f"building the model, with tables of {rows}"), strategy.scope():
-        task = make_task(experiment, data=data, num_replicas=strategy.num_replicas_in_sync, training=False)
-        # No update rules: an evaluation holds the parameters alone.
-        model = Model(
-            task,
-            groups=experiment.groups,
-            vocab_size=data.vocab_size,
-            counts=data.counts,
-            seed=experiment.seed,
-            # Averages are slots.
-            training=experiment.evaluate_averages,
-        )
-    if experiment.evaluate_averages:
-        averages.check_any(model.treatments)
-    batches = task.evaluation_batches(split)
-    with doing("restoring the checkpoint"):
-        parameters = model.parameters()
-        metadata = checkpoints.restore(
-            parameters,
-            step=None if step is None else int(step),
-            subset=True,
-            format_1_names=format_1.names([p.path for p in parameters], task.layers),
-        )
-    if metadata is None:
-        raise ValueError(
-            f"{workdir.path} has no checkpoint yet. Wait for the run's first, or shorten SAVE_EVERY."
-        )
-    if metadata["vocabulary_sha256"] != data.vocabulary_sha256:
-        raise ValueError(
-            "A model must be evaluated with the vocabulary it was trained with. Received: "
-            f"{experiment.data_dir}, whose vocab.txt is another one. Set DATA_DIR to data of the same vocabulary."
-        )
-    if experiment.evaluate_averages:
-        model.restore_clocks(metadata.get("updates"), step=metadata["step"])
-    evaluator = Evaluator.of_experiment(experiment, model, strategy=strategy)
-    with (
-        doing(f"evaluating {split}"),
-        progress(
-            total=batches.num_steps,
-            initial=0,
-            description=f"evaluating {split}",
-            is_shown=group.is_chief,
-        ) as show_step,
-        evaluated_weights(experiment, model, step=metadata["step"]),
-    ):
-        result = evaluator.evaluate(batches, on_step=show_step)
-    return {
-        "split": split,
-        "step": metadata["step"],
-        "loss_nats": result.loss_nats,
-        "perplexity": result.perplexity,
-        "tokens": result.tokens,
-        "vocab_size": data.vocab_size,
-        "num_devices": strategy.num_replicas_in_sync,
-        "seconds": result.seconds,
-    }
+    step = {"latest": None}.get(checkpoint, checkpoint)
+    if checkpoint == "best":
+        checkpoints = Checkpoints(workdir.checkpoints_dir, readonly=True)
+        step = group.of_chief(checkpoints.best_step() if group.is_chief else None)
+        if step is None:
+            raise ValueError(
+                f"No checkpoint of {workdir.path} has a validation loss. Pass --checkpoint=latest."
+            )
+    evaluator = CheckpointEvaluator(experiment, workdir=workdir, strategy=strategy, split=split, group=group)
+    return evaluator.evaluate(None if step is None else int(step))

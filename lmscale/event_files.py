@@ -38,7 +38,7 @@ class EventFile:
         name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}{ending}"
         self.path = directory / name
         with naming(self.path):
-            self._file = open(self.path, "xb")  # noqa: SIM115 (held until close)
+            self._file = self.path.open("xb")
         self._records = RecordWriter(self._file)
         writer = SourceMetadata(writer=__name__)
         self.add(Event(wall_time=time.time(), file_version="brain.Event:2", source_metadata=writer))

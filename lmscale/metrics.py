@@ -1,6 +1,7 @@
 """What a run reports while it goes: TensorBoard, metrics.jsonl, log lines, a progress bar."""
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 
 from lmscale.event_files import SESSION, EventFile, event_files
 from lmscale.paths import naming
+from lmscale.storage import as_path, is_remote
 from lmscale.workdir import replace_file
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class MetricsWriter:
 
     metrics.jsonl holds one JSON object for each call of `scalars`: "step", "wall_time" (seconds since 1970)
     and a number for each tag. NaN and infinity are null there, since JSON lacks them; TensorBoard gets them.
+    In a store, such as gs://bucket/run, it is in parts: metrics.000000.jsonl, metrics.000001.jsonl ...
     Wall times never go back, whatever the clock does: they go on from the latest.
 
     Everything of one writer is in one TensorBoard file, in order, and on its way to disk when a call
@@ -52,13 +55,16 @@ class MetricsWriter:
         Raises:
           OSError: with the file's name, as from all methods, if the disk is full.
         """
-        directory = Path(directory)
+        directory = as_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / METRICS_FILE
-        latest = _keep_lines(self._path, last_step=math.inf if resume_step is None else resume_step)
+        last_step = math.inf if resume_step is None else resume_step
+        latest = max([0.0, *(_keep_lines(path, last_step=last_step) for path in _parts(directory))])
         self._clock = _Clock(latest + 10**-_WALL_TIME_DIGITS)  # It was rounded, perhaps down.
         is_first = len(event_files(directory)) == len(event_files(directory, ending=SESSION))
-        self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
+        self._lines: Any = (
+            _StoredLines(directory) if is_remote(directory) else open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (held until close)
+        )
         self._events = EventFile(directory)
         # TensorBoard drops events of steps from this one on, which earlier files hold. It takes the first
         # START of a directory for the start, and only those after it for restarts.
@@ -106,8 +112,7 @@ class MetricsWriter:
 
 def read_metrics(directory) -> list[dict]:
     """The objects of a directory's metrics.jsonl, in the order written. A last line cut short is left out."""
-    path = Path(directory) / METRICS_FILE
-    return [line for _, line in _lines(path) if line is not None] if path.exists() else []
+    return [line for path in _parts(as_path(directory)) for _, line in _lines(path) if line is not None]
 
 
 def format_log_line(step: int, metrics: Mapping[str, Any]) -> str:
@@ -192,9 +197,40 @@ def device_memory_mib() -> dict[str, float]:
 # metrics.jsonl.
 
 
+class _StoredLines:
+    """Lines in a store, which cannot append: the last part is written anew with each line, until it is long enough."""
+
+    _LONG_ENOUGH = 2**16  # Characters.
+
+    def __init__(self, directory):
+        self._directory = directory
+        self._number = max([-1, *(int(path.name.split(".")[1]) for path in _parts(directory))]) + 1
+        self._text = ""
+
+    def write(self, line: str) -> None:
+        if len(self._text) >= self._LONG_ENOUGH:
+            self._number, self._text = self._number + 1, ""
+        self._text += line
+        (self._directory / f"metrics.{self._number:06d}.jsonl").write_text(self._text)
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
+
+
+def _parts(directory: Path) -> list[Path]:
+    """The files of a directory's metrics, in the order written."""
+    if is_remote(directory):
+        return sorted(directory.glob("metrics.[0-9]*.jsonl"))
+    path = directory / METRICS_FILE
+    return [path] if path.exists() else []
+
+
 def _lines(path: Path) -> Iterator[tuple[str, dict | None]]:
     """Each line and its object; None for a line that is damaged or was cut short."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    whole = io.BytesIO(path.read_bytes()) if is_remote(path) else open(path, "rb")  # noqa: SIM115 (closed below)
+    with io.TextIOWrapper(whole, encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = json.loads(text)
@@ -210,8 +246,6 @@ def _keep_lines(path: Path, *, last_step: float) -> float:
     Returns:
       The latest wall time of the lines kept; 0 without any.
     """
-    if not path.exists():
-        return 0.0
     lines = list(_lines(path))
     kept = [(text, line) for text, line in lines if line is not None and line["step"] <= last_step]
     if len(kept) < len(lines):

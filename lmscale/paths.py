@@ -4,11 +4,14 @@ import contextlib
 import fnmatch
 import glob
 import os
+import re
 import sys
 
 # What comes with lmscale, installed or in a checkout: configurations, and texts to try it on.
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 BOOKS = os.path.join(os.path.dirname(CONFIGS), "books")
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def or_shipped(patterns: list[str]) -> list[str]:
@@ -21,15 +24,40 @@ def or_shipped(patterns: list[str]) -> list[str]:
     return found
 
 
-def expand(path: str | os.PathLike) -> str:
+def scheme(path: str | os.PathLike) -> str | None:
+    """`gs` of gs://bucket/run; None for a path without such a beginning."""
+    match = _SCHEME.match(os.fspath(path))
+    return match[1].lower() if match else None
+
+
+def expand(path: str | os.PathLike, *, remote: bool = False) -> str:
     """The path, with `~` or `~name` at its start made the home directory, which a shell leaves as it is in `--flag=~`.
 
-    As in a shell, a `~name` of no user stays what it is.
+    As in a shell, a `~name` of no user stays what it is. Of file:///x, it is /x.
+
+    Args:
+      path: as the user gave it.
+      remote: whether it may have another scheme, such as gs://bucket/run, which stays as it is.
 
     Raises:
-      ValueError: if there is no home directory.
+      ValueError: if there is no home directory; if the path is of another machine, or has a scheme that it must not.
     """
     text = os.fspath(path)
+    if scheme(text) == "file":
+        host, slash, rest = text.partition("://")[2].partition("/")
+        if host not in ("", "localhost") or not slash:
+            raise ValueError(
+                f"A path of file:// must be one of this machine, file:///x for /x. Received: {text}. Pass the path "
+                "without file://, or with three slashes."
+            )
+        return f"/{rest}"
+    if scheme(text):
+        if not remote:
+            raise ValueError(
+                f"This must be a path of this machine. Received: {text}. Copy it here, or mount what it is on; work "
+                "directories and prepared data may be in a store."
+            )
+        return text
     expanded = os.path.expanduser(text)
     if expanded.split("/")[0] == "~":
         raise ValueError(

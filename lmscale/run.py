@@ -16,6 +16,7 @@ from lmscale.doing import doing
 from lmscale.evaluation import Evaluator, evaluated_weights
 from lmscale.metrics import device_memory_mib, format_log_line, progress, read_metrics
 from lmscale.parameters.report import as_table, as_text, parameter_lines
+from lmscale.profiling import Profiler
 from lmscale.reports import NoReports, Reports
 from lmscale.start import report_names, start_from_elsewhere
 from lmscale.stop_signals import collect_stop_signals
@@ -32,7 +33,7 @@ class NonFiniteError(Exception):
     """The loss or the gradient was NaN or infinite. No such step was applied or saved."""
 
 
-def train(experiment, *, workdir, strategy, config_text, hparams, group=None):
+def train(experiment, *, workdir, strategy, config_text, hparams, group=None, profile_steps=None):
     """Runs an experiment to its last step, from wherever the work directory's checkpoints have got to.
 
     Args:
@@ -42,6 +43,7 @@ def train(experiment, *, workdir, strategy, config_text, hparams, group=None):
       config_text: the resolved configuration, written to the work directory and to TensorBoard.
       hparams: {name: value} for TensorBoard's HParams tab.
       group: `ProcessGroup` of the run, all of which call this; None for one process.
+      profile_steps: (first, last) to be profiled by the chief, in the training's folder; None for none.
 
     Returns:
       {"step", "validation_loss_nats", "best_step", ...}: the summary that marks the run finished.
@@ -65,7 +67,8 @@ def train(experiment, *, workdir, strategy, config_text, hparams, group=None):
             parameters, format_1_names=format_1.names([p.path for p in parameters], trainer.task.layers)
         )
     is_new = metadata is None
-    run = _Run(trainer, checkpoints=checkpoints, group=group)
+    profiler = Profiler(profile_steps, directory=workdir.train_dir, is_written=group.is_chief)
+    run = _Run(trainer, checkpoints=checkpoints, group=group, profiler=profiler)
     reports: NoReports = NoReports()
     if group.is_chief:
         reports = Reports(workdir, resume_step=None if is_new else metadata["step"])
@@ -79,10 +82,12 @@ def train(experiment, *, workdir, strategy, config_text, hparams, group=None):
         run.resume(metadata)
         reports.saved()
         _logger.info("resuming at step %d", trainer.step)
+        profiler.resume(trainer.step)
     for text in filter(None, texts.values()):
         _logger.info("%s", text)
     with (
         reports,
+        profiler,
         collect_stop_signals() as stop,
         progress(
             total=experiment.train_steps,
@@ -142,11 +147,12 @@ class _Pending:
 class _Run:
     """The loop around `Trainer.train_steps`: when to log, evaluate, save and stop."""
 
-    def __init__(self, trainer, *, checkpoints, group):
+    def __init__(self, trainer, *, checkpoints, group, profiler):
         self.trainer = trainer
         self.experiment = trainer.experiment
         self.checkpoints = checkpoints
         self.group = group
+        self.profiler = profiler
         self.evaluator = Evaluator.of_experiment(trainer.experiment, trainer.model, strategy=trainer.strategy)
         self.best_validation_loss = math.inf
         self.last_validation_loss = None
@@ -191,10 +197,13 @@ class _Run:
         experiment, trainer = self.experiment, self.trainer
         while trainer.step < experiment.train_steps:
             start = time.perf_counter()
-            with doing(f"training step {trainer.step + 1:,}"):
+            with doing(f"training step {trainer.step + 1:,}"), self.profiler.call(trainer.step):
                 self._pending.append(_Pending(trainer.step, trainer.train_steps(self._steps_of_next_call())))
             self._seconds += time.perf_counter() - start
             step = trainer.step
+            if self.profiler.is_last(step):
+                self._check_finite()  # Which waits until a GPU has done the steps.
+                self.profiler.close()
             show_step(step)
             is_last = step == experiment.train_steps
             if step % experiment.log_every == 0 or is_last:
@@ -301,7 +310,8 @@ class _Run:
         experiment, step = self.experiment, self.trainer.step
         due = (experiment.log_every, experiment.eval_every, experiment.save_every)
         next_due = min(every - step % every for every in due)
-        return min(experiment.steps_per_call, next_due, experiment.train_steps - step)
+        profile_due = self.profiler.due(step) or next_due
+        return min(experiment.steps_per_call, next_due, profile_due, experiment.train_steps - step)
 
     def _check_finite(self):
         """Reads the flags of the steps since the last check. Non-finite steps were never applied."""

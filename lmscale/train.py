@@ -6,6 +6,7 @@ saving, 69 another process of the run was lost: after these two, run the same co
 """
 
 import json
+import re
 import sys
 
 from absl import flags, logging
@@ -23,10 +24,15 @@ _GIN_FILE = DEFINE_multi_path(
 _GIN_PARAM = flags.DEFINE_multi_string(
     "gin_param", [], "Override, such as LEARNING_RATE=0.001; may be repeated."
 )
-_WORKDIR = DEFINE_path("workdir", None, "Where the run writes: checkpoints, metrics, its configuration.")
+_WORKDIR = DEFINE_path(
+    "workdir", None, "Where the run writes: checkpoints, metrics, its configuration.", remote=True
+)
 _SEED = flags.DEFINE_integer("seed", None, "Overrides SEED.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Resolve everything, print configuration, parameters and memory a device, and stop."
+)
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "FIRST:LAST, steps to write a profile of, for TensorBoard: such as 100:103."
 )
 
 EXIT_NON_FINITE = 3
@@ -57,11 +63,27 @@ def _load():
     return configuration.load(_GIN_FILE.value, _GIN_PARAM.value, seed=_SEED.value)
 
 
+def _profile_steps(config):
+    """(first, last) of --profile_steps, None without it; raises ValueError unless they are steps of the run."""
+    text, train_steps = _PROFILE_STEPS.value, config.experiment.train_steps
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last <= train_steps:
+        raise ValueError(
+            f"--profile_steps must be FIRST:LAST, two steps of the run, which are 1 to {train_steps}. "
+            f"Received: {text}. Pass for example --profile_steps=100:103 for four steps."
+        )
+    return first, last
+
+
 def _dry_run(*, num_processes):
     # TensorFlow takes seconds to import: mistakes in flags come before.
     from lmscale import configuration, dry_run
 
     config = _load()
+    _profile_steps(config)
     strategy = machine_flags.strategy()
     print(configuration.describe(config))
     dry_run.print_report(config.experiment, num_devices=num_processes * strategy.num_replicas_in_sync)
@@ -72,7 +94,9 @@ def _train(group):
     from lmscale.workdir import Workdir
 
     config = _load()
+    profile_steps = _profile_steps(config)
     group.check_same("The configuration", config.text)
+    group.check_same("--profile_steps", _PROFILE_STEPS.value)
     with Workdir.of_group(_WORKDIR.value, group) as workdir:
         finished = group.of_chief(workdir.finished() if group.is_chief else None)
         if group.is_chief:
@@ -89,6 +113,7 @@ def _train(group):
                 config_text=config.text,
                 hparams=config.settings,
                 group=group,
+                profile_steps=profile_steps,
             )
         except StoppedEarlyError as stopped:
             _say(group, f"{stopped}. Run the same command again to go on.", file=sys.stderr)

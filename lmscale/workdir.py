@@ -1,15 +1,18 @@
 """The working directory of a run: where everything is, and who may write there."""
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from lmscale.paths import check_checkpoint_path, expand, naming
+from lmscale.paths import check_checkpoint_path, naming
+from lmscale.storage import Ownership, as_path, is_remote
 
 _LOCK = ".lock"
 _SHARED_SECS = 60.0  # Network filesystems may show a new file that late.
@@ -25,10 +28,12 @@ class Workdir:
     train/ eval/     TensorBoard events and metrics.jsonl of the training and of the evaluations
     saved.json       there since the run's first checkpoint
     finished.json    there when the run has done all its steps
+    eval_SPLIT/      likewise of the evaluations of `lmscale.evaluate --follow`, which holds a .lock of its own there
     .lock            held by the process that writes here
 
     The writer holds an exclusive lock until `close`, or until its process ends in whatever way: the kernel
-    gives the lock back. Child processes made by fork hold it too. Use it as a context manager.
+    gives the lock back. Child processes made by fork hold it too. In a store, such as gs://bucket/run, there are no
+    locks: see `storage.Ownership`. Use it as a context manager.
     """
 
     def __init__(self, path, *, readonly: bool = False):
@@ -43,9 +48,9 @@ class Workdir:
           ValueError: if another process holds the lock; if the directory cannot be made or written to; if it
             is opened readonly and does not exist; if TensorFlow would take its path for another one.
         """
-        self.path = Path(expand(path))
+        self.path = as_path(path)
         check_checkpoint_path(self.path, what="The working directory")
-        self._lock: IO[str] | None = None
+        self._lock: IO[str] | Ownership | None = None
         if readonly:
             if not self.path.is_dir():
                 raise ValueError(
@@ -54,13 +59,24 @@ class Workdir:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if is_remote(self.path):
+                self._lock = Ownership(self.path / _LOCK, **self._in_use())
+                return
             lock = open(self.path / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held until close)
         except OSError as error:
             raise ValueError(
                 "The working directory must be one that can be written to. "
                 f"Received: {self.path} ({error.strerror})."
             ) from error
-        self._take(lock)
+        _take(lock, **self._in_use())
+        self._lock = lock
+
+    def _in_use(self) -> dict[str, Any]:
+        return {
+            "used": f"The working directory {self.path}",
+            "by": "another run",
+            "otherwise": "pass another directory",
+        }
 
     @classmethod
     def of_group(cls, path, group) -> "Workdir":
@@ -75,11 +91,12 @@ class Workdir:
         """
         if group.is_chief:
             workdir = cls(path)
-            group.of_chief((workdir.path / _LOCK).read_text())
+            lock = workdir._lock
+            group.of_chief(lock.mark if isinstance(lock, Ownership) else (workdir.path / _LOCK).read_text())
             return workdir
         mark = group.of_chief()
         deadline = time.monotonic() + _SHARED_SECS
-        while not _holds(Path(expand(path)) / _LOCK, mark):
+        while not _holds(as_path(path) / _LOCK, mark):
             if time.monotonic() > deadline:
                 raise ValueError(
                     "The working directory must be on a filesystem that all processes of the run share. Received: "
@@ -105,6 +122,10 @@ class Workdir:
     def eval_dir(self) -> Path:
         return self.path / "eval"
 
+    def followed_dir(self, split: str) -> Path:
+        """Where `lmscale.evaluate --follow` writes."""
+        return self.path / f"eval_{split}"
+
     @property
     def finished_path(self) -> Path:
         return self.path / "finished.json"
@@ -118,6 +139,9 @@ class Workdir:
         """Copies the vocab.txt at `source`, for those who read the checkpoints later; in one piece or not at all."""
         self._check_writer()
         target = self.path / "vocab.txt"
+        if is_remote(target) or is_remote(source):
+            replace_file(target, text=source.read_text(encoding="utf-8"))
+            return
         temporary = target.with_name(f"{target.name}.tmp")
         with naming(temporary):
             shutil.copyfile(source, temporary)
@@ -196,43 +220,70 @@ class Workdir:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _take(self, lock: IO[str]) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            holder = lock.read().strip() or "a process that has just started"
-            lock.close()
-            raise ValueError(
-                f"The working directory {self.path} is in use by another run: {holder}. "
-                "Wait for it to end, or pass another directory."
-            ) from error
-        except OSError as error:
-            lock.close()
-            raise ValueError(
-                f"The working directory {self.path} must be on a filesystem with locks ({error.strerror})."
-            ) from error
-        with naming(lock.name):
-            lock.truncate(0)
-            lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
-        self._lock = lock
-
     def _check_writer(self) -> None:
         if self._lock is None:
             raise ValueError(f"{self.path} is open readonly, or closed: nothing can be written to it.")
+        if isinstance(self._lock, Ownership):
+            self._lock.check()
+
+
+@contextlib.contextmanager
+def locked(directory: Path, *, used: str, by: str, otherwise: str) -> Iterator[None]:
+    """A context in which this process alone has a directory, by a lock as `Workdir`'s.
+
+    Args:
+      directory: made if absent; its parent must be there.
+      used: what messages call it: "The folder runs/mine/eval_test".
+      by: who else may have it: "another evaluation".
+      otherwise: what to do but wait: "pass another --split".
+
+    Raises:
+      ValueError: if another process has it, or there are no locks.
+      OSError: if it cannot be made or written to.
+    """
+    directory.mkdir(exist_ok=True)
+    if is_remote(directory):
+        with contextlib.closing(Ownership(directory / _LOCK, used=used, by=by, otherwise=otherwise)):
+            yield
+        return
+    with open(directory / _LOCK, "a+", encoding="utf-8") as lock:
+        _take(lock, used=used, by=by, otherwise=otherwise)
+        yield
+
+
+def _take(lock: IO[str], *, used: str, by: str, otherwise: str) -> None:
+    """Locks an open file and writes who has it; closes it if that fails."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "a process that has just started"
+        lock.close()
+        raise ValueError(
+            f"{used} is in use by {by}: {holder}. Wait for it to end, or {otherwise}."
+        ) from error
+    except OSError as error:
+        lock.close()
+        raise ValueError(f"{used} must be on a filesystem with locks ({error.strerror}).") from error
+    with naming(lock.name):
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
 
 
 def _holds(path: Path, text: str) -> bool:
     try:
-        return path.read_text() == text
+        return text in path.read_text()
     except OSError:
         return False
 
 
 def replace_file(path, *, text: str) -> None:
     """Writes a file so that a reader, and a crash, finds the old content or the new one, never a part."""
-    path = Path(path)
+    path = as_path(path)
+    if is_remote(path):
+        path.write_text(text, encoding="utf-8")  # As a whole when it is closed.
+        return
     temporary = path.with_name(f"{path.name}.tmp")
     with naming(temporary), open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -243,7 +294,9 @@ def replace_file(path, *, text: str) -> None:
 
 
 def fsync_directory(path) -> None:
-    """Puts the names in a directory on disk: new files, and renames."""
+    """Puts the names in a directory on disk: new files, and renames. A store has none."""
+    if is_remote(path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -167,7 +167,7 @@ def test_paths_exist():
         word for _, block in BLOCKS for word in re.findall(r"(?:^|[\s=])((?:launch|configs)/[\w./-]+)", block)
     }
     of_a_run = (
-        r"(runs|checkpoints|train|eval|state|slots|layers|tables)/"
+        r"(runs|checkpoints|train|eval|eval_test|state|slots|layers|tables)/"
         r"|(config\.gin|(metrics|metadata|saved|finished|manifest)\.jsonl?)$"
     )
     paths = {

@@ -8,7 +8,10 @@ A directory takes its name by one rename, when all of it is on disk. A save that
 hidden directory behind, which the next `Checkpoints` removes. No file names the latest checkpoint:
 the names of the directories do.
 
-The files are on a local or mounted POSIX filesystem: renames must be atomic and fsync must mean it.
+On a local or mounted POSIX filesystem renames must be atomic and fsync must mean it. A store, such as gs://bucket/run,
+cannot rename a directory. There, a checkpoint is written under its name, metadata.json last, and removed metadata.json
+first: a directory without it is no checkpoint. What differs: a save that replaces a checkpoint of the same step removes
+that one before it writes.
 """
 
 import contextlib
@@ -32,13 +35,19 @@ from lmscale.checkpoints.tensors import (
 from lmscale.distribution.process_group import ProcessGroup
 from lmscale.parameters.tree import Parameter
 from lmscale.paths import check_checkpoint_path
+from lmscale.storage import as_path, is_remote
 from lmscale.workdir import fsync_directory
 
 logger = logging.getLogger(__name__)
 
 STEP_DIRECTORY = re.compile(r"step_(\d{8,})")
 _UNFINISHED = re.compile(r"\.step_(\d{8,})\.(saving|removing|replaced)")
+_SET_ASIDE = "set_aside_metadata.json"  # In a store, for metadata.json.
 _RESERVED_METADATA = ("step", "validation_loss_nats")
+
+
+class UnavailableError(ValueError):
+    """The checkpoint of the step that was asked for is not there, not any more, or damaged."""
 
 
 class Checkpoints:
@@ -77,7 +86,8 @@ class Checkpoints:
                 f"Received: keep={keep}, block_mib={block_mib}."
             )
         check_checkpoint_path(directory, what="The directory of checkpoints")
-        self._directory = Path(directory)
+        self._directory = as_path(directory)
+        self._is_remote = is_remote(self._directory)
         self._keep = keep
         self._block_bytes = int(block_mib * 2**20)
         self._readonly = readonly
@@ -147,18 +157,20 @@ class Checkpoints:
             "metadata": _json_copy(metadata),
             "tensors": {stored.name: stored.to_json() for _, stored in tensors},
         }
-        temporary = self._hidden(step, "saving")
+        temporary = self.step_directory(step) if self._is_remote else self._hidden(step, "saving")
         is_chief = self._group.is_chief
         try:
             if is_chief:
+                self._withdraw(temporary)
                 _remove_tree(temporary)
-                temporary.mkdir()
+                temporary.mkdir(exist_ok=self._is_remote)
             document["files"] = write_tensors(
                 temporary, tensors, block_bytes=self._block_bytes, group=self._group
             )
             if is_chief:
                 documents.write(temporary, document)
-                self._publish(temporary, step)
+                if not self._is_remote:
+                    self._publish(temporary, step)
         except BaseException:
             if is_chief:
                 _remove_tree(temporary)
@@ -212,8 +224,8 @@ class Checkpoints:
           or None if there is no checkpoint at all.
 
         Raises:
-          ValueError: if the checkpoint does not fit `items`; if `step` has no checkpoint, or a damaged
-            one; if checkpoints exist and none is readable.
+          ValueError: if the checkpoint does not fit `items`; if checkpoints exist and none is readable.
+          UnavailableError: if `step` has no checkpoint, or a damaged one; if it is removed while it is read.
         """
         _check_paths(items)
         if step is not None:
@@ -221,7 +233,8 @@ class Checkpoints:
             try:
                 return self._load(step, items, subset, format_1_names or {})
             except DamagedError as damage:
-                raise ValueError(
+                self._check_available(step)
+                raise UnavailableError(
                     f"The checkpoint of step {step} in {self._directory} is damaged: {damage}. "
                     f"Select another step. Available: {_listed(s for s in self.steps() if s != step)}."
                 ) from damage
@@ -259,17 +272,39 @@ class Checkpoints:
         """Steps that have a directory, ascending. It was complete when it was given its name."""
         if not self._directory.is_dir():
             return []
-        matches = [STEP_DIRECTORY.fullmatch(path.name) for path in self._directory.iterdir() if path.is_dir()]
-        return sorted(int(match[1]) for match in matches if match)
+        matches = {
+            path: STEP_DIRECTORY.fullmatch(path.name) for path in self._directory.iterdir() if path.is_dir()
+        }
+        return sorted(
+            int(match[1])
+            for path, match in matches.items()
+            if match and (not self._is_remote or (path / documents.FILE).exists())
+        )
+
+    def _withdraw(self, directory: Path) -> None:
+        """In a store: makes a checkpoint none, before its files are removed."""
+        if self._is_remote:
+            (directory / documents.FILE).unlink(missing_ok=True)
 
     def _check_available(self, step: int) -> None:
-        if step not in self._published():
-            raise ValueError(
-                f"There is no checkpoint of step {step} in {self._directory}. "
-                f"Available: {_listed(self.steps())}."
+        """Raises UnavailableError, at every process, unless the chief finds a directory of the step."""
+        available = None
+        if self._group.is_chief and step not in self._published():
+            available = _listed(self.steps())
+        available = self._group.of_chief(available)
+        if available is not None:
+            raise UnavailableError(
+                f"There is no checkpoint of step {step} in {self._directory}. Available: {available}."
             )
 
     def _clear_unfinished(self) -> None:
+        if self._is_remote:
+            for path in self._directory.iterdir():
+                is_whole = any((path / name).exists() for name in (documents.FILE, _SET_ASIDE))
+                if STEP_DIRECTORY.fullmatch(path.name) and not is_whole:
+                    logger.info("Removing %s, left by a save that did not finish.", path)
+                    _remove_tree(path)
+            return
         for path in sorted(self._directory.iterdir()):
             match = _UNFINISHED.fullmatch(path.name)
             if not match:
@@ -302,7 +337,10 @@ class Checkpoints:
     def _set_aside_later_than(self, step: int) -> None:
         for later in self._published():
             if later > step:
+                directory = self.step_directory(later)
                 aside = self._directory / f"set_aside_step_{later:08d}"
+                if self._is_remote:
+                    aside = directory / _SET_ASIDE
                 logger.warning(
                     "The run went back to step %d: its checkpoint of step %d is set aside as %s. "
                     "Nothing reads it any more: delete it when you do not need it.",
@@ -310,8 +348,12 @@ class Checkpoints:
                     later,
                     aside,
                 )
+                if self._is_remote:
+                    aside.write_bytes((directory / documents.FILE).read_bytes())
+                    self._withdraw(directory)
+                    continue
                 _remove_tree(aside)
-                self.step_directory(later).rename(aside)
+                directory.rename(aside)
 
     def _prune(self) -> None:
         """Removes checkpoints older than the `keep` newest complete ones, but for the best."""
@@ -319,6 +361,10 @@ class Checkpoints:
         best = self.best_step()
         for step in self._published():
             if step < oldest_kept and step != best:
+                if self._is_remote:
+                    self._withdraw(self.step_directory(step))
+                    _remove_tree(self.step_directory(step))
+                    continue
                 # Renamed first: a removal that is killed half way must not look like a damaged checkpoint.
                 hidden = self._hidden(step, "removing")
                 _remove_tree(hidden)
@@ -420,7 +466,10 @@ def _check_fit(directory: Path, saved: dict[str, Stored], items: Sequence[Parame
 def _remove_tree(path: Path) -> None:
     """Removes a directory if it exists. A run does not end because disk space could not be given back."""
     try:
-        shutil.rmtree(path)
+        if is_remote(path):
+            path.remove_tree()  # type: ignore[attr-defined]
+        else:
+            shutil.rmtree(path)
     except FileNotFoundError:
         pass
     except OSError as error:

@@ -12,7 +12,8 @@ from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import STEP_DIRECTORY, Checkpoints
 from lmscale.checkpoints.tensors import DamagedError, Stored, read_rows
 from lmscale.distribution.process_group import ProcessGroup
-from lmscale.paths import check_checkpoint_path, expand
+from lmscale.paths import check_checkpoint_path
+from lmscale.storage import as_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ def open_checkpoint(path, *, best: bool = False) -> SavedCheckpoint:
       ValueError: if there is none, or a damaged one; if its format is not known; if TensorFlow would take the path
         for another one; if `best` is asked of a single step.
     """
-    path = Path(expand(path))
+    path = as_path(path)
     check_checkpoint_path(path, what="The path of a checkpoint")
     directory = _step_directory(path, best=best)
     try:

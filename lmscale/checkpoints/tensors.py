@@ -20,6 +20,7 @@ import tensorflow as tf
 from lmscale.distribution.process_group import ProcessGroup
 from lmscale.parameters.tree import Parameter
 from lmscale.paths import naming
+from lmscale.storage import is_remote
 
 PREFIX = "tensors"
 _PARTS = "parts"
@@ -129,7 +130,10 @@ def write_tensors(
         )
     except tf.errors.OpError as error:
         raise _cannot_write(directory, error) from error
-    shutil.rmtree(parts)
+    if is_remote(parts):
+        parts.remove_tree()  # type: ignore[attr-defined]
+    else:
+        shutil.rmtree(parts)
     files = {_data_file(PREFIX, i, len(written)): file for i, (_, file) in enumerate(written)}
     return files | checksums([directory / f"{PREFIX}.index"])
 
@@ -265,9 +269,15 @@ def _batches(tensors, *, block_bytes):
 
 
 def checksums(paths: Iterable[Path]) -> dict[str, dict]:
-    """{name: {"bytes", "sha256"}} of files, each flushed to disk."""
+    """{name: {"bytes", "sha256"}} of files, each flushed to disk, or read back from a store."""
 
     def checksum(path: Path) -> dict:
+        if is_remote(path):
+            digest = hashlib.sha256()
+            with path.open("rb") as stored:
+                while chunk := stored.read(2**22):
+                    digest.update(chunk)
+            return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
         with naming(path), open(path, "rb") as file:
             # A file that was only read is clean, and this returns at once.
             os.fsync(file.fileno())

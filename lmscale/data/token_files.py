@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale import paths
 from lmscale.data.vocab import Vocabulary
+from lmscale.storage import as_path, is_remote
 
 SPLITS = ("train", "valid", "test")
 FORMAT = "lmscale prepared data"
@@ -77,7 +77,7 @@ class PreparedData:
         Raises:
           ValueError: saying which file is missing, malformed, or not the one that the manifest describes.
         """
-        directory = Path(paths.expand(directory))
+        directory = as_path(directory)
         manifest = _read_manifest(directory)
         data = cls(directory, manifest=manifest)
         for name, entry in _described_files(manifest).items():
@@ -131,7 +131,7 @@ class PreparedData:
         return self.manifest["vocabulary"]["sha256"]
 
     def split(self, name: str) -> np.ndarray:
-        """The ids of a split, [tokens], as a read-only memory map.
+        """The ids of a split, [tokens], as a read-only memory map; of a store, in memory.
 
         The file is mapped once: who replaces the directory later does not change what a run reads.
 
@@ -142,7 +142,11 @@ class PreparedData:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}. Received: {name!r}.")
         if name not in self._splits:
             path = self.directory / token_file_name(name)
-            self._splits[name] = np.memmap(path, dtype=token_dtype(self.vocab_size), mode="r")
+            dtype = token_dtype(self.vocab_size)
+            if is_remote(path):
+                self._splits[name] = np.frombuffer(path.read_bytes(), dtype=dtype)
+            else:
+                self._splits[name] = np.memmap(path, dtype=dtype, mode="r")
         return self._splits[name]
 
     def _check_ids(self):
