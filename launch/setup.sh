@@ -1,25 +1,28 @@
 #!/usr/bin/env bash
 # Makes .venv with every package at the version pinned in requirements.lock, and lmscale itself.
 #
-# Usage: launch/setup.sh
+# Usage: launch/setup.sh [--gpu]
+#   --gpu  adds CUDA's libraries, of requirements-gpu.lock, for machines with NVIDIA GPUs (3 GB to download)
 #
 # Needs Linux on x86-64 and a Python 3.10 to 3.13 with venv and pip: the one named by the environment variable PYTHON,
 # or the first that fits of python3.12, python3.11, python3.13, python3.10 and python3.
 # Does nothing when .venv is up to date; makes it anew when an earlier set-up was interrupted or PYTHON names another
-# version; updates it when requirements.lock or pyproject.toml has changed.
+# version; updates it when a lock or pyproject.toml has changed. What --gpu has added stays without it.
 set -euo pipefail
 unset CDPATH
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"
 
-case "$*" in
-  '') ;;
-  -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' launch/setup.sh && exit 0 ;;
-  *) echo "error: setup.sh takes no arguments. Received: $*" >&2 && exit 2 ;;
-esac
-
 readonly venv=$root/.venv
 readonly stamp=$venv/lmscale.stamp # Written last: a .venv without it was never completed.
+locks=(requirements.lock)
+
+case "$*" in
+  '') if [[ -f $stamp && $(<"$stamp") == *requirements-gpu.lock* ]]; then locks+=(requirements-gpu.lock); fi ;;
+  --gpu) locks+=(requirements-gpu.lock) ;;
+  -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' launch/setup.sh && exit 0 ;;
+  *) echo "error: setup.sh takes --gpu or nothing. Received: $*" >&2 && exit 2 ;;
+esac
 
 # A name on PATH proves little: a version manager's shim exists for versions which are not there, and a distribution
 # may package Python without the modules that make an environment. So ask.
@@ -48,14 +51,14 @@ version() { "$1" -c 'import sys; print(sys.version)'; }
 
 python=$(find_python)
 # The root is part of it because a moved or copied environment points to the old place.
-wanted=$(printf '%s\n' "$root" && sha256sum requirements.lock pyproject.toml)
+wanted=$(printf '%s\n' "$root" && sha256sum "${locks[@]}" pyproject.toml)
 
 if [[ -f $stamp ]] && suitable "$venv/bin/python" &&
   [[ -z ${PYTHON-} || $(version "$PYTHON") == "$(version "$venv/bin/python")" ]]; then
   if [[ $(<"$stamp") == "$wanted" ]]; then
     exit 0
   fi
-  echo "Updating .venv: requirements.lock or pyproject.toml has changed"
+  echo "Updating .venv: ${locks[*]} or pyproject.toml has changed"
   rm -f -- "$stamp"
 else
   echo "Making .venv with $("$python" --version)"
@@ -64,8 +67,10 @@ fi
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input --quiet "$@"; }
 
-echo "Installing the packages pinned in requirements.lock (some minutes)"
-pip install --no-deps --only-binary=:all: -r requirements.lock
+for lock in "${locks[@]}"; do
+  echo "Installing the packages pinned in $lock (some minutes)"
+  pip install --no-deps --only-binary=:all: -r "$lock"
+done
 # The build tools are pinned as well, hence no isolated build.
 pip install --no-deps --no-build-isolation --editable .
 pip check

@@ -1,5 +1,6 @@
 """The launch scripts, with stand-ins for Python and pip: nothing is installed and nothing trained here."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -42,7 +43,7 @@ def project(tmp_path):
     """A project with the launch scripts and nothing else, at a path that needs quotes."""
     root = tmp_path / "a $folder's"
     shutil.copytree(ROOT / "launch", root / "launch")
-    for name in ("requirements.lock", "pyproject.toml"):
+    for name in ("requirements.lock", "requirements-gpu.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
     return root
 
@@ -64,11 +65,13 @@ def test_help_only_prints_usage(script, project, tmp_path):
     assert not (project / ".venv").exists()
 
 
-@pytest.mark.parametrize("name", ["setup.sh", "quickstart.sh"])
-def test_unexpected_arguments_are_named(name, project, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "takes"), [("setup.sh", "--gpu or nothing"), ("quickstart.sh", "no arguments")]
+)
+def test_unexpected_arguments_are_named(name, takes, project, tmp_path):
     result = run(project / "launch" / name, "--fast", "now", cwd=tmp_path)
     assert result.returncode == 2
-    assert f"{name} takes no arguments. Received: --fast now" in result.stderr
+    assert f"{name} takes {takes}. Received: --fast now" in result.stderr
 
 
 def test_ci_runs_the_tests(project):
@@ -92,9 +95,9 @@ def test_test_and_check_set_up_first_and_pass_arguments_on(project, tmp_path):
 # ---------------------------------------------------------------------------------------------- The lock file
 
 
-def pins():
-    """The requirements of the lock file."""
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
+def pins(name="requirements.lock"):
+    """The requirements of a lock file."""
+    lines = (ROOT / name).read_text().splitlines()
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
@@ -115,8 +118,25 @@ def test_lock_pins_all_that_the_project_asks_for(python):
         assert requirement.specifier.contains(locked[requirement.name]), requirement
 
 
+def test_gpu_lock_pins_what_tensorflow_wants_for_gpus():
+    """All of the extra, at versions that TensorFlow and each other allow, and nothing that the other lock has."""
+    locked = {pin.name: str(pin.specifier)[2:] for pin in pins("requirements-gpu.lock")}
+    wanted = [Requirement(text) for text in importlib.metadata.requires("tensorflow")]
+    wanted = [r for r in wanted if r.marker and r.marker.evaluate({"extra": "and-cuda"})]
+    wanted = [r for r in wanted if not r.marker.evaluate({"extra": ""})]
+    assert {r.name for r in wanted} == locked.keys()
+    for requirement in wanted:
+        assert requirement.specifier.contains(locked[requirement.name]), requirement
+    assert not locked.keys() & {pin.name for pin in pins()}
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extra,) = map(Requirement, project["optional-dependencies"]["gpu"])
+    (base,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "tensorflow")
+    assert (extra.name, extra.extras, extra.specifier) == ("tensorflow", {"and-cuda"}, base.specifier)
+
+
 def test_no_package_index_is_named():
-    for path in [*SCRIPTS, ROOT / "requirements.lock", ROOT / ".ci" / "run"]:
+    for path in [*SCRIPTS, *ROOT.glob("requirements*.lock"), ROOT / ".ci" / "run"]:
         assert not re.search(r"https?:|index-url|find-links|trusted-host", path.read_text()), path
 
 
@@ -153,11 +173,11 @@ def setup(project, tmp_path):
     for name in ("python3.12", "python3.11", "python3.13", "python3.10", "python3"):
         write_script(only / name, "echo 'no such version' >&2; exit 127\n")
 
-    def setup(**environment):
+    def setup(*arguments, **environment):
         log.write_text("")
         path = f"{only}:{os.environ['PATH']}"
         script = project / "launch" / "setup.sh"
-        result = run(script, cwd=tmp_path, **({"PATH": path, "LOG": str(log)} | environment))
+        result = run(script, *arguments, cwd=tmp_path, **({"PATH": path, "LOG": str(log)} | environment))
         return result, log.read_text().splitlines()
 
     setup.bin = only
@@ -200,6 +220,19 @@ def test_setup_updates_when_the_lock_has_changed(setup, project):
     result, did = setup()
     assert (result.returncode, did) == (0, INSTALLED)
     assert setup()[1] == []
+
+
+def test_setup_for_gpus_adds_their_libraries_which_stay(setup, project):
+    fake_python(setup.bin / "python3.12")
+    with_gpus = [INSTALLED[0], "pip requirements-gpu.lock", INSTALLED[1]]
+    assert setup()[1] == ["venv 3.12.1", *INSTALLED]
+    assert setup("--gpu")[1] == with_gpus
+    assert setup("--gpu")[1] == []
+    assert setup()[1] == []
+    with (project / "requirements-gpu.lock").open("a") as lock:
+        lock.write("# changed\n")
+    result, did = setup()
+    assert (result.returncode, did) == (0, with_gpus)
 
 
 @pytest.mark.parametrize("failing", ["requirements.lock", "."])
