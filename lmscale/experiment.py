@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from lmscale.factories import MayChange
+from lmscale.keras_settings import POLICIES
+from lmscale.loss_scaling import LossScaling
 from lmscale.parameters.groups import Group
 from lmscale.parameters.warm_start import WarmStart
 from lmscale.tasks.task import Task, TaskContext
@@ -29,7 +31,8 @@ class Experiment:
       clip_norm: bound on the global norm of the gradient, over all parameters together; None for none.
       seed: of initial values, sampling, dropout and data order.
       compute_dtype: of matrix products, in all parts that say nothing else; logits, sums and master values stay
-        float32.
+        float32. With "float16" the loss is scaled (`loss_scaling.py`).
+      loss_scaling: how the scale starts and grows; None for the defaults. Of "float16" only.
       deterministic_ops: ask TensorFlow for deterministic kernels, which a bit-exact rerun on GPUs needs.
       on_bad_step: what a non-finite loss or gradient does: "stop" the run, or "skip" the update.
       steps_per_call: updates done in one call of TensorFlow, which saves what a call costs the host. Results do not
@@ -57,7 +60,8 @@ class Experiment:
     warm_start: WarmStart | None = None
     gradient_accumulation_steps: int = 1
     clip_norm: float | None = None
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    loss_scaling: LossScaling | None = None
     deterministic_ops: bool = False
     on_bad_step: MayChange[Literal["stop", "skip"]] = "stop"
     eval_batch_size: int = 24
@@ -94,13 +98,19 @@ class Experiment:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive or None. Received: clip_norm={self.clip_norm}.")
         for name, choices in (
-            ("compute_dtype", ("float32", "bfloat16")),
+            ("compute_dtype", tuple(POLICIES)),
             ("on_bad_step", ("stop", "skip")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} must be one of {choices}. Received: {name}={getattr(self, name)!r}."
                 )
+
+        if self.loss_scaling is not None and self.compute_dtype != "float16":
+            raise ValueError(
+                "loss_scaling must be None unless compute_dtype is 'float16': other products need no scale. Received: "
+                f"compute_dtype={self.compute_dtype!r}, loss_scaling={self.loss_scaling}."
+            )
 
     def check_devices(self, num_devices):
         """Raises ValueError unless the global batch can be divided over `num_devices`, and their parts of it."""

@@ -3,6 +3,8 @@
 import json
 import os
 
+# Of matrix products, and Keras's policy that has them with float32 weights.
+POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 _FLOAT_TYPES = ("float16", "float32", "float64")
 _DATA_FORMATS = ("channels_last", "channels_first")
 
@@ -44,7 +46,7 @@ def reset(*, seed: int, compute_dtype: str = "float32") -> None:
 
     Args:
       seed: of initial values that Keras draws.
-      compute_dtype: of Keras's layers, "float32" or "bfloat16"; their weights are float32.
+      compute_dtype: of Keras's layers, one of `POLICIES`; their weights are float32.
 
     Raises:
       ValueError: if Keras was imported with another backend than TensorFlow.
@@ -61,5 +63,25 @@ def reset(*, seed: int, compute_dtype: str = "float32") -> None:
     keras.config.set_floatx("float32")
     keras.config.set_epsilon(1e-7)
     keras.config.set_image_data_format("channels_last")
-    keras.config.set_dtype_policy("mixed_bfloat16" if compute_dtype == "bfloat16" else "float32")
+    keras.config.set_dtype_policy(POLICIES[compute_dtype])
     keras.utils.set_random_seed(seed)
+
+
+def check_compute_dtype(name: str | None) -> None:
+    """Checks what a part of an experiment wants its products in; None is the experiment's.
+
+    Raises:
+      ValueError: if it is none of `POLICIES`; if it is float16 and the experiment's is not, whose loss is not scaled.
+    """
+    import keras
+
+    if name not in (None, *POLICIES):
+        raise ValueError(
+            f"compute_dtype must be {', '.join(map(repr, POLICIES))} or None. Received: compute_dtype={name!r}."
+        )
+    if name == "float16" and keras.config.dtype_policy().compute_dtype != "float16":
+        raise ValueError(
+            "compute_dtype must be 'float16' of the whole experiment where it is of a part: gradients vanish without "
+            f"the loss scaling that comes with it. Received: compute_dtype={name!r} of a part alone. Set "
+            "Experiment.compute_dtype = 'float16', or 'bfloat16' here."
+        )

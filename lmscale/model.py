@@ -379,10 +379,10 @@ class Model:
                     )
                 )
         for path, variable in self.layers.variables.items():
-            found.append(_replicated(path, variable.value, trainable=path in self.layer_slots))
+            found.append(replicated(path, variable.value, trainable=path in self.layer_slots))
         for path, slots in self.layer_slots.items():
             found += [
-                _replicated(f"slots/{path}/{slot}", variable, trainable=False)
+                replicated(f"slots/{path}/{slot}", variable, trainable=False)
                 for slot, variable in slots.items()
             ]
         return found
@@ -407,7 +407,9 @@ def _log_frequency(counts):
     return np.log(counts / counts.sum()).astype(np.float32)
 
 
-def _replicated(path, variable, *, trainable):
+def replicated(path, variable, *, trainable):
+    """The `Parameter` of a variable of which each device has a copy."""
+
     def scatter(rows, values):
         current = variable.numpy()
         current[rows] = values

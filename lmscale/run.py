@@ -30,7 +30,7 @@ class StoppedEarlyError(Exception):
 
 
 class NonFiniteError(Exception):
-    """The loss or the gradient was NaN or infinite. No such step was applied or saved."""
+    """The loss or the gradient was NaN or infinite, at the smallest loss scale too. No such step was applied."""
 
 
 def train(experiment, *, workdir, strategy, config_text, hparams, group=None, profile_steps=None):
@@ -278,7 +278,7 @@ class _Run:
             return
         metrics = {
             name: np.array(x)
-            if name == "is_finite" or name.startswith("rows_touched/")
+            if name in ("is_finite", "overflowed") or name.startswith("rows_touched/")
             else np.array(x, np.float32)
             for name, x in unlogged["metrics"].items()
         }
@@ -320,7 +320,11 @@ class _Run:
             if call.checked:
                 continue
             call.checked = True
-            for offset in np.flatnonzero(~call.metrics["is_finite"].numpy()):
+            is_bad = ~call.metrics["is_finite"].numpy()
+            if "overflowed" in call.metrics:
+                # By its scale alone: the next ones have a smaller one.
+                is_bad &= ~call.metrics["overflowed"].numpy()
+            for offset in np.flatnonzero(is_bad):
                 seen = (
                     f"step {call.first_step + 1 + offset}: loss {float(call.metrics['loss'][offset])}, "
                     f"gradient norm {float(call.metrics['gradient_norm'][offset])}"
@@ -350,6 +354,10 @@ class _Run:
         for name in self.trainer.model.tables:
             for shard_id, rows in enumerate(metrics[f"rows_touched/{name}"][finite].T):
                 values[f"rows_touched/{name}/shard_{shard_id}"] = rows
+        scaling = {}
+        if "loss_scale" in metrics:
+            scaling["loss_scale"] = float(metrics["loss_scale"][-1])
+            scaling["overflowed_steps"] = int(np.count_nonzero(metrics["overflowed"]))
         step_secs = self._seconds / num_steps
         scalars = {
             **{tag: float(np.mean(x, dtype=np.float64)) if len(x) else math.nan for tag, x in values.items()},
@@ -358,6 +366,7 @@ class _Run:
             "step_secs": step_secs,
             "epoch": step / self.trainer.batches.steps_per_epoch,
             "skipped_steps": self.skipped_steps,
+            **scaling,
             **{f"memory_mib/{device}": value for device, value in device_memory_mib().items()},
         }
         reports.training(step, scalars)

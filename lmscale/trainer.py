@@ -1,5 +1,6 @@
 """The step, for any task: pull, compute, push."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,8 +12,9 @@ from lmscale.data.batches import Prefetcher
 from lmscale.distribution import collectives
 from lmscale.distribution.all_to_all import gather_on_hosts
 from lmscale.distribution.strategies import first_local_replica
+from lmscale.loss_scaling import LossScale, LossScaling, unscaled
 from lmscale.micro_batches import Gradients, accumulate
-from lmscale.model import Model
+from lmscale.model import Model, replicated
 from lmscale.parameters import averages
 from lmscale.parameters.layers import check_all_listed
 from lmscale.parameters.tree import Parameter
@@ -126,6 +128,9 @@ class Trainer:
                 collectives.local_variable(initial)
                 for initial in self.task.initial_state(self._per_replica_batch_size)
             ]
+            self._loss_scale = None
+            if experiment.compute_dtype == "float16":
+                self._loss_scale = LossScale(experiment.loss_scaling or LossScaling())
 
     def learning_rates(self, step):
         """{pattern of a group: learning rate of the update number `step`, a float}, of the groups that have a rule."""
@@ -186,6 +191,7 @@ class Trainer:
                 "penalty": tf.float32,
                 "gradient_norm": tf.float32,
                 "is_finite": tf.bool,
+                **({"loss_scale": tf.float32, "overflowed": tf.bool} if self._loss_scale else {}),
                 **{f"rows_touched/{name}": tf.int32 for name in self.model.tables},
             }.items()
         }
@@ -211,6 +217,7 @@ class Trainer:
         state = [tf.where(starts_epoch, tf.zeros_like(s), s) for s in carried]
         # What a bad step makes of what Keras changes within the call is taken back.
         statistics = [(v, tf.identity(v.value)) for v in model.layers.statistics.values()]
+        loss_scale = self._loss_scale.read() if self._loss_scale else None
 
         start = first - self._first_local
         own = {
@@ -224,6 +231,7 @@ class Trainer:
                 its_state,
                 dropout=DropoutStream(seed=seed, step=step, first_example=first + offset),
                 total_weights=total_weights,
+                loss_scale=loss_scale,
             ),
             reading,
             state,
@@ -250,7 +258,14 @@ class Trainer:
         }
         loss = _sum([*losses.values(), penalty])
         gradient_norm = _norm(squares.values())
-        is_finite = tf.math.is_finite(loss) & tf.math.is_finite(gradient_norm)
+        loss_is_finite, gradient_is_finite = tf.math.is_finite(loss), tf.math.is_finite(gradient_norm)
+        is_finite = loss_is_finite & gradient_is_finite
+        scaling = {}
+        if self._loss_scale:
+            overflowed = self._loss_scale.update(
+                loss_is_finite=loss_is_finite, gradient_is_finite=gradient_is_finite
+            )
+            scaling = {"loss_scale": loss_scale, "overflowed": overflowed}
         self._apply(collected, d_layers, step=step, active=active, is_finite=is_finite, squares=squares)
         for variable, new, old in zip(carried, gradients.state, state, strict=True):
             variable.assign(tf.where(is_finite, new, old))
@@ -262,13 +277,14 @@ class Trainer:
             "penalty": penalty,
             "gradient_norm": gradient_norm,
             "is_finite": is_finite,
+            **scaling,
             **{
                 f"rows_touched/{name}": collected[name].num_rows if name in collected else tf.constant(0)
                 for name in model.tables
             },
         }
 
-    def _value_and_gradients(self, reading, state, *, dropout, total_weights):
+    def _value_and_gradients(self, reading, state, *, dropout, total_weights, loss_scale=None):
         """Rows to losses and back on one replica, without any collective but those of the heads.
 
         Args:
@@ -276,6 +292,8 @@ class Trainer:
           state: list of [examples, ...], what is carried.
           dropout: `DropoutStream`.
           total_weights: {head: scalar}, of all labels of the global batch.
+          loss_scale: float32 scalar by which the loss is multiplied for the backward pass; None for none. What is
+            returned is without it.
 
         Returns:
           `Gradients`.
@@ -300,16 +318,19 @@ class Trainer:
             penalty = [tf.add_n(penalties) / num_shares] if penalties else []
         check_all_listed(tape.watched_variables(), layers=task.layers, reader=task)
         loss_weights = {name: labels.weights / total_weights[name] for name, labels in reading.labels.items()}
+        d_penalty = tf.ones([]) if loss_scale is None else loss_scale
+        if loss_scale is not None:
+            loss_weights = {name: weights * loss_scale for name, weights in loss_weights.items()}
         results = model.head_gradients(hidden, reading, loss_weights=loss_weights)
         d_roles, d_layers = tape.gradient(
             [*hidden.values(), *penalty],
             (sources, variables),
             output_gradients=[
                 *(results[name].d_hidden for name in hidden),
-                *(tf.ones([]) for _ in penalty),
+                *(d_penalty for _ in penalty),
             ],
         )
-        return Gradients(
+        gradients = Gradients(
             losses={
                 name: tf.reduce_sum(r.loss * reading.labels[name].weights) / total_weights[name]
                 for name, r in results.items()
@@ -329,6 +350,21 @@ class Trainer:
                 for path, g in d_layers.items()
             },
             state=new_state,
+        )
+        if loss_scale is None:
+            return gradients
+        return dataclasses.replace(
+            gradients,
+            d_rows=StepRows(
+                **{
+                    kind: {
+                        key: r and Rows(*unscaled((r.embedding, r.bias), loss_scale)) for key, r in of.items()
+                    }
+                    for kind, of in vars(gradients.d_rows).items()
+                }
+            ),
+            d_shards=unscaled(gradients.d_shards, loss_scale),
+            d_layers=unscaled(gradients.d_layers, loss_scale),
         )
 
     def _apply(self, collected, d_layers, *, step, active, is_finite, squares):
@@ -388,6 +424,11 @@ class Trainer:
                     scatter=lambda rows, values, i=i: self._write_state(i, rows, values),
                 )
             )
+        if self._loss_scale:
+            found += [
+                replicated(f"state/{name}", variable, trainable=False)
+                for name, variable in self._loss_scale.variables.items()
+            ]
         return found
 
     def _read_state(self, i):

@@ -19,7 +19,7 @@ LAYERS = [
     {"configuration", "micro_batches"},
     {"gin_text", "experiment", "model"},
     {"reading"},
-    {"tasks", "parameters.warm_start", "parameters.report"},
+    {"tasks", "parameters.warm_start", "parameters.report", "loss_scaling"},
     {"checkpoints", "bodies", "softmax"},
     {"tables", "parameters"},
     {"data", "distribution", "metrics", "hparams_tab", "event_files", "profiling"},

@@ -358,6 +358,7 @@ REPLACED = {
     "LstmGates": (GROUPS,),
     "PretrainedVectors": (GROUPS,),
     "bias/groups": (GROUPS,),
+    "loss_scaling.LossScaling": (),
 }
 # Parts together, so that a few small runs try them all. The first leaves the checkpoint that the fourth starts from.
 RUNS = (
@@ -366,7 +367,7 @@ RUNS = (
     ("mixed_sampler", "keras_body", "averages.Averaged"),
     ("contrastive", "warm_start.WarmStart", "activity.Every"),
     ("skip_gram",),
-    ("words_in/", "LstmGates"),
+    ("words_in/", "LstmGates", "loss_scaling.LossScaling"),
     ("PretrainedVectors",),
 )
 WITHOUT_MACROS = {

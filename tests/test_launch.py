@@ -1,5 +1,6 @@
 """The launch scripts, with stand-ins for Python and pip: nothing is installed and nothing trained here."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -43,7 +44,7 @@ def project(tmp_path):
     """A project with the launch scripts and nothing else, at a path that needs quotes."""
     root = tmp_path / "a $folder's"
     shutil.copytree(ROOT / "launch", root / "launch")
-    for name in (*LOCKS, "pyproject.toml"):
+    for name in (*LOCKS, "requirements-gpu.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
     return root
 
@@ -66,7 +67,7 @@ def test_help_only_prints_usage(script, project, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "takes"), [("setup.sh", "--tpu, --tf220 or nothing"), ("quickstart.sh", "no arguments")]
+    ("name", "takes"), [("setup.sh", "--gpu, --tpu, --tf220 or nothing"), ("quickstart.sh", "no arguments")]
 )
 def test_unexpected_arguments_are_named(name, takes, project, tmp_path):
     result = run(project / "launch" / name, "--fast", "now", cwd=tmp_path)
@@ -139,8 +140,25 @@ def test_locks_differ_in_nothing_but_tensorflow(python):
     assert {name for name, _ in tpu - plain} == {"tensorflow-tpu", "libtpu", "tensorflow-text", "tensorboard"}
 
 
+def test_gpu_lock_pins_what_tensorflow_wants_for_gpus():
+    """All of the extra, at versions that TensorFlow and each other allow, and nothing that the other lock has."""
+    locked = {pin.name: str(pin.specifier)[2:] for pin in pins("requirements-gpu.lock")}
+    wanted = [Requirement(text) for text in importlib.metadata.requires("tensorflow")]
+    wanted = [r for r in wanted if r.marker and r.marker.evaluate({"extra": "and-cuda"})]
+    wanted = [r for r in wanted if not r.marker.evaluate({"extra": ""})]
+    assert {r.name for r in wanted} == locked.keys()
+    for requirement in wanted:
+        assert requirement.specifier.contains(locked[requirement.name]), requirement
+    assert not locked.keys() & {pin.name for pin in pins("requirements.lock")}
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extra,) = map(Requirement, project["optional-dependencies"]["gpu"])
+    (base,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "tensorflow")
+    assert (extra.name, extra.extras, extra.specifier) == ("tensorflow", {"and-cuda"}, base.specifier)
+
+
 def test_no_package_index_is_named():
-    for path in [*SCRIPTS, *(ROOT / lock for lock in LOCKS), ROOT / ".ci" / "run"]:
+    for path in [*SCRIPTS, *ROOT.glob("requirements*.lock"), ROOT / ".ci" / "run"]:
         assert not re.search(r"https?:|index-url|find-links|trusted-host", path.read_text()), path
 
 
@@ -225,6 +243,19 @@ def test_setup_updates_when_the_lock_has_changed(setup, project):
     result, did = setup()
     assert (result.returncode, did) == (0, INSTALLED)
     assert setup()[1] == []
+
+
+def test_setup_for_gpus_adds_their_libraries_which_stay(setup, project):
+    fake_python(setup.bin / "python3.12")
+    with_gpus = [INSTALLED[0], "pip requirements-gpu.lock", INSTALLED[1]]
+    assert setup()[1] == ["venv 3.12.1", *INSTALLED]
+    assert setup("--gpu")[1] == with_gpus
+    assert setup("--gpu")[1] == []
+    assert setup()[1] == []
+    with (project / "requirements-gpu.lock").open("a") as lock:
+        lock.write("# changed\n")
+    result, did = setup()
+    assert (result.returncode, did) == (0, with_gpus)
 
 
 @pytest.mark.parametrize("failing", ["requirements.lock", "."])
@@ -352,6 +383,8 @@ def test_quickstart_uses_flags_and_files_that_exist(quickstart):
     for command in commands:
         module = re.search(r"-m lmscale\.(\w+)", command)[1]
         source = (ROOT / "lmscale" / f"{module}.py").read_text()
+        for other in re.findall(r"adopt_module_key_flags\((\w+)\)", source):
+            source += (ROOT / "lmscale" / f"{other}.py").read_text()
         defined = re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)
         used = re.findall(r" --(\w+)=", command)
         assert set(used) <= set(defined), f"lmscale.{module} lacks flags of: {command}"

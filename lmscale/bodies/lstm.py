@@ -10,6 +10,7 @@ from lmscale.bodies.body import Body
 from lmscale.bodies.dropout import check_rate
 from lmscale.bodies.recurrence import lstm_sequence
 from lmscale.distribution.strategies import runs_on_cpu
+from lmscale.keras_settings import POLICIES, check_compute_dtype
 
 _LEAST_STEPS_OF_A_PART = 11
 
@@ -22,7 +23,7 @@ class LstmBody(Body):
     def __init__(
         self, *, hidden_dims, dropout, embedding_dropout, output_dropout, dropout_over_time, compute_dtype
     ):
-        policy = {None: None, "float32": "float32", "bfloat16": "mixed_bfloat16"}[compute_dtype]
+        policy = None if compute_dtype is None else POLICIES[compute_dtype]
         super().__init__(
             {
                 f"lstm_{i}": keras.layers.LSTM(dim, return_sequences=True, return_state=True, dtype=policy)
@@ -103,7 +104,7 @@ def lstm_body(
     embedding_dropout: float | None = None,
     output_dropout: float | None = None,
     dropout_over_time: bool = False,
-    compute_dtype: Literal["float32", "bfloat16"] | None = None,
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> LstmBody:
     """LSTM stack with dropout on the embeddings, between the layers and on the output.
 
@@ -125,10 +126,7 @@ def lstm_body(
             f"hidden_dim={hidden_dim}, last_hidden_dim={last_hidden_dim}. Set each to 1 or more; the "
             "shipped configurations have NUM_LAYERS and HIDDEN_DIM for them."
         )
-    if compute_dtype not in (None, "float32", "bfloat16"):
-        raise ValueError(
-            f"compute_dtype must be None, 'float32' or 'bfloat16'. Received: compute_dtype={compute_dtype!r}."
-        )
+    check_compute_dtype(compute_dtype)
     embedding_dropout = dropout if embedding_dropout is None else embedding_dropout
     output_dropout = dropout if output_dropout is None else output_dropout
     check_rate(dropout=dropout, embedding_dropout=embedding_dropout, output_dropout=output_dropout)

@@ -53,11 +53,13 @@ def check_settings(layers: Sequence[keras.layers.Layer]) -> None:
                 f"its own examples. Received: {describe([layer])} with stateful=True. Leave it out; a body that "
                 "carries a state is a class with stateful = True and initial_state, such as LstmBody."
             )
-        if layer.dtype_policy.quantization_mode is not None or layer.compute_dtype == "float16":
+        if layer.dtype_policy.quantization_mode is not None or (
+            layer.compute_dtype == "float16" and keras.config.dtype_policy().compute_dtype != "float16"
+        ):
             raise ValueError(
-                "A Keras layer must compute in float32 or bfloat16: small gradients vanish in float16, and quantised "
-                f"weights have none. Received: {describe([layer])} with dtype={layer.dtype_policy.name!r}. Use "
-                "dtype='mixed_bfloat16'."
+                "A Keras layer must compute in float32 or bfloat16: small gradients vanish in float16 without the loss "
+                "scaling that comes with Experiment.compute_dtype = 'float16', and quantised weights have none. "
+                f"Received: {describe([layer])} with dtype={layer.dtype_policy.name!r}. Use dtype='mixed_bfloat16'."
             )
         variables = layer._trainable_variables + layer._non_trainable_variables
         dtypes = {tf.as_dtype(dtype) for dtype in (layer.variable_dtype, *(v.dtype for v in variables))}

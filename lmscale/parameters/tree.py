@@ -4,6 +4,7 @@ tables/words/embedding                       a table's rows, sharded
 layers/lstm_0/kernel                         a layer's weights, a copy on each device
 slots/tables/words/embedding/second_moment   what an update rule keeps beside a parameter
 state/0                                      what a body carries from window to window
+state/loss_scale, state/good_steps           of float16 products, whose loss is scaled
 """
 
 import dataclasses

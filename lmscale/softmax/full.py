@@ -165,7 +165,7 @@ class FullSoftmax(Head):
         vocab_size: int,
         counts: np.ndarray | None,
         block_rows: int | None = None,
-        compute_dtype: Literal["float32", "bfloat16"] | None = None,
+        compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ):
         """Args:
         table, vocab_size, counts: as for every head.

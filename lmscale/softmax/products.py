@@ -3,13 +3,12 @@
 import keras
 import tensorflow as tf
 
+from lmscale.keras_settings import check_compute_dtype
+
 
 def resolved_compute_dtype(name):
-    """The dtype of a part's products: `name`, "float32" or "bfloat16"; None for the experiment's, which is Keras's."""
-    if name not in (None, "float32", "bfloat16"):
-        raise ValueError(
-            f"compute_dtype must be 'float32', 'bfloat16' or None. Received: compute_dtype={name!r}."
-        )
+    """The dtype of a part's products: `name`, of `keras_settings.POLICIES`; None for the experiment's: Keras's."""
+    check_compute_dtype(name)
     return tf.as_dtype(name or keras.config.dtype_policy().compute_dtype)
 
 
@@ -17,7 +16,7 @@ def float32_product(x, y, *, transpose_b=False):
     """x y, or x y^T with transpose_b, summed in float32 and never rounded to less.
 
     Args:
-      x, y: matrices of one dtype, float32 or bfloat16.
+      x, y: matrices of one dtype, float32, bfloat16 or float16.
 
     Returns:
       float32 matrix.
@@ -35,5 +34,5 @@ def float32_product(x, y, *, transpose_b=False):
 
 @tf.function(jit_compile=True, autograph=False)
 def _narrow_product(x, y, *, transpose_b):
-    # tf.matmul returns its inputs' dtype, and this op, which can widen, has kernels for bfloat16 in XLA only.
+    # tf.matmul returns its inputs' dtype, and this op, which can widen, has kernels for narrow ones in XLA only.
     return tf.raw_ops.BatchMatMulV3(x=x, y=y, Tout=tf.float32, adj_y=transpose_b)

@@ -265,7 +265,7 @@ def _backward(hidden, true_rows, sampled_rows, probabilities, sampled_share, los
     """Gradients of sum(loss_weights * loss): hidden, true rows, sampled rows, true offset, sampled offset."""
     share = sampled_share * loss_weights
     scaled_hidden = share[:, tf.newaxis] * tf.cast(hidden, tf.float32)
-    # In bfloat16 these two products sum in float32 and round once, at the end.
+    # In a narrow dtype these two products sum in float32 and round once, at the end.
     narrow = tf.cast(probabilities, hidden.dtype)
     mean_row = tf.cast(tf.matmul(narrow, sampled_rows), tf.float32)
     d_hidden = share[:, tf.newaxis] * (mean_row - tf.cast(true_rows, tf.float32))
@@ -294,7 +294,7 @@ class SampledSoftmax(Head):
         counts: np.ndarray | None,
         sampler: Callable[..., Sampler],
         remove_accidental_hits: bool = True,
-        compute_dtype: Literal["float32", "bfloat16"] | None = None,
+        compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ):
         """Args:
         table, vocab_size, counts: as for every head.

@@ -251,8 +251,8 @@ OTHER_VALUES = {
     "weight_decay": 0.1,
     "decay": 0.6,
 }
-# Shown to be live elsewhere: by the tests of these names below, test_bad_steps.py, test_shipped_configurations.py and
-# tests/test_trainer.py.
+# Shown to be live elsewhere: by the tests of these names below, test_bad_steps.py, test_loss_scaling.py,
+# test_shipped_configurations.py and tests/test_trainer.py.
 ELSEWHERE = {
     "data_dir",
     "pretrained",
@@ -262,6 +262,7 @@ ELSEWHERE = {
     "on_bad_step",
     "warm_start",
     "steps_per_call",
+    "loss_scaling",
 }
 
 

@@ -185,16 +185,17 @@ def test_a_label_outside_the_vocabulary_gives_nan():
     np.testing.assert_allclose(np.delete(loss, [3, 7]), np.delete(expected, [3, 7]), rtol=2e-5)
 
 
-def test_bfloat16_products_have_float32_logits():
-    """Equal to float32 accuracy to the exact loss of the rounded inputs: logits are not rounded to bfloat16."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_products_have_float32_logits(dtype):
+    """Equal to float32 accuracy to the exact loss of the rounded inputs: logits are not rounded."""
     case = make_case(with_bias=False)
     rounded = case | {
-        name: tf.cast(tf.cast(case[name], tf.bfloat16), tf.float32).numpy() for name in ("hidden", "rows")
+        name: tf.cast(tf.cast(case[name], dtype), tf.float32).numpy() for name in ("hidden", "rows")
     }
-    result = run_full_softmax(case, block_rows=1000, compute_dtype="bfloat16")
+    result = run_full_softmax(case, block_rows=1000, compute_dtype=dtype)
     loss, d_hidden, d_rows, _ = reference(rounded)
     np.testing.assert_allclose(result.loss_nats, loss, rtol=2e-5)
-    # d_logits is rounded to bfloat16 (8 bits) for the second product.
+    # d_logits is rounded, to 8 bits in bfloat16, for the second product.
     assert result.d_hidden.dtype == result.d_rows.dtype == tf.float32
     np.testing.assert_allclose(result.d_hidden, d_hidden, rtol=2**-7, atol=2**-7)
     np.testing.assert_allclose(result.d_rows, d_rows, rtol=2**-7, atol=2**-9)
@@ -202,7 +203,7 @@ def test_bfloat16_products_have_float32_logits():
 
 @pytest.mark.parametrize("with_gradients", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16", "float16"])
 def test_compiles_with_xla(compute_dtype, with_bias, with_gradients):
     case = make_case(with_bias=with_bias)
     function, weights = full.full_softmax_loss, {}

@@ -1,5 +1,6 @@
 import functools
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -237,13 +238,16 @@ def test_keeping_accidental_hits_counts_the_label_twice(mirrored):
     [FullSoftmax, functools.partial(SampledSoftmax, sampler=SAMPLERS["uniform"])],
     ids=["full", "sampled"],
 )
-def test_bfloat16_products_give_the_loss_of_the_rounded_values(mirrored, make_head):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_products_give_the_loss_of_the_rounded_values(mirrored, make_head, dtype, monkeypatch):
+    # A part may compute in float16 where the whole experiment does.
+    monkeypatch.setattr(keras.config, "dtype_policy", lambda: keras.DTypePolicy(f"mixed_{dtype}"))
     problem = _Problem(2)
-    narrow = functools.partial(make_head, compute_dtype="bfloat16")
+    narrow = functools.partial(make_head, compute_dtype=dtype)
     loss, gradients, sampled_ids = _run(mirrored(2), problem, narrow)
     assert loss.dtype == np.float32
     for name in ("hidden", "rows"):
-        rounded = tf.cast(tf.cast(getattr(problem, name), tf.bfloat16), tf.float32).numpy()
+        rounded = tf.cast(tf.cast(getattr(problem, name), dtype), tf.float32).numpy()
         setattr(problem, name, rounded)
     if len(sampled_ids):
         expected, expected_gradients = problem.sampled_reference(
@@ -251,10 +255,10 @@ def test_bfloat16_products_give_the_loss_of_the_rounded_values(mirrored, make_he
         )
     else:
         expected, expected_gradients = problem.full_reference()
-    # Products of bfloat16 values are exact in float32, where they are summed. (The sampled loss keeps the product
+    # Products of narrow values are exact in float32, where they are summed. (The sampled loss keeps the product
     # with the label's own row in float32 after rounding both.)
     np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
-    # The gradients of the logits are rounded to 8 bits before they are multiplied.
+    # The gradients of the logits are rounded, to 8 bits in bfloat16, before they are multiplied.
     for name, gradient in gradients.items():
         scale = np.abs(expected_gradients[name]).max()
         np.testing.assert_allclose(gradient, expected_gradients[name], atol=scale / 64, err_msg=name)
