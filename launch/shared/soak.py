@@ -34,6 +34,7 @@ KINDS = (
     *("kill_chief", "kill_other", "stop_chief", "stop_other", "term"),
     *("kill_chief_in_save", "kill_other_in_save", "flip_bit", "truncate", "lose_index"),
 )
+MARK = "damaged_by_soak"
 DAMAGES = ("flip_bit", "truncate", "lose_index")
 SETTINGS = {
     "TRAIN_STEPS": STEPS,
@@ -212,13 +213,23 @@ def saved_steps(workdir):
     return sorted(int(path.name[5:]) for path in (workdir / "checkpoints").glob("step_*"))
 
 
+def damaged_steps(workdir):
+    """Those of them that are damaged: one stays until the run removes it, or saves that step again."""
+    return [
+        step
+        for step in saved_steps(workdir)
+        if (workdir / "checkpoints" / f"step_{step:08d}" / MARK).exists()
+    ]
+
+
 def damage(workdir, kind, place):
-    """Damages the newest checkpoint."""
+    """Damages the newest checkpoint, and marks it."""
     directory = workdir / "checkpoints" / f"step_{saved_steps(workdir)[-1]:08d}"
+    (directory / MARK).touch()
     if kind == "lose_index":
         (directory / "tensors.index").unlink()
         return
-    files = sorted(path for path in directory.iterdir() if path.stat().st_size)
+    files = sorted(path for path in directory.iterdir() if path.name != MARK and path.stat().st_size)
     path = files[int(place * 1000) % len(files)]
     content = bytearray(path.read_bytes())
     position = int(place * len(content))
@@ -282,14 +293,14 @@ class Soak:
         workdir = self.folder / f"run_{size}"
         begin = time.monotonic()
         problems = []
-        steps = saved_steps(workdir)
-        if kind in DAMAGES and len(steps) < 2:
+        if kind in DAMAGES and len(saved_steps(workdir)) - len(damaged_steps(workdir)) < 2:
             kind = "kill_other"  # There is nothing that it could fall back to.
             rank = max(rank, 1)
         if kind in DAMAGES:
             damage(workdir, kind, plan["place"])
-            steps = steps[:-1]
-        expected = steps[-1] if steps else 0
+        whole = sorted(set(saved_steps(workdir)) - set(damaged_steps(workdir)))
+        expected = whole[-1] if whole else 0
+        num_damaged = sum(step > expected for step in damaged_steps(workdir))
         deadly = {rank: plan["operation"]} if kind.endswith("_in_save") else {}
         started = self.start(size, deadly=deadly)
         try:
@@ -316,7 +327,7 @@ class Soak:
         except BaseException:
             started.kill()
             raise
-        problems += self._problems(started, kind, rank, codes, expected)
+        problems += self._problems(started, kind, rank, codes, expected, num_damaged)
         is_finished = codes == [0] * size
         if is_finished:
             problems += self._compare(size)
@@ -344,8 +355,8 @@ class Soak:
             shutil.rmtree(workdir, ignore_errors=True)
         return line["fault"] is not None
 
-    def _problems(self, started, kind, rank, codes, expected):
-        """What is not as promised."""
+    def _problems(self, started, kind, rank, codes, expected, num_damaged):
+        """What is not as promised of a start that was to pass over so many checkpoints, to the expected step."""
         problems = []
         text = started.printed()
         reached_training = started.step() is not None
@@ -353,9 +364,9 @@ class Soak:
             problems.append(f"resumed at {started.resumed_at()} instead of {expected}")
         if expected and "starting over" in text:
             problems.append("silent restart")
-        num_damaged = text.count("DAMAGED CHECKPOINT")
-        if num_damaged != (kind in DAMAGES) and reached_training:
-            problems.append(f"{num_damaged} damaged checkpoints")
+        num_reported = text.count("DAMAGED CHECKPOINT")
+        if num_reported != num_damaged and reached_training:
+            problems.append(f"{num_reported} damaged checkpoints instead of {num_damaged}")
         if codes == [0] * len(codes):
             return problems
         if number_ends(kind):

@@ -11,7 +11,7 @@ import tiny_runs
 
 LOST, STOPPED, USAGE, INTERRUPTED = 69, 75, 2, 130
 PROMISED_SECS = 30  # Within which all processes of a run have ended after one is lost.
-LAST_STEP = 120
+LAST_STEP = 200
 SAVE_EVERY = 20
 MACROS = {
     **tiny_runs.TINY_MACROS,

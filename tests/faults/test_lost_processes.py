@@ -105,7 +105,7 @@ def test_whatever_ends_a_process_the_rerun_goes_on_bit_for_bit(data_dir, referen
     processes = story.start(before={0: slow, 1: slow})
     faulty_runs.until_step(processes, due)
     for _ in range(2):
-        time.sleep(0.3)
+        time.sleep(2.0)  # Two that arrive as one would be the first.
         processes[1].send(signal.SIGINT)
     assert tiny_runs.wait_for_all(processes) == [INTERRUPTED, INTERRUPTED]
     (error,) = faulty_runs.errors(processes[0])

@@ -45,7 +45,7 @@ def test_wrong_flags(tmp_path, flag):
 def problems(kind, codes, *, rank=1, expected=20, resumed=20, step=25, text=""):
     started = SimpleNamespace(printed=lambda: text, step=lambda: step, resumed_at=lambda: resumed)
     soak = SOAK["Soak"].__new__(SOAK["Soak"])
-    return soak._problems(started, kind, rank, codes, expected)
+    return soak._problems(started, kind, rank, codes, expected, int(kind in SOAK["DAMAGES"]))
 
 
 def test_what_is_as_promised_is_no_problem():
@@ -85,6 +85,8 @@ def test_damage_is_done_to_the_newest_checkpoint_alone(tmp_path, kind):
     SOAK["damage"](tmp_path, kind, 0.7)
     older, newer = (tmp_path / "checkpoints" / f"step_{step:08d}" for step in (10, 20))
     assert {path.read_bytes() for path in older.iterdir()} == {bytes(range(100))}
+    assert SOAK["damaged_steps"](tmp_path) == [20]
+    (newer / SOAK["MARK"]).unlink()
     changed = [path for path in newer.iterdir() if path.read_bytes() != bytes(range(100))]
     if kind == "lose_index":
         assert (changed, (newer / "tensors.index").exists()) == ([], False)
