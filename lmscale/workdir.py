@@ -139,12 +139,16 @@ class Workdir:
         """Copies the vocab.txt at `source`, for those who read the checkpoints later; in one piece or not at all."""
         self._check_writer()
         target = self.path / "vocab.txt"
-        if is_remote(target) or is_remote(source):
-            replace_file(target, text=source.read_text(encoding="utf-8"))
+        source = as_path(source)
+        if is_remote(target):
+            target.write_bytes(source.read_bytes())
             return
         temporary = target.with_name(f"{target.name}.tmp")
         with naming(temporary):
-            shutil.copyfile(source, temporary)
+            if is_remote(source):
+                temporary.write_bytes(source.read_bytes())
+            else:
+                shutil.copyfile(source, temporary)
         temporary.replace(target)
 
     def write_report(self, name: str, *, text: str | None) -> None:
