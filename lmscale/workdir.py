@@ -26,9 +26,9 @@ class Workdir:
     warm_start.txt   what was loaded from another run; pretrained_TABLE.txt likewise
     checkpoints/     see `lmscale.checkpoints.directory`
     train/ eval/     TensorBoard events and metrics.jsonl of the training and of the evaluations
+    eval_SPLIT/      likewise of the evaluations of `lmscale.evaluate --follow`, which holds a .lock of its own there
     saved.json       there since the run's first checkpoint
     finished.json    there when the run has done all its steps
-    eval_SPLIT/      likewise of the evaluations of `lmscale.evaluate --follow`, which holds a .lock of its own there
     .lock            held by the process that writes here
 
     The writer holds an exclusive lock until `close`, or until its process ends in whatever way: the kernel
