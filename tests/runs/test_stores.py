@@ -14,7 +14,7 @@ from array_parameters import array_parameters
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from lmscale import event_files, storage
+from lmscale import event_files, storage, train
 from lmscale.bodies.lstm import lstm_body
 from lmscale.checkpoints import directory as checkpoints_directory
 from lmscale.checkpoints.directory import Checkpoints
@@ -229,6 +229,20 @@ def test_a_save_that_is_killed_is_no_checkpoint(store):
     assert gfile.exists(f"{store}/step_00000002")  # Another process may be writing it.
     assert restored(store) == (1, 1.0)
     assert not gfile.exists(f"{store}/step_00000002")
+
+
+def test_settings_are_free_until_the_first_save_is_done(store):
+    class Config:
+        def refused_changes(self, text):
+            return ["LEARNING_RATE"]
+
+    Checkpoints(f"{store}/checkpoints").save(1, rows(1.0), metadata={})
+    with Workdir(store) as workdir:
+        workdir.write_config("x = 1\n")
+        with pytest.raises(ValueError, match="goes on with the settings it started with"):
+            train._check_same_run(Config(), workdir)
+        gfile.remove(f"{store}/checkpoints/step_00000001/metadata.json")
+        train._check_same_run(Config(), workdir)
 
 
 def test_metadata_goes_first_and_comes_last(store, monkeypatch):
