@@ -1,5 +1,6 @@
 """TensorBoard's event files, named so that they are read in the order in which they were written."""
 
+import math
 import os
 import socket
 import time
@@ -9,9 +10,11 @@ from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lmscale.paths import naming
+from lmscale.storage import is_remote
 
 # Files with this ending tell about the run, not about its steps; see `lmscale.hparams_tab`.
 SESSION = ".session"
+STORE_SECS = 30.0
 
 
 class EventFile:
@@ -21,7 +24,8 @@ class EventFile:
     made, and takes a step that it reads after a later one for the start of a repetition. So where the clock went
     back, or two files are made within a second, the name holds the second after the latest one there.
 
-    An event is with the operating system when `add` returns. Use it as a context manager.
+    An event is with the operating system when `add` returns. To a store, which takes a file as a whole, it goes with
+    the first one after `STORE_SECS`, or with `close`. Use it as a context manager.
     """
 
     def __init__(self, directory: Path, *, ending: str = ""):
@@ -39,6 +43,7 @@ class EventFile:
         self.path = directory / name
         with naming(self.path):
             self._file = self.path.open("xb")
+        self._flushed_at = -math.inf
         self._records = RecordWriter(self._file)
         writer = SourceMetadata(writer=__name__)
         self.add(Event(wall_time=time.time(), file_version="brain.Event:2", source_metadata=writer))
@@ -47,7 +52,10 @@ class EventFile:
         """Appends an event. Raises OSError, with the file's name, if the system refuses: a full disk."""
         with naming(self.path):
             self._records.write(event.SerializeToString())
-            self._file.flush()
+            now = time.monotonic()
+            if not is_remote(self.path) or now - self._flushed_at >= STORE_SECS:
+                self._file.flush()
+                self._flushed_at = now
 
     def close(self) -> None:
         with naming(self.path):

@@ -11,6 +11,7 @@ import errno
 import fnmatch
 import functools
 import json
+import logging
 import os
 import socket
 import threading
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.paths import expand, scheme
+
+_logger = logging.getLogger(__name__)
 
 STALE_SECS = 120.0  # After how long without renewal the owner of a directory counts as gone.
 SETTLE_SECS = 2.0  # How long to wait for another one that starts at the same time.
@@ -236,10 +239,10 @@ class _RemoteFile:
 class Ownership:
     """In place of a lock, where there are none: a document that says who writes in a directory, renewed by a thread.
 
-    It is refused to a second process while it is fresh, and taken over after `STALE_SECS` without renewal: of a process
-    that was killed. What can go wrong: clocks that differ by more than that; a process that cannot reach the store for
-    so long, and goes on when another has taken over. It finds out at `check`, which stops it; what both have written
-    until then is mixed. Two that start at the same moment both write, wait for a moment, and look who was last.
+    A second process is refused as soon as it sees a renewal. It takes over when there has been none for `STALE_SECS`,
+    as of a process that was killed. What can go wrong: clocks that differ by more than that; a process that cannot
+    reach the store for so long, and goes on when another has taken over. It finds out at `check`, which stops it; what
+    both have written until then is mixed. Two that start at the same moment both write, wait, and look who was last.
     """
 
     def __init__(
@@ -270,13 +273,7 @@ class Ownership:
             "owner": f"pid {os.getpid()} on {socket.gethostname()}",
             "since": clock(),
         }
-        document = self._read()
-        age = clock() - document["renewed"] if document else STALE_SECS
-        if age < STALE_SECS:
-            raise ValueError(
-                f"{used} is in use by {by}: {document['owner']}, which was there {max(age, 0):.0f} s ago. Wait for it "
-                f"to end, or {otherwise}. If it was killed, wait {STALE_SECS - max(age, 0):.0f} s."
-            )
+        self._wait_until_free(by=by, otherwise=otherwise)
         self._write()
         time.sleep(SETTLE_SECS)
         self.check()
@@ -285,6 +282,24 @@ class Ownership:
             target=self._renew, args=(STALE_SECS / 6,), name="ownership", daemon=True
         )
         self._thread.start()
+
+    def _wait_until_free(self, *, by, otherwise):
+        found = self._read()
+        if found is not None and self._clock() - found["renewed"] < STALE_SECS:
+            _logger.warning(
+                "%s was in use by %s a moment ago: waiting up to %.0f s for a sign of life",
+                self._used,
+                found["owner"],
+                STALE_SECS,
+            )
+        while found is not None and self._clock() - found["renewed"] < STALE_SECS:
+            time.sleep(STALE_SECS / 120)
+            now = self._read()
+            if now is not None and now["renewed"] != found["renewed"]:
+                raise ValueError(
+                    f"{self._used} is in use by {by}: {now['owner']}. Wait for it to end, or {otherwise}."
+                )
+            found = now
 
     def check(self) -> None:
         """Raises ValueError if another process has taken over."""

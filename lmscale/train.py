@@ -136,7 +136,10 @@ def _say(group, message, *, file=None):
 
 def _check_same_run(config, workdir):
     """Raises ValueError if the work directory is that of a run of other settings, which has saved."""
-    has_saved = workdir.has_saved() or any(workdir.checkpoints_dir.glob("step_*"))
+    from lmscale.checkpoints.directory import Checkpoints
+
+    checkpoints = Checkpoints(workdir.checkpoints_dir, readonly=True)
+    has_saved = workdir.has_saved() or checkpoints.newest_step() is not None
     if not workdir.config_path.exists() or not has_saved:
         return
     refused = config.refused_changes(workdir.config_path.read_text(encoding="utf-8"))

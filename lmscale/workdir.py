@@ -26,9 +26,9 @@ class Workdir:
     warm_start.txt   what was loaded from another run; pretrained_TABLE.txt likewise
     checkpoints/     see `lmscale.checkpoints.directory`
     train/ eval/     TensorBoard events and metrics.jsonl of the training and of the evaluations
+    eval_SPLIT/      likewise of the evaluations of `lmscale.evaluate --follow`, which holds a .lock of its own there
     saved.json       there since the run's first checkpoint
     finished.json    there when the run has done all its steps
-    eval_SPLIT/      likewise of the evaluations of `lmscale.evaluate --follow`, which holds a .lock of its own there
     .lock            held by the process that writes here
 
     The writer holds an exclusive lock until `close`, or until its process ends in whatever way: the kernel
@@ -139,12 +139,16 @@ class Workdir:
         """Copies the vocab.txt at `source`, for those who read the checkpoints later; in one piece or not at all."""
         self._check_writer()
         target = self.path / "vocab.txt"
-        if is_remote(target) or is_remote(source):
-            replace_file(target, text=source.read_text(encoding="utf-8"))
+        source = as_path(source)
+        if is_remote(target):
+            target.write_bytes(source.read_bytes())
             return
         temporary = target.with_name(f"{target.name}.tmp")
         with naming(temporary):
-            shutil.copyfile(source, temporary)
+            if is_remote(source):
+                temporary.write_bytes(source.read_bytes())
+            else:
+                shutil.copyfile(source, temporary)
         temporary.replace(target)
 
     def write_report(self, name: str, *, text: str | None) -> None:

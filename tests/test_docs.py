@@ -168,7 +168,7 @@ def test_paths_exist():
     }
     of_a_run = (
         r"(runs|checkpoints|train|eval|eval_test|state|slots|layers|tables)/"
-        r"|(config\.gin|(metrics|metadata|saved|finished|manifest)\.jsonl?)$"
+        r"|(config\.gin|(metrics(\.\d+)?|(set_aside_)?metadata|saved|finished|manifest)\.jsonl?)$"
     )
     paths = {
         word

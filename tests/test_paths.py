@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from lmscale import paths
+from lmscale import paths, storage
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +26,62 @@ def test_home_directories(monkeypatch, tmp_path):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # As where there is no entry for the user.
     with pytest.raises(ValueError, match=r"home directory. Received: '~/run', and none is known. Set HOME"):
         paths.expand("~/run")
+
+
+def test_schemes():
+    for text, path in (
+        ("file:///a/b c", "/a/b c"),
+        ("file://localhost/a", "/a"),
+        ("FILE:///a/", "/a/"),
+        ("file:a", "file:a"),
+        ("./gs://a", "./gs://a"),
+        ("a/gs://b", "a/gs://b"),
+    ):
+        assert paths.expand(text) == paths.expand(text, remote=True) == path
+    for text in ("file://a", "file://host/a"):
+        with pytest.raises(ValueError, match=f"must be one of this machine, .* Received: {text}\\."):
+            paths.expand(text, remote=True)
+    assert paths.expand("gs://bucket/~/x//", remote=True) == "gs://bucket/~/x//"
+    with pytest.raises(
+        ValueError, match=r"must be a path of this machine\. Received: gs://bucket/x\. Copy it"
+    ):
+        paths.expand("gs://bucket/x")
+
+
+def test_paths_in_stores():
+    path = storage.as_path("ram://bucket//a/b.txt/")
+    assert (str(path), path.name, str(path.parent)) == ("ram://bucket/a/b.txt", "b.txt", "ram://bucket/a")
+    assert str(path.parent.parent.parent) == "ram://bucket"
+    assert str(path.with_name("c") / "d") == "ram://bucket/a/c/d"
+    assert path == storage.as_path(str(path)) == storage.as_path(path)
+    assert path != storage.as_path("ram://bucket/a")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("m\u00fc\r\n")
+    assert path.read_bytes() == "m\u00fc\r\n".encode()
+    path.write_text("x")
+    assert path.read_text() == "x"
+    assert (path.stat().st_size, path.is_file(), path.is_dir(), path.parent.is_dir()) == (
+        1,
+        True,
+        False,
+        True,
+    )
+    assert [str(p) for p in path.parent.iterdir()] == [str(path)]
+    assert list(path.parent.glob("*.txt")) == [path]
+    assert list((path.parent / "absent").glob("*")) == []
+    with pytest.raises(FileExistsError):
+        path.open("xb")
+    with pytest.raises(ValueError, match="mode='a'"):
+        path.open("a")
+    path.unlink()
+    path.unlink(missing_ok=True)
+    for act in (path.unlink, path.read_bytes, path.stat, (path / "x").remove_tree):
+        with pytest.raises(FileNotFoundError) as caught:
+            act()
+        assert caught.value.filename.startswith(str(path))
+    assert storage.as_path("file:///a") == Path("/a")
+    with pytest.raises(ValueError, match=r"TensorFlow knows: .*ram.* Received: s3://bucket. Mount the store"):
+        storage.as_path("s3://bucket")
 
 
 def tensorflow_finds_what_it_writes(directory):
