@@ -34,7 +34,9 @@ _GPU_MEMORY_MIB = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("seed", None, "Overrides SEED.")
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Resolve everything, print configuration, parameters and memory a device, and stop."
+    "dry_run",
+    False,
+    "Resolve everything, print configuration, parameters, memory a device and what a step moves, and stop.",
 )
 
 EXIT_NON_FINITE = 3
