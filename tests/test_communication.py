@@ -19,6 +19,8 @@ from lmscale.softmax.samplers import InBatchSampler, LogUniformSampler, UniformS
 from lmscale.tables.all_to_all import AllToAllExchange
 from lmscale.tables.exchange import StaticExchange
 from lmscale.tables.placement import Placement
+from lmscale.tables.rows import Lookup
+from lmscale.tasks.task import Labels
 from lmscale.trainer import Trainer
 
 NUM_STEPS, WINDOW = 6, 5
@@ -320,3 +322,34 @@ def test_what_moves_grows_neither_with_the_vocabulary_nor_with_devices(mirrored)
     # As everything to everyone does.
     few, many = (moved(StaticExchange(), n, 10**6) for n in (2, 8))
     assert many > 3 * few
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 6, 8, 10, 12, 16, 24])
+def test_auto_has_rows_travel_where_little_is_won(mirrored, batch_size):
+    strategy = mirrored(2)
+    with strategy.scope():
+        head = SampledSoftmax(
+            table="words", vocab_size=53, counts=None, sampler=SAMPLERS["nearly_all"], exchange="auto"
+        )
+    task = FakeTask(head)
+    ids = Text().ids[: batch_size * (WINDOW + 1)].reshape(batch_size, WINDOW + 1)
+    traffic = StepTraffic(task, {"ids": ids}, vocab_size=53, num_devices=2, seed=1)
+    rows, hidden = (
+        sum(traffic.of_busiest_device({"next": exchange}).values()) for exchange in ("rows", "hidden")
+    )
+    assert traffic.chosen() == {"next": "hidden" if hidden < 0.8 * rows else "rows"}
+
+
+class FakeTask:
+    """The ids of a language model, without its layers."""
+
+    tables = tied(embed_dim=6)["tables"]
+
+    def __init__(self, head):
+        self.heads = {"next": head}
+
+    def lookups(self, features):
+        return {"inputs": Lookup("words", features["ids"][:, :-1])}
+
+    def labels(self, features):
+        return {"next": Labels(features["ids"][:, 1:].reshape(-1), None)}

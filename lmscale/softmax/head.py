@@ -56,7 +56,7 @@ class Head(abc.ABC):
         where it is given the rows of the candidates.
       exchange: what brings tokens and candidates together. "rows": the rows of the candidates go to every replica.
         "hidden": the hidden states of every replica go to the shards, each of which compares them with the candidates
-        that it holds. "auto": whichever moves less.
+        that it holds. "auto": whichever suits a batch, see `StepTraffic.chosen`.
       table: name of the table that holds the softmax rows.
     """
 

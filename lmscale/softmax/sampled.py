@@ -292,8 +292,8 @@ class SampledSoftmax(Head):
         sampler: function (vocab_size=, counts=) that returns a `Sampler`.
         remove_accidental_hits: take a sampled id out of the loss of the tokens whose label it is.
         compute_dtype: of the products, None for the experiment's; logits are float32.
-        exchange: what goes from device to device, the candidates' "rows" or the "hidden" states; "auto" for whichever
-          is less in the first batch. The losses are the same to rounding.
+        exchange: what goes from device to device, the candidates' "rows" or the "hidden" states; "auto" for the
+          former unless the latter moves clearly less in the first batch. The losses are the same to rounding.
         """
         super().__init__(table=table, vocab_size=vocab_size, counts=counts)
         if exchange not in EXCHANGES:
