@@ -56,7 +56,7 @@ def make_trainer(
     experiment = tiny_experiments.experiment(
         task=task,
         groups=one_rule(Adagrad(learning_rate=0.05)),
-        clip_norm=0.1,
+        clip_norm=0.04,
         global_batch_size=batch_size,
         gradient_accumulation_steps=num_parts,
     )
@@ -77,7 +77,7 @@ def assert_equal_runs(actual, expected, *, rtol=1e-6):
     (metrics, found), (expected_metrics, expected_values) = actual, expected
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=rtol)
     np.testing.assert_allclose(metrics["gradient_norm"], expected_metrics["gradient_norm"], rtol=10 * rtol)
-    assert np.any(expected_metrics["gradient_norm"] > 0.1)  # It is clipped.
+    assert np.any(expected_metrics["gradient_norm"] > 0.04)  # It is clipped.
     for name in (name for name in expected_metrics if name.startswith("rows_touched/")):
         np.testing.assert_array_equal(metrics[name], expected_metrics[name])
     assert found.keys() == expected_values.keys()
@@ -139,7 +139,7 @@ def test_bfloat16_products(mirrored):
     np.testing.assert_allclose(losses["hidden", "bfloat16"], losses["rows", "bfloat16"], rtol=1e-3)
     # In the first step, before gradients that were rounded otherwise, the rounded hidden states and rows are the same.
     np.testing.assert_allclose(losses["hidden", "bfloat16"][0], losses["rows", "bfloat16"][0], rtol=1e-6)
-    assert abs(losses["rows", "bfloat16"][0] / losses["rows", "float32"][0] - 1) > 1e-5
+    assert abs(losses["rows", "bfloat16"][0] / losses["rows", "float32"][0] - 1) > 3e-6
 
 
 @pytest.mark.parametrize("num_replicas", [2, 3, 4])
