@@ -149,7 +149,7 @@ def test_bfloat16_products(mirrored):
     [
         {},
         {"sampler": "in_batch"},
-        {"num_parts": 3, "compute_dtype": "bfloat16"},
+        {"num_parts": 3, "batch_size": 36, "compute_dtype": "bfloat16"},
         {"tables": untied(input_dim=5, output_dim=7), "remove_accidental_hits": False},
     ],
     ids=["plain", "in_batch", "parts", "untied"],
