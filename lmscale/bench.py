@@ -19,11 +19,11 @@ from absl import flags
 from lmscale import paths
 from lmscale.command_line import DEFINE_path, run_main
 
-_SECTIONS = ("step_time", "limits", "startup", "memory", "time_to_quality", "samples")
+_SECTIONS = ("step_time", "limits", "startup", "communication", "memory", "time_to_quality", "samples")
 
 _FULL = flags.DEFINE_bool("full", False, "Every size and every section.")
 _SECTIONS_FLAG = flags.DEFINE_list(
-    "sections", None, f"Of {', '.join(_SECTIONS)}; by default all with --full, else the first three."
+    "sections", None, f"Of {', '.join(_SECTIONS)}; by default all with --full, else the first four."
 )
 _OUTPUT = DEFINE_path("output", "runs/bench", "Folder for results, report, plots and logs.")
 _VOCAB_SIZES = flags.DEFINE_list(
@@ -55,7 +55,7 @@ def main(argv):
     from lmscale.benchmarks.sides import SIDES
     from lmscale.data.token_files import PreparedData
 
-    sections = _SECTIONS_FLAG.value or _SECTIONS[: None if _FULL.value else 3]
+    sections = _SECTIONS_FLAG.value or _SECTIONS[: None if _FULL.value else 4]
     _check_names("--sections", sections, _SECTIONS)
     sides = _SIDES.value or list(SIDES)
     _check_names("--sides", sides, SIDES)
@@ -132,6 +132,18 @@ def _measure(section, shape, vocab_sizes, sides, output):
         if section == "startup":
             _say("start-up")
             return startup.measure(repeats=3 if _FULL.value else 1)
+        if section == "communication":
+            sized = vars(shape) | {"vocab_size": vocab_sizes[-1]}
+            _say(f"communication, vocabulary {sized['vocab_size']:,}")
+            counts = [
+                run_task(
+                    "lmscale.benchmarks.communication:measure",
+                    {"shape": sized, "num_devices": num_devices},
+                    log=output / "logs" / f"communication_{num_devices}.log",
+                )
+                for num_devices in (2, 4, 8, 16)
+            ]
+            return {"shape": sized, "counts": counts}
         if section == "memory":
             return memory.measure(
                 shape,

@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: its parameters, and the memory that each device would hold."""
+"""What a run would do, without doing it: its parameters, the memory of each device, and what a step moves to it."""
 
 import math
 
@@ -6,6 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from lmscale import communication
 from lmscale.data.token_files import PreparedData
 from lmscale.model import layers_and_treatments
 from lmscale.parameters.initializers import initial_rows, initial_values
@@ -13,14 +14,16 @@ from lmscale.parameters.report import as_table, mib, parameter_lines
 from lmscale.softmax.streamed import default_block_rows
 from lmscale.start import check_sources
 from lmscale.tables.placement import Placement
-from lmscale.trainer import check_treatments, make_task
+from lmscale.trainer import check_treatments, make_task, step_traffic
 
 _FLOAT_BYTES = 4
 _WIDTH = 140
 
 
 def print_report(experiment, *, num_devices):
-    """Prints the parameter table and the memory of a device. Allocates the layers, of tables a block of rows at most.
+    """Prints the parameter table, the memory of a device and what a step moves to it.
+
+    Allocates the layers, of tables a block of rows at most.
 
     Args:
       experiment: `Experiment`.
@@ -55,6 +58,17 @@ def print_report(experiment, *, num_devices):
     memory.add_row("logits of a step and their gradients (estimate)", f"{mib(logits)} MiB")
     memory.add_row("in all, without the activations of the layers", f"{mib(state + pulled + logits)} MiB")
     console.print(memory)
+    if num_devices > 1:
+        traffic = step_traffic(
+            experiment,
+            task,
+            batches,
+            treatments=treatments,
+            vocab_size=data.vocab_size,
+            num_devices=num_devices,
+        )
+        layer_values = communication.num_layer_values(layers, treatments)
+        console.print(communication.as_table(traffic, traffic.chosen(), layer_values=layer_values))
     # Not the states of random number generators.
     num_parameters = sum(math.prod(line.shape) for line in lines if line.dtype == "float32")
     padding = placement.allocated_rows * num_devices - data.vocab_size

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from lmscale.distribution import collectives
 from lmscale.reading import Reading, StepRows
-from lmscale.tables.rows import Rows
+from lmscale.tables.rows import Rows, ShardRows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class Gradients:
       penalty: scalar, share of the penalty.
       d_rows: `StepRows`.
       d_shards: {table: {parameter: gradient of every row of this shard}}, complete over all replicas.
+      d_shard_rows: {head: `ShardRows`}, complete, of the same rows in all parts.
       d_layers: {path: tensor}, shares of the gradients of the layers.
       state: list of [examples, ...], what is carried on.
     """
@@ -30,6 +31,7 @@ class Gradients:
     penalty: tf.Tensor
     d_rows: StepRows
     d_shards: dict
+    d_shard_rows: dict
     d_layers: dict
     state: list
 
@@ -152,6 +154,7 @@ def _split(gradients):
         "penalty": gradients.penalty,
         "candidates": _tensors(gradients.d_rows.candidates),
         "shards": gradients.d_shards,
+        "shard_rows": _tensors({head: rows.gradients for head, rows in gradients.d_shard_rows.items()}),
         "layers": gradients.d_layers,
     }
     joined = {
@@ -180,6 +183,10 @@ def _together(first, summed, joined):
             candidates=rows(first.d_rows.candidates, summed["candidates"]),
         ),
         d_shards=summed["shards"],
+        d_shard_rows={
+            head: ShardRows(rows.local_rows, Rows(**{"embedding": None} | summed["shard_rows"][head]))
+            for head, rows in first.d_shard_rows.items()
+        },
         d_layers=summed["layers"],
         state=joined["state"],
     )

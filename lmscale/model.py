@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from lmscale.distribution import collectives
+from lmscale.distribution import collectives, ledger
 from lmscale.parameters.averages import check_constraints
 from lmscale.parameters.groups import treat
 from lmscale.parameters.initializers import initial_values
@@ -13,6 +13,7 @@ from lmscale.parameters.layers import Layers
 from lmscale.parameters.tree import Parameter
 from lmscale.reading import OwnLabels, Reading, Receipt, StepRows, joined, parted, stacked
 from lmscale.softmax.full import full_softmax_loss
+from lmscale.softmax.head import candidates_seed
 from lmscale.tables.rows import Rows
 from lmscale.tables.table import RowGradients, ShardedTable
 from lmscale.tables.table_config import table_paths
@@ -50,6 +51,7 @@ class Model:
       treatments: {path: `Treatment`} of the parameters that may be trained; empty if no training follows.
       earlier_updates: {path: updates} of update rules whose slots another run has left, which count on from there. Set
         it before the first step, which is compiled with it.
+      exchanges: {head: "rows" or "hidden"} of the heads with candidates: what travels. Set it before the first step.
     """
 
     def __init__(self, task, *, groups, vocab_size, counts, seed, training=True, static_shapes=False):
@@ -87,6 +89,7 @@ class Model:
             if training and self.treatments[path].update is not None
         }
         self.earlier_updates = {}
+        self.exchanges = dict.fromkeys(task.heads, "rows")
 
     def num_updates(self, path, step):
         """What the clock of a parameter's update rule has counted before `step`, at which it is active; int scalar."""
@@ -132,6 +135,13 @@ class Model:
 
     # -- inside strategy.run ------------------------------------------------------------------------------------
 
+    @property
+    def communicates(self):
+        """Whether `head_gradients` uses collectives."""
+        return any(
+            head.communicates or self.exchanges[name] == "hidden" for name, head in self.task.heads.items()
+        )
+
     def updated_layer_variables(self):
         """{path: Keras variable} of the layers' variables that steps update: not of those frozen for good."""
         return {path: self.layers.trainable_variables[path] for path in self.layer_slots}
@@ -164,12 +174,13 @@ class Model:
         own_labels = {}
         if step is not None:
             for number, (name, head) in enumerate(heads.items()):
+                rows_travel = self.exchanges[name] == "rows"
                 everyones = None
                 if head.candidates_are_labels:
                     per_example = labels[name].ids.shape[0] // batch_size
                     total = (num_global if num_examples is None else num_examples) * per_example
                     everyones = collectives.all_gather(labels[name].ids)[:total]
-                if head.needs_label_rows and head.candidates_are_labels:
+                if head.needs_label_rows and head.candidates_are_labels and rows_travel:
                     own_labels[name] = OwnLabels(
                         first * per_example,
                         batch_size * per_example,
@@ -178,9 +189,9 @@ class Model:
                     )
                 elif head.needs_label_rows:
                     own.append(("labels", name, head.table, labels[name].ids))
-                found = head.candidates(seed=tf.stack([(seed + number) % 2**31, step]), labels=everyones)
+                found = head.candidates(seed=candidates_seed(seed, head=number, step=step), labels=everyones)
                 candidates[name] = found
-                if found is not None:
+                if found is not None and rows_travel:
                     shared.append(("candidates", name, head.table, found.sampled_ids))
         rows: dict[str, dict[str, Rows]] = {"roles": {}, "labels": {}, "candidates": {}}
         receipts = {}
@@ -235,18 +246,19 @@ class Model:
 
         Communication: that of the heads.
         """
-        return {
-            name: head.value_and_gradients(
-                hidden[name],
-                labels=reading.labels[name].ids,
-                loss_weights=loss_weights[name],
-                label_rows=reading.rows.labels.get(name),
-                candidate_rows=reading.rows.candidates.get(name),
-                candidates=reading.candidates.get(name),
-                table=self.tables[head.table],
-            )
-            for name, head in self.task.heads.items()
-        }
+        with ledger.part("hidden_states"):
+            return {
+                name: head.value_and_gradients(
+                    hidden[name],
+                    labels=reading.labels[name].ids,
+                    loss_weights=loss_weights[name],
+                    label_rows=reading.rows.labels.get(name),
+                    candidate_rows=reading.rows.candidates.get(name),
+                    candidates=reading.candidates.get(name),
+                    table=self.tables[head.table],
+                )
+                for name, head in self.task.heads.items()
+            }
 
     def exact_losses(self, hidden, reading, *, compute_dtype):
         """{head: [n] float32}, nats: the full softmax over the head's table; arguments as of `head_gradients`.
@@ -265,13 +277,14 @@ class Model:
             for name, head in self.task.heads.items()
         }
 
-    def collect(self, reading, d_rows, *, d_shards):
+    def collect(self, reading, d_rows, *, d_shards, d_shard_rows=None):
         """Brings the gradients of a step's rows home, with one push a table.
 
         Args:
           reading: `Reading` of the step.
           d_rows: `StepRows` of gradients of this replica's share of the loss.
           d_shards: {table: {parameter: gradient of every row of this shard}}, complete, for tables that have one.
+          d_shard_rows: {head: `ShardRows`}, of heads whose candidates stayed on their shards.
 
         Returns:
           {table: collected gradients}, of the tables that were pulled from or have a gradient of every row, without
@@ -284,10 +297,16 @@ class Model:
             if not any(table.update_rules.values()):
                 continue
             receipt = reading.receipts.get(name)
+            complete = {
+                "dense": d_shards.get(name),
+                "of_shard": [
+                    rows for head, rows in (d_shard_rows or {}).items() if self.task.heads[head].table == name
+                ],
+            }
             if receipt is None:
-                # A head that reads no rows of its table may well have a gradient of all of them.
-                if name in d_shards:
-                    collected[name] = table.collect(None, None, dense=d_shards[name])
+                # A head that reads no rows of its table may well have gradients of them.
+                if any(complete.values()):
+                    collected[name] = table.collect(None, None, **complete)
                 continue
             own = stacked(receipt.own_parts, d_rows, table=table)
             d_candidates = {
@@ -307,7 +326,7 @@ class Model:
                     shared_embedding=shared.embedding,
                     shared_bias=shared.bias,
                 ),
-                dense=d_shards.get(name),
+                **complete,
             )
         return collected
 

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 
+from lmscale import communication
 from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.token_files import VOCAB_FILE, PreparedData
@@ -60,6 +61,8 @@ def train(experiment, *, workdir, strategy, config_text, hparams, group=None, pr
     with doing(f"building the model, with tables of {data.vocab_size:,} rows"):
         trainer = Trainer(experiment, data=data, strategy=strategy)
     _logger.info("%s", _parameter_table(trainer))
+    if trainer.traffic is not None:
+        _logger.info("%s", _traffic_table(trainer))
     checkpoints = Checkpoints(workdir.checkpoints_dir, keep=experiment.keep_checkpoints, group=group)
     with doing("restoring the newest checkpoint"):
         parameters = trainer.parameters()
@@ -119,6 +122,14 @@ def _parameter_table(trainer):
     return as_text(as_table(lines))
 
 
+def _traffic_table(trainer):
+    """The table of what a step moves as text."""
+    layer_values = communication.num_layer_values(trainer.model.layers, trainer.model.treatments)
+    return as_text(
+        communication.as_table(trainer.traffic, trainer.traffic.chosen(), layer_values=layer_values)
+    )
+
+
 def _check_nothing_lost(workdir):
     """Without a checkpoint: raises ValueError where there was one; says so where an earlier start got nowhere."""
     if workdir.has_saved():
@@ -160,6 +171,7 @@ class _Run:
         self.skipped_steps = 0
         self._pending = []
         self._seconds = 0.0
+        self._told_what_moves = False
 
     def resume(self, metadata):
         self.trainer.step = metadata["step"]
@@ -358,6 +370,11 @@ class _Run:
         if "loss_scale" in metrics:
             scaling["loss_scale"] = float(metrics["loss_scale"][-1])
             scaling["overflowed_steps"] = int(np.count_nonzero(metrics["overflowed"]))
+        moved = {name: x for name, x in metrics.items() if name.startswith("bytes_received/") and np.any(x)}
+        values |= moved
+        if moved and not self._told_what_moves:
+            self._told_what_moves = True
+            _logger.info("bytes that a step moves to this device, as counted in its graph: %s", _means(moved))
         step_secs = self._seconds / num_steps
         scalars = {
             **{tag: float(np.mean(x, dtype=np.float64)) if len(x) else math.nan for tag, x in values.items()},
@@ -422,6 +439,11 @@ def _by_tag(prefix, by_pattern):
         tag = f"{prefix}/{re.sub(r'[^A-Za-z0-9_/]+', '', pattern).strip('/') or 'all'}"
         tags[f"{tag}_{len(tags)}" if tag in tags else tag] = value
     return tags
+
+
+def _means(metrics):
+    """`PART 1,234, ...` of {".../PART": array}."""
+    return ", ".join(f"{name.partition('/')[2]} {np.mean(x):,.0f}" for name, x in metrics.items())
 
 
 def _finite_or_none(loss):

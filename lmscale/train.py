@@ -29,7 +29,9 @@ _WORKDIR = DEFINE_path(
 )
 _SEED = flags.DEFINE_integer("seed", None, "Overrides SEED.")
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Resolve everything, print configuration, parameters and memory a device, and stop."
+    "dry_run",
+    False,
+    "Resolve everything, print configuration, parameters, memory a device and what a step moves, and stop.",
 )
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "FIRST:LAST, steps to write a profile of, for TensorBoard: such as 100:103."

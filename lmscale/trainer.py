@@ -6,10 +6,10 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from lmscale import keras_settings
+from lmscale import communication, keras_settings
 from lmscale.bodies.dropout import DropoutStream
 from lmscale.data.batches import Prefetcher
-from lmscale.distribution import collectives
+from lmscale.distribution import collectives, ledger
 from lmscale.distribution.all_to_all import gather_on_hosts
 from lmscale.distribution.strategies import first_local_replica
 from lmscale.loss_scaling import LossScale, LossScaling, unscaled
@@ -70,12 +70,39 @@ def check_treatments(experiment, treatments):
                 )
 
 
+def step_traffic(experiment, task, batches, *, treatments, vocab_size, num_devices):
+    """What the first step moves between devices: what exchanges are chosen by, the same in every process.
+
+    Args:
+      experiment: `Experiment`.
+      task: `Task`, and its training `batches`.
+      treatments: {path: `Treatment`}.
+      vocab_size: rows of the tables.
+      num_devices: devices.
+
+    Returns:
+      `StepTraffic`.
+    """
+    updated = {
+        path.split("/")[1] for path, t in treatments.items() if t.update and path.startswith("tables/")
+    }
+    return communication.StepTraffic(
+        task,
+        batches.at(0).features,
+        vocab_size=vocab_size,
+        num_devices=num_devices,
+        seed=experiment.seed,
+        frozen_tables=set(task.tables) - updated,
+    )
+
+
 class Trainer:
     """An experiment on the devices of a strategy: its task, its model, and the step that joins them.
 
     Attributes:
       step: updates done.
       task, model, batches: `Task`, `Model`, and the task's training batches.
+      traffic: `StepTraffic` of the first batch; None on one device.
     """
 
     def __init__(self, experiment, *, data, strategy, static_shapes=False):
@@ -107,7 +134,19 @@ class Trainer:
                 seed=experiment.seed,
                 static_shapes=static_shapes,
             )
-        self.batches = self.task.training_batches()
+            self.batches = self.task.training_batches()
+            self.traffic = None
+            if num_replicas > 1:
+                self.traffic = step_traffic(
+                    experiment,
+                    self.task,
+                    self.batches,
+                    treatments=self.model.treatments,
+                    vocab_size=data.vocab_size,
+                    num_devices=num_replicas,
+                )
+                no_dynamic_shapes = static_shapes or isinstance(strategy, tf.distribute.TPUStrategy)
+                self.model.exchanges |= self.traffic.chosen(static_shapes=no_dynamic_shapes)
         self._per_replica_batch_size = experiment.global_batch_size // num_replicas
         # Rules are often shared by parameters: what depends on the step alone is computed once for each.
         self._rules = list(
@@ -193,6 +232,7 @@ class Trainer:
                 "is_finite": tf.bool,
                 **({"loss_scale": tf.float32, "overflowed": tf.bool} if self._loss_scale else {}),
                 **{f"rows_touched/{name}": tf.int32 for name in self.model.tables},
+                **{f"bytes_received/{part}": tf.int64 for part in self._parts_that_move},
             }.items()
         }
         _, arrays = tf.while_loop(
@@ -209,8 +249,23 @@ class Trainer:
           starts_epoch: bool scalar: the carried state does not belong to this batch.
 
         Returns:
-          {metric: scalar}.
+          {metric: scalar}; on several devices also the bytes that this one has received, by part.
         """
+        with ledger.recording() as moved:
+            metrics = self._replica_step(features, step, starts_epoch)
+        received = moved.received()
+        return metrics | {
+            f"bytes_received/{part}": tf.cast(received.get(part, 0), tf.int64)
+            for part in self._parts_that_move
+        }
+
+    @property
+    def _parts_that_move(self):
+        """Parts of a step whose bytes it reports; on one device nothing moves."""
+        return communication.PARTS if self.strategy.num_replicas_in_sync > 1 else ()
+
+    def _replica_step(self, features, step, starts_epoch):
+        """`replica_step` without what has moved."""
         model, seed = self.model, self.experiment.seed
         first = collectives.replica_id() * self._per_replica_batch_size
         carried = [collectives.local_value(variable) for variable in self._state]
@@ -236,18 +291,20 @@ class Trainer:
             reading,
             state,
             num_parts=self.experiment.gradient_accumulation_steps,
-            communicates=any(head.communicates for head in self.task.heads.values()),
+            communicates=model.communicates,
         )
-        collected = model.collect(reading, gradients.d_rows, d_shards=gradients.d_shards)
-
-        d_layers, losses, penalty, row_squares = collectives.all_reduce_sum(
-            [
-                gradients.d_layers,
-                gradients.losses,
-                gradients.penalty,
-                {name: c.squared_norm for name, c in collected.items()},
-            ]
+        collected = model.collect(
+            reading, gradients.d_rows, d_shards=gradients.d_shards, d_shard_rows=gradients.d_shard_rows
         )
+        with ledger.part("layers"):
+            d_layers, losses, penalty, row_squares = collectives.all_reduce_sum(
+                [
+                    gradients.d_layers,
+                    gradients.losses,
+                    gradients.penalty,
+                    {name: c.squared_norm for name, c in collected.items()},
+                ]
+            )
         squares = {path: tf.reduce_sum(tf.square(g)) for path, g in d_layers.items()} | {
             f"tables/{name}/{p}": square for name, of in row_squares.items() for p, square in of.items()
         }
@@ -342,6 +399,7 @@ class Trainer:
                 candidates={name: r.d_candidate_rows for name, r in results.items()},
             ),
             d_shards=_d_shards(task, results),
+            d_shard_rows={name: r.d_shard_rows for name, r in results.items() if r.d_shard_rows is not None},
             d_layers={
                 # A layer that looks rows up has sparse gradients; one that is not used has none.
                 path: tf.zeros(variables[path].shape)

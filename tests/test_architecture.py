@@ -17,7 +17,7 @@ LAYERS = [
     {"evaluation", "start"},
     {"trainer"},
     {"configuration", "micro_batches"},
-    {"gin_text", "experiment", "model"},
+    {"gin_text", "experiment", "model", "communication"},
     {"reading"},
     {"tasks", "parameters.warm_start", "parameters.report", "loss_scaling"},
     {"checkpoints", "bodies", "softmax"},

@@ -8,6 +8,7 @@ from lmscale.benchmarks.step_time import OURS
 from lmscale.paths import naming
 from lmscale.workdir import replace_file
 
+_WAYS = ("static", "all_to_all", "hidden")
 _FORMAT = 1  # of results.json: another one when a section changes what it holds.
 
 
@@ -186,6 +187,35 @@ def _startup(section):
     return ["## Start-up", "", f"Quickstart, 4 devices, from the command to the first step: {seconds} s."]
 
 
+def _communication(section):
+    shape = section["shape"]
+
+    def row(count):
+        moved, least = count["bytes"], min(count["must_move"].values())
+        kib = [_number(x / 2**10, 0) for x in (*(moved[way] for way in _WAYS), least)]
+        return [count["num_devices"], *kib, _number(min(moved.values()) / least, 2)]
+
+    return [
+        "## Communication",
+        "",
+        f"KiB that a step moves to the device that receives most, for ids, rows and hidden states: vocabulary "
+        f"{shape['vocab_size']:,}, {shape['batch_size']} x {shape['window']} tokens on each device, embed_dim "
+        f"{shape['embed_dim']}, {shape['num_sampled']:,} samples, in one process.",
+        "",
+        *_table(
+            [
+                "devices",
+                "everything to everyone",
+                "rows, all-to-all",
+                "hidden states",
+                "must move",
+                "least moved over must",
+            ],
+            [row(count) for count in section["counts"]],
+        ),
+    ]
+
+
 def _memory(section):
     lines = [
         "## Memory",
@@ -294,6 +324,7 @@ _SECTIONS = {
     "step_time": _step_time,
     "limits": _limits,
     "startup": _startup,
+    "communication": _communication,
     "memory": _memory,
     "time_to_quality": _time_to_quality,
     "samples": _samples,

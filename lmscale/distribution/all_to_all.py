@@ -5,13 +5,14 @@ processes, TensorFlow's collective operation moves them, which wants pieces of o
 """
 
 import abc
+import functools
 import itertools
 import weakref
 
 import numpy as np
 import tensorflow as tf
 
-from lmscale.distribution import collectives
+from lmscale.distribution import collectives, ledger
 
 # Of TensorFlow's own collectives, strategies number the groups from 1 on.
 _GROUP_OF_REPLICAS, _GROUP_OF_PROCESSES = 61_000, 61_001
@@ -64,7 +65,14 @@ class _InOneProcess(AllToAll):
     """Communication: each piece goes straight to its replica; a replica's own stays where it is."""
 
     def send(self, *columns):
-        return [self._send_column(pieces) for pieces in columns]
+        received = [self._send_column(pieces) for pieces in columns]
+        ledger.all_to_all(
+            columns[0][0].dtype,
+            row_bytes=_row_bytes(columns),
+            rows_received=lambda: _rows_of_others(received[0]),
+            rows_sent=lambda: _rows_of_others(columns[0]),
+        )
+        return received
 
     send_back = send
 
@@ -105,8 +113,17 @@ class _BetweenProcesses(AllToAll):
             tf.concat([tf.reshape(x, [-1, width]) for x, width in zip(pieces, widths, strict=True)], axis=1)
             for pieces in zip(*columns, strict=True)
         ]
+        padded_rows = (len(rows) - 1) * self._padded
+        ledger.all_to_all(
+            rows[0].dtype,
+            row_bytes=_row_bytes(columns),
+            rows_received=lambda: padded_rows,
+            rows_sent=lambda: padded_rows,
+        )
         received = tf.raw_ops.CollectiveAllToAllV2(
-            input=tf.stack([tf.pad(x, [[0, self._padded - tf.shape(x)[0]], [0, 0]]) for x in rows]),
+            input=collectives.movable(
+                tf.stack([tf.pad(x, [[0, self._padded - tf.shape(x)[0]], [0, 0]]) for x in rows])
+            ),
             group_size=len(rows),
             group_key=_GROUP_OF_REPLICAS,
             instance_key=_next_number() * (_SIZES + 1) + self._instance,
@@ -114,11 +131,59 @@ class _BetweenProcesses(AllToAll):
             communication_hint="auto",
             timeout_seconds=0.0,
         )
+        received = tf.bitcast(received, rows[0].dtype) if rows[0].dtype == tf.bfloat16 else received
         by_replica = [tf.split(received[i, :size], widths, axis=1) for i, size in enumerate(sizes)]
         return [
             [tf.reshape(x, [-1, *shape]) for x in column]
             for column, shape in zip(zip(*by_replica, strict=True), row_shapes, strict=True)
         ]
+
+
+def _row_bytes(columns):
+    """Bytes of a row of all columns together."""
+    return sum(pieces[0].shape[1:].num_elements() * pieces[0].dtype.size for pieces in columns)
+
+
+def _rows_of_others(pieces):
+    """Rows of all pieces but this replica's own."""
+    own = collectives.replica_id()
+    return sum(tf.shape(x)[0] if x.shape[0] is None else x.shape[0] for i, x in enumerate(pieces) if i != own)
+
+
+def reduce_scatter_sum(x):
+    """Sums `x` over the replicas, of which each gets its own part.
+
+    Args:
+      x: [num_replicas * n, ...] float tensor of a static shape, the same shape on every replica. It travels as it is.
+
+    Returns:
+      [n, ...] float32: rows [replica_id * n, (replica_id + 1) * n) of the sum, whose terms are added in the order of
+      the replicas.
+
+    Communication: that of `exchange_equal_parts`: a replica receives (num_replicas - 1) / num_replicas times the bytes
+    of `x`, half of what an all-reduce takes.
+    """
+    return functools.reduce(tf.add, [tf.cast(piece, tf.float32) for piece in exchange_equal_parts(x)])
+
+
+def exchange_equal_parts(x):
+    """Sends part i of `x` to replica i.
+
+    Args:
+      x: [num_replicas * n, ...] tensor of a static shape, the same shape on every replica.
+
+    Returns:
+      List of num_replicas [n, ...] tensors, the i-th from replica i.
+
+    Communication: an all-to-all of num_replicas pieces [n, ...].
+    """
+    num_replicas = collectives.num_replicas()
+    if num_replicas == 1:
+        return [x]
+    size = x.shape[0] // num_replicas
+    way = all_to_all(tf.fill([num_replicas], size), max_size=size)
+    (received,) = way.send(tf.split(x, num_replicas))
+    return [tf.ensure_shape(piece, [size, *x.shape[1:]]) for piece in received]
 
 
 def _next_number():

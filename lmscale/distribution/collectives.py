@@ -9,6 +9,8 @@ import weakref
 
 import tensorflow as tf
 
+from lmscale.distribution import ledger
+
 # By replica context, which makes an operation of its id whenever it is asked.
 _static_ids: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -55,13 +57,20 @@ def all_gather(x, axis=0):
     # TensorFlow crashes on gathering nothing from several replicas.
     if num_replicas() == 1 or x.shape[axis] == 0:
         return x
+    ledger.all_gather(x, num_replicas=num_replicas())
     # all_gather of a tensor captured from outside the replica function fails ("destinations can not be empty").
-    gathered = tf.distribute.get_replica_context().all_gather(tf.identity(x), axis=axis)
+    gathered = tf.distribute.get_replica_context().all_gather(tf.identity(movable(x)), axis=axis)
+    gathered = tf.bitcast(gathered, x.dtype) if x.dtype == tf.bfloat16 else gathered
     # Between processes the static size of the axis gets lost.
     shape = x.shape.as_list()
     if shape[axis] is not None:
         shape[axis] *= num_replicas()
     return tf.ensure_shape(gathered, shape)
+
+
+def movable(x):
+    """`x` in a dtype that TensorFlow's collectives move: the bits of bfloat16 as float16, to compute nothing with."""
+    return tf.bitcast(x, tf.float16) if x.dtype == tf.bfloat16 else x
 
 
 def all_reduce_sum(x):
@@ -71,9 +80,9 @@ def all_reduce_sum(x):
     """
     if num_replicas() == 1:
         return x
-    return tf.distribute.get_replica_context().all_reduce(
-        tf.distribute.ReduceOp.SUM, tf.nest.map_structure(tf.identity, x)
-    )
+    x = tf.nest.map_structure(tf.identity, x)
+    ledger.all_reduce(tf.nest.flatten(x), num_replicas=num_replicas())
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, x)
 
 
 def local_variable(initial_value, *, dtype=None, name=None):

@@ -176,6 +176,11 @@ class FullSoftmax(Head):
         self.block_rows = block_rows
         self.compute_dtype = resolved_compute_dtype(compute_dtype)
 
+    def hidden_bytes_per_token(self, *, embed_dim, num_devices):
+        # All-gathers of hidden states, labels, weights and a logsumexp of each shard; all-reduces of d_hidden and of
+        # true logits.
+        return 4 * embed_dim + 2 * 4 + 4 * num_devices + 2 * (4 * embed_dim + 4)
+
     def value_and_gradients(
         self, hidden, *, labels, loss_weights, label_rows, candidate_rows, candidates, table
     ):

@@ -6,11 +6,14 @@ table's name, size and counts.
 
 import abc
 import dataclasses
+from typing import Literal
 
 import numpy as np
 import tensorflow as tf
 
-from lmscale.tables.rows import Rows
+from lmscale.tables.rows import Rows, ShardRows
+
+EXCHANGES = ("auto", "rows", "hidden")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,8 @@ class HeadGradients:
       d_candidate_rows: `Rows` of [num_candidates, dim] and [num_candidates]; None for zero.
       d_shard: {parameter: [allocated_rows, ...]} gradients of every row of this replica's shard, complete over all
         replicas; None for a head that touches only the rows it was given.
+      d_shard_rows: `ShardRows` of this replica's shard: of its rows among the candidates, where hidden states travel;
+        None where rows do.
     """
 
     loss: tf.Tensor
@@ -31,6 +36,12 @@ class HeadGradients:
     d_label_rows: Rows | None = None
     d_candidate_rows: Rows | None = None
     d_shard: dict | None = None
+    d_shard_rows: ShardRows | None = None
+
+
+def candidates_seed(seed, *, head, step):
+    """[2] int32: what the candidates of a step depend on; int seed, number of the head in its task, int32 step."""
+    return tf.stack([(seed + head) % 2**31, step])
 
 
 class Head(abc.ABC):
@@ -41,7 +52,11 @@ class Head(abc.ABC):
       needs_label_rows: whether `value_and_gradients` is given the rows of the labels.
       candidates_are_labels: whether the candidates are the labels of the global batch, in their order: then the rows of
         a replica's labels are taken from those of the candidates, and none is asked for twice.
-      communicates: whether `value_and_gradients` uses collectives, for which no loop of TensorFlow has a place.
+      communicates: whether `value_and_gradients` uses collectives, for which no loop of TensorFlow has a place, even
+        where it is given the rows of the candidates.
+      exchange: what brings tokens and candidates together. "rows": the rows of the candidates go to every replica.
+        "hidden": the hidden states of every replica go to the shards, each of which compares them with the candidates
+        that it holds. "auto": whichever suits a batch, see `StepTraffic.chosen`.
       table: name of the table that holds the softmax rows.
     """
 
@@ -49,6 +64,7 @@ class Head(abc.ABC):
     needs_label_rows = True
     candidates_are_labels = False
     communicates = True
+    exchange: Literal["auto", "rows", "hidden"] = "rows"
 
     def __init__(self, *, table: str, vocab_size: int, counts: np.ndarray | None):
         """Args:
@@ -62,6 +78,19 @@ class Head(abc.ABC):
     def num_candidates(self, *, global_tokens):
         """How many candidates `candidates` returns for a batch of `global_tokens` labels."""
         del global_tokens
+        return 0
+
+    def hidden_bytes_per_token(self, *, embed_dim, num_devices):
+        """Bytes that a device receives for each token of each other device where hidden states travel, and their own.
+
+        Args:
+          embed_dim: int, values of a row.
+          num_devices: int.
+
+        Returns:
+          Number; times (num_devices - 1) * tokens of a device it is what `value_and_gradients` moves.
+        """
+        del embed_dim, num_devices
         return 0
 
     def candidates(self, *, seed, labels):
@@ -88,7 +117,8 @@ class Head(abc.ABC):
           labels: [tokens] int32.
           loss_weights: [tokens] float32; 0 for padding.
           label_rows: `Rows` of the labels, [tokens, dim] and [tokens]; None if not needed.
-          candidate_rows: `Rows` of the candidates, [num_candidates, dim] and [num_candidates]; None without candidates.
+          candidate_rows: `Rows` of the candidates, [num_candidates, dim] and [num_candidates]; None without candidates,
+            or where they stay on their shards and the hidden states are to travel.
           candidates: as `candidates` returned it.
           table: the `ShardedTable`.
 

@@ -18,13 +18,12 @@ from typing import Literal
 import numpy as np
 import tensorflow as tf
 
-from lmscale.softmax.head import Head, HeadGradients
-from lmscale.softmax.products import float32_product, resolved_compute_dtype
+from lmscale.softmax.candidates import softmax_over_candidates, true_logits
+from lmscale.softmax.head import EXCHANGES, Head, HeadGradients
+from lmscale.softmax.products import resolved_compute_dtype
+from lmscale.softmax.sampled_shards import sharded_candidates_value_and_gradients
 from lmscale.softmax.samplers import Sampler
-from lmscale.tables.rows import Rows
-
-# Finite, so that a token whose every sampled class is a hit has loss 0 and gradient 0 rather than NaN.
-_REMOVED_LOGIT = -1e30
+from lmscale.tables.rows import Rows, ShardRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,17 +246,8 @@ def _check_shape(name, tensor, expected):
 
 def _forward(hidden, true_rows, sampled_rows, true_offset, sampled_offset, hits):
     """Returns loss [tokens], softmax over the sampled classes [tokens, num_sampled], their share [tokens]."""
-    # bias_add rather than +: on CPUs it is fused into the product.
-    logits = tf.nn.bias_add(float32_product(hidden, sampled_rows, transpose_b=True), sampled_offset)
-    if hits is not None:
-        logits = tf.where(hits, tf.constant(_REMOVED_LOGIT, tf.float32), logits)
-    probabilities = tf.nn.softmax(logits)
-    # The largest probability is 1 / sum(exp(logit - max)): the logsumexp without another pass of exp.
-    logsumexp = tf.reduce_max(logits, axis=1) - tf.math.log(tf.reduce_max(probabilities, axis=1))
-    true_logits = true_offset + tf.reduce_sum(
-        tf.cast(hidden, tf.float32) * tf.cast(true_rows, tf.float32), axis=1
-    )
-    margin = logsumexp - true_logits
+    probabilities, logsumexp = softmax_over_candidates(hidden, sampled_rows, sampled_offset, hits)
+    margin = logsumexp - true_logits(hidden, true_rows, true_offset)
     return tf.nn.softplus(margin), probabilities, tf.sigmoid(margin)
 
 
@@ -295,14 +285,20 @@ class SampledSoftmax(Head):
         sampler: Callable[..., Sampler],
         remove_accidental_hits: bool = True,
         compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        exchange: Literal["auto", "rows", "hidden"] = "auto",
     ):
         """Args:
         table, vocab_size, counts: as for every head.
         sampler: function (vocab_size=, counts=) that returns a `Sampler`.
         remove_accidental_hits: take a sampled id out of the loss of the tokens whose label it is.
         compute_dtype: of the products, None for the experiment's; logits are float32.
+        exchange: what goes from device to device, the candidates' "rows" or the "hidden" states; "auto" for the
+          former unless the latter moves clearly less in the first batch. The losses are the same to rounding.
         """
         super().__init__(table=table, vocab_size=vocab_size, counts=counts)
+        if exchange not in EXCHANGES:
+            raise ValueError(f"exchange must be one of {EXCHANGES}. Received: exchange={exchange!r}.")
+        self.exchange = exchange
         self.sampler = sampler(vocab_size=vocab_size, counts=counts)
         self.candidates_are_labels = self.sampler.samples_are_labels
         self.remove_accidental_hits = remove_accidental_hits
@@ -311,27 +307,37 @@ class SampledSoftmax(Head):
     def num_candidates(self, *, global_tokens):
         return self.sampler.num_sampled or global_tokens
 
+    def hidden_bytes_per_token(self, *, embed_dim, num_devices):
+        # Hidden states there, their gradients back; a shard's logsumexp back, that of all and a weight there; labels.
+        label = 4 if self.remove_accidental_hits else 0
+        return 2 * embed_dim * self.compute_dtype.size + 3 * 4 + label
+
     def candidates(self, *, seed, labels):
         return self.sampler.candidates(seed=seed, labels=labels)
 
     def value_and_gradients(
         self, hidden, *, labels, loss_weights, label_rows, candidate_rows, candidates, table
     ):
-        del table
-        result = sampled_softmax_value_and_gradients(
-            tf.cast(hidden, self.compute_dtype),
-            true_rows=tf.cast(label_rows.embedding, self.compute_dtype),
-            true_bias=label_rows.bias,
-            sampled_rows=tf.cast(candidate_rows.embedding, self.compute_dtype),
-            sampled_bias=candidate_rows.bias,
-            labels=labels,
-            sampled_ids=candidates.sampled_ids,
-            true_log_expected_count=self.sampler.log_expected_count(
+        hidden = tf.cast(hidden, self.compute_dtype)
+        of_tokens = {
+            "true_rows": tf.cast(label_rows.embedding, self.compute_dtype),
+            "true_bias": label_rows.bias,
+            "labels": labels,
+            "true_log_expected_count": self.sampler.log_expected_count(
                 labels, num_draws=candidates.sampled_ids.shape[0]
             ),
+            "loss_weights": loss_weights,
+            "remove_accidental_hits": self.remove_accidental_hits,
+        }
+        if candidate_rows is None:
+            return _sharded(hidden, of_tokens, candidates=candidates, table=table)
+        result = sampled_softmax_value_and_gradients(
+            hidden,
+            sampled_rows=tf.cast(candidate_rows.embedding, self.compute_dtype),
+            sampled_bias=candidate_rows.bias,
+            sampled_ids=candidates.sampled_ids,
             sampled_log_expected_count=candidates.sampled_log_expected_count,
-            loss_weights=loss_weights,
-            remove_accidental_hits=self.remove_accidental_hits,
+            **of_tokens,
         )
         return HeadGradients(
             loss=result.loss_nats,
@@ -339,3 +345,22 @@ class SampledSoftmax(Head):
             d_label_rows=Rows(result.d_true_rows, result.d_true_bias),
             d_candidate_rows=Rows(result.d_sampled_rows, result.d_sampled_bias),
         )
+
+
+def _sharded(hidden, of_tokens, *, candidates, table):
+    """`HeadGradients` where the candidates' rows stay on their shards."""
+    result = sharded_candidates_value_and_gradients(
+        hidden,
+        candidates=candidates,
+        rows=table.local_parameter("embedding"),
+        bias=table.local_parameter("bias"),
+        placement=table.placement,
+        **of_tokens,
+    )
+    d_sampled = Rows(result.d_sampled_rows, result.d_sampled_bias)
+    return HeadGradients(
+        loss=result.loss_nats,
+        d_hidden=result.d_hidden,
+        d_label_rows=Rows(result.d_true_rows, result.d_true_bias),
+        d_shard_rows=ShardRows(result.local_rows, d_sampled),
+    )

@@ -24,3 +24,16 @@ class Rows:
 
     embedding: tf.Tensor | None
     bias: tf.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRows:
+    """Gradients of some rows of a replica's own shard, complete over all replicas.
+
+    Attributes:
+      local_rows: [r] int32, rows of the shard; a row that is there twice has the sum of both for its gradient.
+      gradients: `Rows` of [r, dim] and [r].
+    """
+
+    local_rows: tf.Tensor
+    gradients: Rows

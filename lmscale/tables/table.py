@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
-from lmscale.distribution import collectives
+from lmscale.distribution import collectives, ledger
 from lmscale.distribution.all_to_all import all_to_all_on_hosts, gather_on_hosts
 from lmscale.distribution.strategies import first_local_replica
 from lmscale.parameters.initializers import default_initializer, initial_rows
@@ -179,8 +179,10 @@ class ShardedTable:
                 f"{ids.shape} and {shared_ids.shape}. Fix the batch size, or use tf.ensure_shape."
             )
         shards = [self.local_parameter(name) for name in self.parameters]
-        route = self._exchange.route(tf.reshape(ids, [-1]), shared_ids, self.placement)
-        rows = self._exchange.fetch(route, shards)
+        with ledger.part("ids"):
+            route = self._exchange.route(tf.reshape(ids, [-1]), shared_ids, self.placement)
+        with ledger.part("rows"):
+            rows = self._exchange.fetch(route, shards)
         count = ids.shape.num_elements()
         own = [tf.reshape(x[:count], ids.shape + x.shape[1:]) for x in rows]
         shared = [x[count:] for x in rows]
@@ -194,27 +196,33 @@ class ShardedTable:
             route=route,
         )
 
-    def collect(self, pulled, gradients, *, dense=None):
+    def collect(self, pulled, gradients, *, dense=None, of_shard=()):
         """Brings gradients home: every shard receives those of its rows, duplicates summed.
 
         Args:
-          pulled: the `PulledRows` they belong to; None if there is nothing but `dense`.
+          pulled: the `PulledRows` they belong to; None if there is nothing but `dense` and `of_shard`.
           gradients: `RowGradients` of this replica's share of the loss (the shares add up to the loss).
           dense: {parameter: [allocated_rows, ...]} gradients of this shard's every row that are already complete (a
             full softmax), or None. With it, every row counts as touched.
+          of_shard: sequence of `ShardRows`, gradients of some of this shard's rows that are already complete, in shapes
+            that may depend on ids.
 
         Returns:
           `CollectedGradients`.
 
         Communication: that of the exchange's `collect`; none without `pulled`.
         """
-        if pulled is None:
+        found = [(rows.local_rows, self._values_of(rows)) for rows in of_shard]
+        if pulled is not None:
+            values = [
+                tf.concat([tf.reshape(own, [-1, *shared.shape[1:]]), shared], axis=0)
+                for own, shared in self._with_zeros(pulled, gradients)
+            ]
+            with ledger.part("row_gradients"):
+                found.insert(0, self._exchange.collect(pulled.route, values))
+        if not found:
             return self._collected_of_every_row(dense)
-        values = [
-            tf.concat([tf.reshape(own, [-1, *shared.shape[1:]]), shared], axis=0)
-            for own, shared in self._with_zeros(pulled, gradients)
-        ]
-        local_rows, sums = self._exchange.collect(pulled.route, values)
+        local_rows, sums = _summed(found) if of_shard else found[0]
         sums = dict(zip(self.parameters, sums, strict=True))
         if dense is None:
             num_rows = tf.reduce_sum(tf.cast(local_rows < self.placement.scratch_row, tf.int32))
@@ -229,6 +237,15 @@ class ShardedTable:
             num_rows=num_rows,
             squared_norm={name: tf.reduce_sum(tf.square(x)) for name, x in sums.items()},
         )
+
+    def _values_of(self, rows):
+        """The gradients of `ShardRows` for each parameter, with zeros for one left out."""
+        shapes = {
+            name: tf.concat([tf.shape(rows.local_rows), variable.shape[1:]], axis=0)
+            for name, variable in self.parameters.items()
+        }
+        gradients = {name: getattr(rows.gradients, name) for name in self.parameters}
+        return [tf.zeros(shapes[name]) if x is None else x for name, x in gradients.items()]
 
     def _collected_of_every_row(self, dense):
         is_row = tf.range(self.placement.allocated_rows) < self.placement.scratch_row
@@ -478,3 +495,12 @@ def table_layout(*, vocab_size, embed_dim, update_rules):
 
 def _or_zeros(gradient, like):
     return tf.zeros_like(like) if gradient is None else tf.cast(gradient, tf.float32)
+
+
+def _summed(found):
+    """One (local_rows, values) of several, each row once with the sum of its values."""
+    local_rows, segments = tf.unique(tf.concat([rows for rows, _ in found], axis=0))
+    return local_rows, [
+        tf.math.unsorted_segment_sum(tf.concat(values, axis=0), segments, tf.size(local_rows))
+        for values in zip(*(values for _, values in found), strict=True)
+    ]

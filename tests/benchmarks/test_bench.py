@@ -36,7 +36,7 @@ def bench(*arguments, output):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("bench")
-    arguments = ["--vocab_sizes=2001,500", "--sections=memory,limits,startup,step_time", *TINY]
+    arguments = ["--vocab_sizes=2001,500", "--sections=memory,limits,communication,startup,step_time", *TINY]
     arguments.append("--sides=lmscale,lmscale_body,pytorch_full,keras_full,tensorflow_adagrad")
     completed = bench(*arguments, output=output)
     assert completed.returncode == 0, completed.stderr
@@ -49,7 +49,7 @@ def test_results_are_on_stdout_and_in_files(results):
     last = json.loads(stdout.splitlines()[-1])
     assert last == json.loads((output / "results.json").read_text())
     assert (output / "report.md").read_text() in stdout
-    assert list(last["sections"]) == ["step_time", "limits", "startup", "memory"]
+    assert list(last["sections"]) == ["step_time", "limits", "startup", "communication", "memory"]
     for section in last["sections"].values():
         assert {"date", "processor", "command", "tensorflow", "cores"} <= section["environment"].keys()
         assert "failed" not in section, section
@@ -109,6 +109,18 @@ def test_exchanges_are_compared(results):
     for exchange in section["exchanges"]:
         assert exchange["speedup"] == pytest.approx(exchange["secs"]["static"] / exchange["secs"]["chosen"])
     assert "as chosen, ms" in stdout
+
+
+def test_bytes_are_counted_beside_what_must_move(results):
+    output, stdout = results
+    section = json.loads((output / "results.json").read_text())["sections"]["communication"]
+    assert [count["num_devices"] for count in section["counts"]] == [2, 4, 8, 16]
+    for count in section["counts"]:
+        # In one process nothing is padded.
+        for way, least in count["must_move"].items():
+            assert count["bytes"][way] == least > 0
+        assert count["bytes"]["static"] > 1.5 * min(count["must_move"].values())
+    assert "| everything to everyone |" in stdout
 
 
 def test_start_up_and_memory_are_measured(results):

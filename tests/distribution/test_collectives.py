@@ -124,3 +124,14 @@ def test_local_value_is_the_component_of_the_replica(mirrored, num_replicas):
     for replica, component in enumerate(strategy.experimental_local_results(variable)):
         np.testing.assert_array_equal(component, [10.0 + replica] * 2)
         np.testing.assert_array_equal(gradients[replica], [20.0 + 2 * replica] * 2)
+
+
+def test_all_gather_of_narrow_values_keeps_their_bits(mirrored):
+    values = tf.constant([[1.0, -0.0, 3e38], [float("nan"), float("inf"), 1e-40]], tf.bfloat16)
+
+    def gather():
+        return tf.bitcast(collectives.all_gather(values[collectives.replica_id()]), tf.int16)
+
+    expected = tf.bitcast(tf.reshape(values, [-1]), tf.int16).numpy()
+    for result in run_everywhere(mirrored(2), gather, compiled=True):
+        np.testing.assert_array_equal(result, expected)

@@ -109,6 +109,40 @@ def test_losses_equal_those_of_one_process(runs, size):
                     assert {**line, **{tag: other[tag] for tag in of_numbers}} == other
 
 
+def test_hidden_states_travel_between_processes(data_dir, mirrored, tmp_path):
+    """As few tokens as here make it the way that moves less; it loses what rows that travel lose."""
+    steps, name = 4, "sampled.SampledSoftmax.exchange"
+    changed = [
+        *bindings(data_dir),
+        f"TRAIN_STEPS = {steps}",
+        "LOG_EVERY = 1",
+        "EVAL_EVERY = 4",
+        "SAVE_EVERY = 4",
+    ]
+    in_one = {}
+    for exchange in ("rows", "hidden"):
+        config = configuration.load([str(tiny_runs.QUICKSTART)], [*changed, f"{name} = {exchange!r}"])
+        in_one[exchange] = tmp_path / exchange
+        tiny_runs.train_here(config.experiment, workdir=in_one[exchange], strategy=mirrored(2))
+    workdir = tmp_path / "processes"
+    todo = {"config": str(tiny_runs.QUICKSTART), "train": str(workdir), "convert": []}
+    start(2, todo | {"bindings": [*changed, f"{name} = 'hidden'"]}, log=tmp_path / "log")
+    lines = tiny_runs.metrics(workdir)
+    of_rows, of_hidden = (tiny_runs.metrics(in_one[exchange]) for exchange in ("rows", "hidden"))
+    assert len(lines) == len(of_rows) == len(of_hidden) == steps
+    for line, rows, hidden in zip(lines, of_rows, of_hidden, strict=True):
+        for tag in ("sampled_loss_nats", "gradient_norm"):
+            assert line[tag] == pytest.approx(rows[tag], rel=RTOL), tag
+        # What travels between processes is padded, not by much.
+        part = "bytes_received/hidden_states"
+        assert hidden[part] <= line[part] <= 1.1 * hidden[part]
+        assert part not in rows
+        total, least = (
+            sum(v for t, v in of.items() if t.startswith("bytes_received/")) for of in (line, hidden)
+        )
+        assert least < total < 1.5 * least
+
+
 @pytest.mark.parametrize("size", NUM_PROCESSES)
 def test_checkpoints_equal_those_of_as_many_devices(runs, size):
     workdir, reference = runs.workdirs[size, 1], runs.workdirs[1, size]

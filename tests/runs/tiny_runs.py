@@ -285,7 +285,12 @@ def without_times(lines):
     """Lines of metrics.jsonl without what differs between two runs that do the same."""
     excluded = ("wall_time", "step_secs", "tokens_per_sec", "valid/eval_secs")
     return [
-        {tag: v for tag, v in line.items() if tag not in excluded and not tag.startswith("memory_mib/")}
+        {
+            tag: v
+            for tag, v in line.items()
+            # What moves depends on the devices, and on whether they are of one process.
+            if tag not in excluded and not tag.startswith(("memory_mib/", "bytes_received/"))
+        }
         for line in lines
     ]
 
