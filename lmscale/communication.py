@@ -23,7 +23,7 @@ from lmscale.tables.placement import Placement
 
 # Parts of a step, as its collectives are told apart by `ledger.part`, and what they are.
 PARTS = {
-    "ids": "ids of rows that are asked for",
+    "ids": "ids of rows that are asked for, and of candidates",
     "rows": "rows",
     "row_gradients": "gradients of rows",
     "hidden_states": "hidden states, their gradients, logsumexps",
@@ -149,6 +149,8 @@ class StepTraffic:
                 if part != "row_gradients" or name not in self._frozen_tables:
                     total[part] += values
         for name, head in task.heads.items():
+            if head.candidates_are_labels:
+                total["ids"] += (num_devices - 1) * _ID_BYTES * self._labels[name].ids.shape[1]
             if name not in self._candidates or exchanges[name] == "hidden":
                 total["hidden_states"] += (
                     (num_devices - 1)

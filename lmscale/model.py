@@ -179,7 +179,8 @@ class Model:
                 if head.candidates_are_labels:
                     per_example = labels[name].ids.shape[0] // batch_size
                     total = (num_global if num_examples is None else num_examples) * per_example
-                    everyones = collectives.all_gather(labels[name].ids)[:total]
+                    with ledger.part("ids"):
+                        everyones = collectives.all_gather(labels[name].ids)[:total]
                 if head.needs_label_rows and head.candidates_are_labels and rows_travel:
                     own_labels[name] = OwnLabels(
                         first * per_example,
