@@ -223,7 +223,7 @@ def test_rows_that_must_move_against_sets(num_devices):
     assert (sum(expected["rows"]) > 0) == (num_devices > 1)
 
 
-@pytest.mark.parametrize(("batch_size", "chosen"), [(2, "hidden"), (60, "rows")])
+@pytest.mark.parametrize(("batch_size", "chosen"), [(2, "hidden"), (24, "rows")])
 def test_auto_takes_what_moves_less(mirrored, batch_size, chosen):
     """Hidden states of few tokens, rows for many."""
     trainer = make_trainer(mirrored(2), sampler="nearly_all", batch_size=batch_size, exchange="auto")
