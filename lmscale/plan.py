@@ -1,4 +1,4 @@
-"""Plans a run without making a table: python -m lmscale.plan --gin_file=quickstart.gin --devices=4 --device_memory_gib=16
+"""Plans a run without making a table: python -m lmscale.plan --gin_file=quickstart.gin --device_memory_gib=16
 
 Memory of each device by part, arithmetic and bytes of a step, what bounds it, whether a full softmax would be better
 than a sampled one, and the fewest devices whose memory is enough. Exit codes: 0, whether the run fits or not; 2 a

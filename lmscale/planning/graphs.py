@@ -1,12 +1,13 @@
-"""What a traced function costs: the memory of its intermediate values, its products, the bytes that its operations move.
+"""What a traced function costs: memory of intermediate values, operations of products, bytes that are moved.
 
-Nothing is run. Operations are gone through as TensorFlow's executor takes them, each as soon as its inputs are there and
-in the order in which they became ready; a value is there from the operation that makes it until the last one that reads
-it. As in TensorFlow, views share the memory of what they show,
+Nothing is run. Operations are gone through as TensorFlow's executor takes them, each as soon as its inputs are there
+and in the order in which they became ready; a value is there from the operation that makes it until the last one that
+reads it. As in TensorFlow, views share the memory of what they show,
 and an operation that works element by element writes over an input that nobody else reads. What the function is given
 counts for nothing: whoever calls it holds it.
 
-TensorFlow's threads may take them in another order, and several at once: the result is an estimate.
+TensorFlow's threads may take them in another order, and several at once: the result is an estimate, and with several
+threads too low.
 """
 
 import collections
@@ -125,7 +126,7 @@ def cost_of(function, *specs, part_of):
 
 
 class _Buffer:
-    """Memory of a value and its views. `uses`: how many reads are still to come; `trips`: of the loop that filled it."""
+    """Memory of a value and its views. `uses`: reads that are still to come; `trips`: of the loop that filled it."""
 
     def __init__(self, size, part, *, is_given=False):
         self.size, self.part, self.is_given = size, part, is_given
@@ -161,7 +162,7 @@ class _Program:
         """Adds the operations of a graph; returns the values of its first outputs."""
         values = {x.ref(): value for x, value in zip(graph.inputs, arguments, strict=True)}
         nodes = {}
-        for op in graph.get_operations():
+        for op in _in_order(graph):
             if op.type == "Placeholder" and op.outputs[0].ref() in values:
                 continue
             inputs = [values[x.ref()] for x in op.inputs]
@@ -346,6 +347,24 @@ class _Walk:
             self.moved[part] += self._trips * sum(self._size(x) for x in (*_read_inputs(op), *op.outputs))
 
 
+def _in_order(graph):
+    """The operations in the order in which they were made, but each after those that it reads.
+
+    A gradient makes operations that the loop which it belongs to reads, after the loop.
+    """
+    order: dict = {}
+    for first in graph.get_operations():
+        stack = [first]
+        while stack:
+            op = stack[-1]
+            missing = [x.op for x in op.inputs if x.op not in order]
+            if missing:
+                stack += reversed(missing)
+            else:
+                order[stack.pop()] = None
+    return list(order)
+
+
 def _read_inputs(op):
     """The inputs that an operation reads the whole of: of what it gathers from, it reads what it returns."""
     if op.type in ("GatherV2", "ResourceGather"):
@@ -356,7 +375,9 @@ def _read_inputs(op):
 def _function_named(graph, name):
     """(graph, whether XLA compiles it) of a function that an operation of `graph` calls."""
     function = graph._get_function(name)
-    return function.graph, function.cached_definition.attr["_XlaMustCompile"].b
+    attributes = function.cached_definition.attr
+    # To look up what is not there would add it, to the function itself.
+    return function.graph, "_XlaMustCompile" in attributes and attributes["_XlaMustCompile"].b
 
 
 def _cuts_first_axis(op):
