@@ -9,11 +9,11 @@ PACKAGE = Path(__file__).parents[1] / "lmscale"
 
 # From top to bottom. A module may import those of layers below its own, and those of its own layer.
 LAYERS = [
-    {"train", "evaluate", "prepare", "bench", "plot"},
+    {"train", "evaluate", "prepare", "bench", "plot", "plan"},
     {"machine_flags"},
     {"benchmarks"},
     {"run", "dry_run", "follow"},
-    {"reports"},
+    {"reports", "planning"},
     {"evaluation", "start"},
     {"trainer"},
     {"configuration", "micro_batches"},

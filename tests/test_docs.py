@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "docs/evaluate.md",
     "bench": "docs/measure.md",
     "plot": "docs/tensorboard.md",
+    "plan": "docs/plan.md",
 }
 
 
