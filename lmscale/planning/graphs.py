@@ -90,6 +90,7 @@ class GraphCost:
 
     Attributes:
       peak_bytes: {part: bytes of values of that part} when all values together take most.
+      most_bytes: {part: bytes of values of that part} when those of the part alone take most.
       product_flops: {part: floating-point operations of its matrix products and convolutions}, a multiplication and an
         addition each.
       moved_bytes: {part: bytes that its operations read and write}. A program that XLA compiles moves what goes in and
@@ -98,6 +99,7 @@ class GraphCost:
     """
 
     peak_bytes: dict[str, int]
+    most_bytes: dict[str, int]
     product_flops: dict[str, float]
     moved_bytes: dict[str, float]
     has_unknown_sizes: bool
@@ -119,6 +121,7 @@ def cost_of(function, *specs, part_of):
     walk.run(concrete.graph, [walk.given() for _ in concrete.graph.inputs])
     return GraphCost(
         peak_bytes=walk.peak_by_part(),
+        most_bytes=dict(walk.most),
         product_flops=dict(walk.flops),
         moved_bytes=dict(walk.moved),
         has_unknown_sizes=walk.has_unknown_sizes,
@@ -188,6 +191,8 @@ class _Walk:
         self._live: dict[_Buffer, None] = {}
         self._live_bytes = self._peak_bytes = 0
         self._at_peak: dict[str, int] = {}
+        self._live_by_part: collections.Counter = collections.Counter()
+        self.most: collections.Counter = collections.Counter()
         self._trips = 1
         self._is_fused = False
         self.flops: dict[str, float] = collections.defaultdict(float)
@@ -249,7 +254,7 @@ class _Walk:
         if op.type in _LOOPS:
             return self._loop(op, inputs, part)
         if op.type in ("TensorListPushBack", "TensorListSetItem"):
-            return [self._append(op, inputs[0], part)]
+            return [self._append(op, inputs[0])]
         is_cut = op.type in _CUTS and _cuts_first_axis(op)
         if inputs and (is_cut or op.type in _VIEWS):
             if op.type == "IdentityN":
@@ -302,35 +307,35 @@ class _Walk:
             buffer.uses -= 1
         return outputs
 
-    def _append(self, op, target, part):
+    def _append(self, op, target):
         """A list that keeps one value of each turn of the loop."""
         size = self._trips * self._size(op.inputs[-1])
         if target.is_given:
             return target
         target.size += size
-        target.part = part
         self._live[target] = None
-        self._grow(size)
+        self._grow(size, target.part)
         return target
 
     def _allocate(self, size, part):
         buffer = _Buffer(size, part)
         self._live[buffer] = None
-        self._grow(size)
+        self._grow(size, part)
         return buffer
 
-    def _grow(self, size):
+    def _grow(self, size, part):
         self._live_bytes += size
+        self._live_by_part[part] += size
+        self.most[part] = max(self.most[part], self._live_by_part[part])
         if self._live_bytes > self._peak_bytes:
             self._peak_bytes = self._live_bytes
-            self._at_peak = collections.Counter()
-            for buffer in self._live:
-                self._at_peak[buffer.part] += buffer.size
+            self._at_peak = {part: live for part, live in self._live_by_part.items() if live}
 
     def _free_if_unused(self, buffer):
         if buffer.uses == 0 and buffer in self._live:
             del self._live[buffer]
             self._live_bytes -= buffer.size
+            self._live_by_part[buffer.part] -= buffer.size
 
     def _size(self, tensor):
         if tensor.dtype in (tf.resource, tf.variant, tf.string):

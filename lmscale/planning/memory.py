@@ -52,11 +52,13 @@ class DeviceMemory:
 
     Attributes:
       lasting: {part of `LASTING`: bytes}.
-      phases: {phase: {part of `PASSING`: bytes}}, what each takes beside `lasting`.
+      phases: {phase: {part of `PASSING`: bytes}}, what each takes beside `lasting` when it takes most.
+      most_of_parts: {part of `PASSING`: bytes} that a part ever takes, of those that are gone through by operation.
     """
 
     lasting: dict[str, int]
     phases: dict[str, dict[str, int]]
+    most_of_parts: dict[str, int]
 
     @property
     def lasting_bytes(self):
@@ -87,8 +89,8 @@ class DeviceMemory:
         return max(self.step_bytes, self.evaluation_bytes)
 
     def most_of_part(self, part):
-        """Bytes of a part in the phase that has most of it."""
-        return max(of.get(part, 0) for of in self.phases.values())
+        """The most bytes that a part ever takes."""
+        return max(self.most_of_parts.get(part, 0), *(of.get(part, 0) for of in self.phases.values()))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,7 +235,13 @@ class Step:
     @functools.cached_property
     def memory(self):
         """`DeviceMemory`."""
-        return DeviceMemory(lasting=self._lasting(), phases=self._phases())
+        costs = (self.training_cost, self.evaluation_cost)
+        parts = {part for cost in costs for part in cost.most_bytes}
+        return DeviceMemory(
+            lasting=self._lasting(),
+            phases=self._phases(),
+            most_of_parts={part: max(cost.most_bytes.get(part, 0) for cost in costs) for part in parts},
+        )
 
     # -- what lasts -----------------------------------------------------------------------------------------------
 

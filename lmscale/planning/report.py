@@ -45,8 +45,8 @@ def print_plan(plan, memory):
     console = Console(width=_WIDTH)
     console.print(memory_table(memory, num_devices=plan["devices"]))
     console.print(
-        f"Beside it, in the memory of the host: libraries, code and graphs. This process has "
-        f"{plan['code_mib']:,.0f} MiB of them; a run that trains and evaluates takes some 150 MiB more."
+        f"Beside it, in the memory of the host: libraries, code and graphs. This process has {plan['code_mib']:,.0f} "
+        "MiB of them; a run on one device has about as many, on four logical devices of a CPU some 100 MiB more."
     )
     if plan["has_unknown_sizes"]:
         console.print("Some values of body or heads have sizes that depend on data: they are not counted.")

@@ -146,6 +146,7 @@ def total_mib(of):
 
 
 def main(data_dir, names):
+    """Prints all of it; the last line of each is planned / measured of the most that a device takes."""
     with tempfile.TemporaryDirectory() as folder:
         sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "runs")]
         import tiny_runs

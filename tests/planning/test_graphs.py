@@ -116,3 +116,16 @@ def test_an_einsum_and_a_convolution():
 
     expected = 2 * ROWS * NARROW * WIDE + 2 * ROWS * (WIDE // 6) * 3 * 2 * NARROW
     assert everything(cost(function, X, W).product_flops) == expected
+
+
+def test_the_most_of_a_part_may_be_at_another_time_than_the_peak():
+    def function(x, w):
+        with tf.name_scope("one"):
+            y = tf.reduce_sum(x @ w)
+        with tf.name_scope("two"):
+            return tf.matmul(tf.concat([x, x, x], axis=0) + y, w)
+
+    found = cost(function, X, W)
+    assert found.most_bytes["one"] >= 4 * ROWS * WIDE
+    assert found.peak_bytes.get("one", 0) < 16
+    assert found.peak_bytes["two"] == found.most_bytes["two"] == 3 * 4 * ROWS * (NARROW + WIDE)
