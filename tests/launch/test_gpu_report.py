@@ -52,6 +52,8 @@ def test_commands_have_flags_and_scripts_that_exist(flags):
         assert (words[0] == "env") == (not flags and name not in ("machine", "tensorflow")), name
         for module in (word.removeprefix("lmscale.") for word in words if word.startswith("lmscale.")):
             source = (ROOT / "lmscale" / f"{module}.py").read_text()
+            for other in re.findall(r"adopt_module_key_flags\((\w+)\)", source):
+                source += (ROOT / "lmscale" / f"{other}.py").read_text()
             used = {word[2:].partition("=")[0] for word in words if word.startswith("--")} - {""}
             assert used <= set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)), words
             if module == "train":
