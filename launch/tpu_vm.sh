@@ -9,12 +9,11 @@
 #   launch/tpu_vm.sh create --name=lm --zone=us-central2-b --type=v4-8 --runtime=tpu-ubuntu2204-base
 #   launch/tpu_vm.sh install --name=lm --zone=us-central2-b
 #   launch/tpu_vm.sh run --name=lm --zone=us-central2-b -- \
-#     .venv/bin/python -m lmscale.train --gin_file=quickstart.gin --workdir=gs://my-bucket/runs/tpu
+#     .venv-tpu/bin/python -m lmscale.train --tpu=local --gin_file=quickstart.gin --workdir=gs://my-bucket/runs/tpu
 #
-# The command runs in ~/lmscale of worker 0: a v4-8 or v5litepod-4 is one host, whose chips TensorFlow opens with
-# TPUClusterResolver("local") and TPUStrategy. Of a slice with several hosts, --worker=all runs it on each. TensorFlow
-# opens TPUs only as the package tensorflow-tpu, which .venv there has not: install it over TensorFlow, of its version.
-# The TPU costs until it is deleted. --print only shows the commands of gcloud.
+# The command runs in ~/lmscale of worker 0: a v4-8 or v5litepod-4 is one host, whose chips --tpu=local takes. Of a
+# slice with several hosts, --worker=all runs it on each. install makes .venv-tpu there, with the package tensorflow-tpu
+# (launch/setup.sh --tpu). The TPU costs until it is deleted. --print only shows the commands of gcloud.
 set -euo pipefail
 unset CDPATH
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -68,7 +67,7 @@ case $what in
     step git -C "$root" archive --output=build/lmscale.tar.gz HEAD
     step "${tpu[@]}" scp "$root/build/lmscale.tar.gz" "$name:lmscale.tar.gz" "--zone=$zone" --worker=all
     step "${tpu[@]}" ssh "$name" "--zone=$zone" --worker=all \
-      "--command=mkdir -p lmscale && tar -xzf lmscale.tar.gz -C lmscale && lmscale/launch/setup.sh"
+      "--command=mkdir -p lmscale && tar -xzf lmscale.tar.gz -C lmscale && lmscale/launch/setup.sh --tpu"
     ;;
   run)
     (($#)) || fail "-- and a command must come last. Received: no command"

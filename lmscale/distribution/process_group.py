@@ -68,9 +68,8 @@ class ProcessGroup:
         self._silence_secs = silence_secs
         self._end = end or _end_at_once
         self._news = threading.Condition()
-        self._given: dict[int, dict[int, Any]] = collections.defaultdict(
-            dict
-        )  # At the chief: by number and rank.
+        # What the chief has been given, by number and rank.
+        self._given: dict[int, dict[int, Any]] = collections.defaultdict(dict)
         self._answers: dict[int, list] = {}
         self._num_gathered = 0
         self._left: set[int] = set()

@@ -19,8 +19,8 @@ class _AllToAllRoute(Route):
 class AllToAllExchange(Exchange):
     """A distinct row goes once from its owner to each replica that asks for it, its summed gradient once back.
 
-    In shapes that depend on the ids. Rows of a replica's own shard do not travel, and
-    no row goes through a sum. Sums are taken in the order of the replicas: equal runs give equal bits.
+    In shapes that depend on the ids. Rows of a replica's own shard do not travel, and no row goes through a sum. Sums
+    are taken in the order of the replicas: equal runs give equal bits.
 
     Communication, u the distinct ids of a replica: route, an all-to-all of [u] rows' numbers; fetch, one of [u] rows;
     collect, one of [u] sums. Of evenly spread ids, 1 / num_replicas stays at home.
