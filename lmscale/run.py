@@ -34,6 +34,21 @@ class NonFiniteError(Exception):
     """The loss or the gradient was NaN or infinite, at the smallest loss scale too. No such step was applied."""
 
 
+def check_same_run(config, workdir):
+    """Raises ValueError if the work directory is that of a run of other settings, which has saved."""
+    checkpoints = Checkpoints(workdir.checkpoints_dir, readonly=True)
+    has_saved = workdir.has_saved() or checkpoints.newest_step() is not None
+    if not workdir.config_path.exists() or not has_saved:
+        return
+    refused = config.refused_changes(workdir.config_path.read_text(encoding="utf-8"))
+    if refused:
+        raise ValueError(
+            f"The run in {workdir.path} goes on with the settings it started with. Received other ones:\n  "
+            + "\n  ".join(refused)
+            + f"\nRun with the old settings, --gin_file={workdir.config_path}, or give another --workdir."
+        )
+
+
 def train(experiment, *, workdir, strategy, config_text, hparams, group=None, profile_steps=None):
     """Runs an experiment to its last step, from wherever the work directory's checkpoints have got to.
 

@@ -92,7 +92,7 @@ def _dry_run(*, num_processes):
 
 
 def _train(group):
-    from lmscale.run import NonFiniteError, StoppedEarlyError, train
+    from lmscale.run import NonFiniteError, StoppedEarlyError, check_same_run, train
     from lmscale.workdir import Workdir
 
     config = _load()
@@ -102,7 +102,7 @@ def _train(group):
     with Workdir.of_group(_WORKDIR.value, group) as workdir:
         finished = group.of_chief(workdir.finished() if group.is_chief else None)
         if group.is_chief:
-            _check_same_run(config, workdir)
+            check_same_run(config, workdir)
         if finished is not None and finished["step"] >= config.experiment.train_steps:
             _say(group, f"This run is finished: {workdir.path}, {json.dumps(finished)}")
             return 0
@@ -134,23 +134,6 @@ def _say(group, message, *, file=None):
     """Of several processes, the chief says it."""
     if group.is_chief:
         print(message, file=file)
-
-
-def _check_same_run(config, workdir):
-    """Raises ValueError if the work directory is that of a run of other settings, which has saved."""
-    from lmscale.checkpoints.directory import Checkpoints
-
-    checkpoints = Checkpoints(workdir.checkpoints_dir, readonly=True)
-    has_saved = workdir.has_saved() or checkpoints.newest_step() is not None
-    if not workdir.config_path.exists() or not has_saved:
-        return
-    refused = config.refused_changes(workdir.config_path.read_text(encoding="utf-8"))
-    if refused:
-        raise ValueError(
-            f"The run in {workdir.path} goes on with the settings it started with. Received other ones:\n  "
-            + "\n  ".join(refused)
-            + f"\nRun with the old settings, --gin_file={workdir.config_path}, or give another --workdir."
-        )
 
 
 def run():

@@ -252,7 +252,7 @@ OTHER_VALUES = {
     "decay": 0.6,
 }
 # Shown to be live elsewhere: by the tests of these names below, test_bad_steps.py, test_loss_scaling.py,
-# test_shipped_configurations.py and tests/test_trainer.py.
+# test_shipped_configurations.py, tests/test_trainer.py and, of several devices, tests/test_communication.py.
 ELSEWHERE = {
     "data_dir",
     "pretrained",
@@ -263,6 +263,7 @@ ELSEWHERE = {
     "warm_start",
     "steps_per_call",
     "loss_scaling",
+    "exchange",
 }
 
 

@@ -14,7 +14,7 @@ from array_parameters import array_parameters
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from lmscale import event_files, storage, train
+from lmscale import event_files, storage
 from lmscale.bodies.lstm import lstm_body
 from lmscale.checkpoints import directory as checkpoints_directory
 from lmscale.checkpoints.directory import Checkpoints
@@ -24,6 +24,7 @@ from lmscale.evaluation import evaluate_checkpoint
 from lmscale.follow import Follower
 from lmscale.metrics import MetricsWriter, read_metrics
 from lmscale.parameters.update_rules import Adam
+from lmscale.run import check_same_run
 from lmscale.workdir import Workdir
 
 NUM_STEPS = 6
@@ -240,9 +241,9 @@ def test_settings_are_free_until_the_first_save_is_done(store):
     with Workdir(store) as workdir:
         workdir.write_config("x = 1\n")
         with pytest.raises(ValueError, match="goes on with the settings it started with"):
-            train._check_same_run(Config(), workdir)
+            check_same_run(Config(), workdir)
         gfile.remove(f"{store}/checkpoints/step_00000001/metadata.json")
-        train._check_same_run(Config(), workdir)
+        check_same_run(Config(), workdir)
 
 
 def test_metadata_goes_first_and_comes_last(store, monkeypatch):
