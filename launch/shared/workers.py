@@ -22,6 +22,8 @@ import time
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FIRST_PORT = 2222
+# Processes of one run mostly end together: one that is about to end by itself gets no signal on its way out.
+END_TOGETHER_SECS = 1.0
 # Never a question (nobody is there to answer), and a host that is gone is noticed after a minute and a half.
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=30")
 
@@ -105,6 +107,7 @@ def _until_all_end(processes, requests, grace_secs):
     lines = Lines(processes)
     running = dict(enumerate(processes))
     failure = 0
+    call = None  # When the others get SIGTERM because one has failed.
     give_up = None
     while running:
         lines.copy(timeout=0.1)
@@ -114,11 +117,14 @@ def _until_all_end(processes, requests, grace_secs):
             del running[index]
             code = process.returncode if process.returncode >= 0 else 128 - process.returncode
             if code and not failure:
-                failure = code
+                failure, failed = code, index
+                call = time.monotonic() + END_TOGETHER_SECS
+        if call is not None and time.monotonic() > call:
+            call = None
+            if running and give_up is None:  # They may have got it already.
                 requests.append("SIGTERM")
-                if running:
-                    lines.copy(timeout=0)
-                    print(f"[{index}] ended with {code}: the others get SIGTERM", file=sys.stderr, flush=True)
+                lines.copy(timeout=0)
+                print(f"[{failed}] ended with {failure}: the others get SIGTERM", file=sys.stderr, flush=True)
         while requests:
             name = requests.pop(0)
             for process in running.values():

@@ -74,6 +74,8 @@ class ProcessGroup:
         self._num_gathered = 0
         self._left: set[int] = set()
         self._is_over = False
+        self._is_being_ended = False  # By the watch.
+        self._end_returned = threading.Event()  # Only an `end` of a test does.
         if self._connections:
             threading.Thread(target=self._watch, name="process_group", daemon=True).start()
 
@@ -150,10 +152,14 @@ class ProcessGroup:
     def fail(self, how: str, *, code: int) -> None:
         """Tells the others that this process ends, and with which exit code: they end with it too.
 
+        If this process is just being ended because of another one, it is, with that one's message alone.
+
         Args:
           how: goes on after the name of this process: "failed: no space left on the device".
         """
         self._say_last({"ended": self.rank, "how": how, "code": code})
+        if self._is_being_ended:
+            self._end_returned.wait()
 
     def wait_for_verdict(self) -> None:
         """Gives the watch the time to end this process because of another one: an error of a collective says less."""
@@ -232,6 +238,7 @@ class ProcessGroup:
             if self._is_over:  # This process has said itself why it ends.
                 return
             self._is_over = True
+            self._is_being_ended = True
         for other, connection in list(self._connections.items()):
             if other != rank:
                 connection.send({"ended": rank, "how": how, "code": code})
@@ -240,6 +247,7 @@ class ProcessGroup:
         )
         _print_in_time(f"error: {self.name(rank)} {how.rstrip('.')}.{advice}\n")
         self._end(code)
+        self._end_returned.set()
 
 
 class Connection:

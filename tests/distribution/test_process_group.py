@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -234,6 +235,24 @@ def test_the_first_reason_counts(members, capfd):
     group.groups[1].leave()
     assert group.wait_for_ends(1) == {0: 2}
     assert "second" not in capfd.readouterr().err
+
+
+def test_who_is_being_ended_does_not_get_to_say_more(members, monkeypatch):
+    """Two that see the same mistake: each is told of the other's failure while it is about to tell its own."""
+    printing, printed = threading.Event(), threading.Event()
+
+    def print_slowly(text):
+        printing.set()
+        time.sleep(0.5)
+        printed.set()
+
+    monkeypatch.setattr("lmscale.distribution.process_group._print_in_time", print_slowly)
+    group = members(2)
+    group.groups[1].fail("failed: first.", code=2)
+    assert printing.wait(30)
+    group.groups[0].fail("failed: second.", code=3)
+    assert printed.is_set()
+    assert group.codes == {0: 2}
 
 
 ALONE = """
