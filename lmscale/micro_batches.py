@@ -9,6 +9,7 @@ import dataclasses
 import tensorflow as tf
 
 from lmscale.distribution import collectives
+from lmscale.loss_scaling import unscaled
 from lmscale.reading import Reading, StepRows
 from lmscale.tables.rows import Rows, ShardRows
 
@@ -34,6 +35,28 @@ class Gradients:
     d_shard_rows: dict
     d_layers: dict
     state: list
+
+    def unscaled(self, loss_scale):
+        """Those of the loss, float32, where these are of the loss times a scale; losses and penalty have none."""
+
+        def rows(of):
+            return of and Rows(*unscaled((of.embedding, of.bias), loss_scale))
+
+        return dataclasses.replace(
+            self,
+            d_rows=StepRows(
+                **{
+                    kind: {key: rows(each) for key, each in of.items()}
+                    for kind, of in vars(self.d_rows).items()
+                }
+            ),
+            d_shards=unscaled(self.d_shards, loss_scale),
+            d_shard_rows={
+                head: dataclasses.replace(of, gradients=rows(of.gradients))
+                for head, of in self.d_shard_rows.items()
+            },
+            d_layers=unscaled(self.d_layers, loss_scale),
+        )
 
 
 def accumulate(value_and_gradients, reading, state, *, num_parts, communicates):

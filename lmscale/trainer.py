@@ -1,6 +1,5 @@
 """The step, for any task: pull, compute, push."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -12,7 +11,7 @@ from lmscale.data.batches import Prefetcher
 from lmscale.distribution import collectives, ledger
 from lmscale.distribution.all_to_all import gather_on_hosts
 from lmscale.distribution.strategies import first_local_replica
-from lmscale.loss_scaling import LossScale, LossScaling, unscaled
+from lmscale.loss_scaling import LossScale, LossScaling
 from lmscale.micro_batches import Gradients, accumulate
 from lmscale.model import Model, replicated
 from lmscale.parameters import averages
@@ -409,21 +408,7 @@ class Trainer:
             },
             state=new_state,
         )
-        if loss_scale is None:
-            return gradients
-        return dataclasses.replace(
-            gradients,
-            d_rows=StepRows(
-                **{
-                    kind: {
-                        key: r and Rows(*unscaled((r.embedding, r.bias), loss_scale)) for key, r in of.items()
-                    }
-                    for kind, of in vars(gradients.d_rows).items()
-                }
-            ),
-            d_shards=unscaled(gradients.d_shards, loss_scale),
-            d_layers=unscaled(gradients.d_layers, loss_scale),
-        )
+        return gradients if loss_scale is None else gradients.unscaled(loss_scale)
 
     def _apply(self, collected, d_layers, *, step, active, is_finite, squares):
         """Updates rows and layers, each as its groups say.

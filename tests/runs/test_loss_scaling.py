@@ -151,11 +151,13 @@ def float32_step(mirrored):
     return step
 
 
+@pytest.mark.parametrize("exchange", ["rows", "hidden"])
 @pytest.mark.parametrize(("num_replicas", "parts"), [(1, 1), (3, 1), (2, 2)])
-def test_a_step_is_that_of_float32_up_to_rounding(mirrored, float32_step, num_replicas, parts):
+def test_a_step_is_that_of_float32_up_to_rounding(mirrored, float32_step, num_replicas, parts, exchange):
     """The scale, too, is 2**15 in every number of devices and parts."""
     changes = {"gradient_accumulation_steps": parts, "global_batch_size": 12}
-    metrics, updates = first_step(mirrored(num_replicas), **changes)
+    head = functools.partial(SampledSoftmax, sampler=SAMPLER, exchange=exchange)
+    metrics, updates = first_step(mirrored(num_replicas), head=head, **changes)
     exact, expected = float32_step(global_batch_size=12)
     assert metrics["loss_scale"] == 2.0**15
     assert not metrics["overflowed"]
