@@ -6,6 +6,7 @@ import numpy as np
 from rich.console import Console
 
 from lmscale import communication
+from lmscale.assembly import check_treatments, make_task
 from lmscale.data.token_files import PreparedData
 from lmscale.model import layers_and_treatments
 from lmscale.parameters.initializers import initial_rows, initial_values
@@ -13,7 +14,6 @@ from lmscale.parameters.report import as_table, parameter_lines
 from lmscale.planning.memory import Step
 from lmscale.planning.report import memory_table
 from lmscale.start import check_sources
-from lmscale.trainer import check_treatments, make_task
 
 _WIDTH = 140
 

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import tensorflow as tf
 
+from lmscale.assembly import make_task
 from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import Checkpoints
 from lmscale.data.token_files import PreparedData
@@ -18,7 +19,6 @@ from lmscale.doing import doing
 from lmscale.metrics import progress
 from lmscale.model import Model
 from lmscale.parameters import averages
-from lmscale.trainer import make_task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,98 +1,21 @@
 """The step, for any task: pull, compute, push."""
 
-import math
-
-import numpy as np
 import tensorflow as tf
 
-from lmscale import communication, keras_settings
+from lmscale import communication
+from lmscale.assembly import check_treatments, learning_rates, make_task, step_traffic
 from lmscale.bodies.dropout import DropoutStream
+from lmscale.carried_state import CarriedState
 from lmscale.data.batches import Prefetcher
 from lmscale.distribution import collectives, ledger
-from lmscale.distribution.all_to_all import gather_on_hosts
 from lmscale.distribution.strategies import first_local_replica
 from lmscale.loss_scaling import LossScale, LossScaling
 from lmscale.micro_batches import Gradients, accumulate
 from lmscale.model import Model, replicated
-from lmscale.parameters import averages
+from lmscale.parameters.clipping import clipping, norm, scalar_sum
 from lmscale.parameters.layers import check_all_listed
-from lmscale.parameters.tree import Parameter
 from lmscale.reading import StepRows
 from lmscale.tables.rows import Rows
-from lmscale.tasks.task import TaskContext
-
-
-def make_task(experiment, *, data, num_replicas, training=True):
-    """The task of an experiment, with Keras's settings those of the experiment. In `strategy.scope()`.
-
-    Args:
-      experiment: `Experiment`.
-      data: `PreparedData`.
-      num_replicas: devices.
-      training: whether steps of training will follow.
-
-    Returns:
-      `Task`.
-    """
-    keras_settings.reset(seed=experiment.seed, compute_dtype=experiment.compute_dtype)
-    context = TaskContext(
-        data=data,
-        seed=experiment.seed,
-        global_batch_size=experiment.global_batch_size,
-        eval_batch_size=experiment.eval_batch_size,
-        num_replicas=num_replicas,
-        training=training,
-    )
-    return experiment.task(context)
-
-
-def learning_rates(treatments, step):
-    """{pattern of a group: learning rate of the update number `step`, a float}, of the groups that have a rule."""
-    rules = {t.group: t.update for t in treatments.values() if t.update}
-    return {group: float(rule.learning_rate_at(step)) for group, rule in rules.items()}
-
-
-def check_treatments(experiment, treatments):
-    """Raises ValueError for groups that the run could not train by, or evaluate: learning rates, averages.
-
-    Of each learning rate, the first and the last are looked at: finite, and 0 or more. Runs operations.
-    """
-    if experiment.evaluate_averages:
-        averages.check_any(treatments)
-    for which, step in (("first", 0), ("last", experiment.train_steps - 1)):
-        for group, rate in learning_rates(treatments, step).items():
-            if not 0 <= rate < math.inf:
-                raise ValueError(
-                    "A learning rate must be finite and at least 0. Received: "
-                    f"{rate} at the {which} step, of the group {group!r}. Set LEARNING_RATE and ROW_LEARNING_RATE to "
-                    "positive numbers, and a schedule so that it stays above 0."
-                )
-
-
-def step_traffic(experiment, task, batches, *, treatments, vocab_size, num_devices):
-    """What the first step moves between devices: what exchanges are chosen by, the same in every process.
-
-    Args:
-      experiment: `Experiment`.
-      task: `Task`, and its training `batches`.
-      treatments: {path: `Treatment`}.
-      vocab_size: rows of the tables.
-      num_devices: devices.
-
-    Returns:
-      `StepTraffic`.
-    """
-    updated = {
-        path.split("/")[1] for path, t in treatments.items() if t.update and path.startswith("tables/")
-    }
-    return communication.StepTraffic(
-        task,
-        batches.at(0).features,
-        vocab_size=vocab_size,
-        num_devices=num_devices,
-        seed=experiment.seed,
-        frozen_tables=set(task.tables) - updated,
-    )
 
 
 class Trainer:
@@ -162,10 +85,9 @@ class Trainer:
             examples=slice(self._first_local, stop),
         )
         with strategy.scope():
-            self._state = [
-                collectives.local_variable(initial)
-                for initial in self.task.initial_state(self._per_replica_batch_size)
-            ]
+            self._state = CarriedState(
+                self.task.initial_state(self._per_replica_batch_size), strategy=strategy
+            )
             self._loss_scale = None
             if experiment.compute_dtype == "float16":
                 self._loss_scale = LossScale(experiment.loss_scaling or LossScaling())
@@ -267,8 +189,7 @@ class Trainer:
         """`replica_step` without what has moved."""
         model, seed = self.model, self.experiment.seed
         first = collectives.replica_id() * self._per_replica_batch_size
-        carried = [collectives.local_value(variable) for variable in self._state]
-        state = [tf.where(starts_epoch, tf.zeros_like(s), s) for s in carried]
+        state = self._state.read(starts_epoch=starts_epoch)
         # What a bad step makes of what Keras changes within the call is taken back.
         statistics = [(v, tf.identity(v.value)) for v in model.layers.statistics.values()]
         loss_scale = self._loss_scale.read() if self._loss_scale else None
@@ -312,8 +233,8 @@ class Trainer:
             path: square if active[path] is True else tf.where(active[path], square, 0.0)
             for path, square in squares.items()
         }
-        loss = _sum([*losses.values(), penalty])
-        gradient_norm = _norm(squares.values())
+        loss = scalar_sum([*losses.values(), penalty])
+        gradient_norm = norm(squares.values())
         loss_is_finite, gradient_is_finite = tf.math.is_finite(loss), tf.math.is_finite(gradient_norm)
         is_finite = loss_is_finite & gradient_is_finite
         scaling = {}
@@ -323,8 +244,9 @@ class Trainer:
             )
             scaling = {"loss_scale": loss_scale, "overflowed": overflowed}
         self._apply(collected, d_layers, step=step, active=active, is_finite=is_finite, squares=squares)
-        for variable, new, old in zip(carried, gradients.state, state, strict=True):
-            variable.assign(tf.where(is_finite, new, old))
+        self._state.assign(
+            [tf.where(is_finite, new, old) for new, old in zip(gradients.state, state, strict=True)]
+        )
         for variable, old in statistics:
             variable.assign(tf.where(is_finite, variable.value, old))
         return {
@@ -422,7 +344,7 @@ class Trainer:
         """
         model = self.model
         rates = {id(rule): rule.learning_rate_at(step) for rule in self._rules}
-        scales = _clipping(squares, model.treatments, clip_norm=self.experiment.clip_norm)
+        scales = clipping(squares, model.treatments, clip_norm=self.experiment.clip_norm)
         steps, learning_rates, keeps = {}, {}, {}
         for path in squares:
             treatment = model.treatments[path]
@@ -451,65 +373,13 @@ class Trainer:
 
     def parameters(self):
         """`Parameter`s of all that the next step depends on, but for `self.step`, which goes with the metadata."""
-        found = self.model.parameters()
-        for i, variable in enumerate(self._state):
-            found.append(
-                Parameter(
-                    path=f"state/{i}",
-                    shape=(self.experiment.global_batch_size, *variable.shape[1:]),
-                    dtype=variable.dtype.as_numpy_dtype,
-                    sharded=True,
-                    trainable=False,
-                    read=lambda start, stop, i=i: self._read_state(i)[start:stop],
-                    write=lambda start, values, i=i: self._write_state(
-                        i, np.arange(start, start + len(values)), values
-                    ),
-                    scatter=lambda rows, values, i=i: self._write_state(i, rows, values),
-                )
-            )
+        found = self.model.parameters() + self._state.parameters()
         if self._loss_scale:
             found += [
                 replicated(f"state/{name}", variable, trainable=False)
                 for name, variable in self._loss_scale.variables.items()
             ]
         return found
-
-    def _read_state(self, i):
-        components = self.strategy.experimental_local_results(self._state[i])
-        own = np.concatenate([component.numpy() for component in components])
-        return np.concatenate(gather_on_hosts(self.strategy, own))
-
-    def _write_state(self, i, rows, values):
-        components = self.strategy.experimental_local_results(self._state[i])
-        first = first_local_replica(self.strategy, num_local=len(components))
-        size = self._per_replica_batch_size
-        for replica, component in enumerate(components, start=first):
-            own = component.numpy()
-            is_own = (rows >= replica * size) & (rows < (replica + 1) * size)
-            own[rows[is_own] - replica * size] = values[is_own]
-            component.assign(own)
-
-
-def _clipping(squares, treatments, *, clip_norm):
-    """{path: factor on its gradient} that bounds the norm of each clip group, and of the parameters that have none.
-
-    Args:
-      squares: {path: squared norm of its gradient}.
-      treatments: {path: `Treatment`}.
-      clip_norm: bound for those without a clip group; None for none.
-    """
-    members: dict = {}
-    for path in squares:
-        members.setdefault(treatments[path].clip, []).append(path)
-    scales = {}
-    for clip, paths in members.items():
-        bound = clip_norm if clip is None else clip.norm
-        scale = 1.0
-        if bound is not None:
-            norm = _norm(squares[path] for path in paths)
-            scale = tf.minimum(1.0, bound / tf.maximum(norm, 1e-30))
-        scales |= dict.fromkeys(paths, scale)
-    return scales
 
 
 def _total_weights(labels):
@@ -524,16 +394,6 @@ def _total_weights(labels):
     return {
         name: x * collectives.num_replicas() if known[name] else summed[name] for name, x in totals.items()
     }
-
-
-def _norm(squares):
-    """The norm of what has these squared norms."""
-    return tf.sqrt(_sum(squares))
-
-
-def _sum(scalars):
-    """Not add_n, which begins with whichever input it may overwrite: the last bit would depend on timing."""
-    return tf.reduce_sum(tf.stack([tf.zeros([]), *scalars]))
 
 
 def _d_shards(task, results):

@@ -8,13 +8,13 @@ import pytest
 from references import log_softmax, lstm, lstm_weights
 from tiny_experiments import Text, experiment, identity, language_model, one_rule, tied, untied
 
+from lmscale.assembly import make_task
 from lmscale.bodies.lstm import lstm_body
 from lmscale.evaluation import EvaluationResult, Evaluator
 from lmscale.model import Model
 from lmscale.softmax.full import FullSoftmax
 from lmscale.softmax.sampled import SampledSoftmax
 from lmscale.softmax.samplers import InBatchSampler, LogUniformSampler
-from lmscale.trainer import make_task
 
 VOCAB_SIZE, EMBED_DIM, EOS_ID = 211, 6, 2
 TOKENS = np.random.default_rng(1).integers(0, VOCAB_SIZE, 101)

@@ -9,12 +9,12 @@ import tensorflow as tf
 import tiny_experiments
 from tiny_experiments import Text, assert_same, language_model, restore, tied
 
+from lmscale.assembly import make_task
 from lmscale.bodies.lstm import lstm_body
 from lmscale.model import Model
 from lmscale.parameters.groups import Group
 from lmscale.parameters.tree import Parameter
 from lmscale.parameters.update_rules import SGD, Adagrad, Adam, RowWiseAdagrad
-from lmscale.trainer import make_task
 
 VOCAB_SIZE, EMBED_DIM = 103, 6
 COUNTS = np.random.default_rng(0).integers(0, 1000, VOCAB_SIZE)

@@ -16,13 +16,13 @@ import functools
 import numpy as np
 import tensorflow as tf
 
+from lmscale.assembly import step_traffic
 from lmscale.bodies.dropout import DropoutStream
 from lmscale.parameters.report import parameter_lines
 from lmscale.planning.graphs import GraphCost, cost_of
 from lmscale.softmax.full import full_softmax_loss
 from lmscale.tables.placement import Placement
 from lmscale.tables.rows import Rows
-from lmscale.trainer import step_traffic
 
 FLOAT_BYTES = ID_BYTES = 4
 

@@ -1,11 +1,11 @@
 """A plan: memory, work and bottleneck of a step on N devices, and the fewest devices whose memory is enough."""
 
+from lmscale.assembly import check_treatments, make_task
 from lmscale.data.token_files import PreparedData
 from lmscale.metrics import device_memory_mib
 from lmscale.model import layers_and_treatments
 from lmscale.planning.memory import LASTING, PASSING, Step
 from lmscale.planning.work import compare_heads, network_bytes, step_work
-from lmscale.trainer import check_treatments, make_task
 
 
 def make_step(experiment, *, data, num_devices):

@@ -10,6 +10,7 @@ import tiny_experiments
 from rich.console import Console
 from tiny_experiments import Text, language_model, tied, untied
 
+from lmscale.assembly import make_task
 from lmscale.bodies.lstm import lstm_body
 from lmscale.parameters.activity import Every, From, Never
 from lmscale.parameters.groups import Group, treat
@@ -18,7 +19,7 @@ from lmscale.parameters.pretrained import PretrainedVectors
 from lmscale.parameters.report import as_table, mib, parameter_lines
 from lmscale.parameters.update_rules import SGD, Adagrad, Adam, RowWiseAdagrad
 from lmscale.tables.table_config import TableConfig, table_paths
-from lmscale.trainer import Trainer, make_task
+from lmscale.trainer import Trainer
 
 VOCAB_SIZE = 103
 TABLES = {"tied": tied(embed_dim=7, bias="log_frequency"), "untied": untied(input_dim=3, output_dim=5)}

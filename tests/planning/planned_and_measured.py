@@ -86,7 +86,7 @@ def measure(gin_file, bindings, coordinator, size, rank):
 
 def variable_bytes(trainer, strategy):
     """Of all variables of the first device of this process, as they are allocated."""
-    variables = [v.value for v in trainer.model.layers.variables.values()] + list(trainer._state)
+    variables = [v.value for v in trainer.model.layers.variables.values()] + list(trainer._state.variables)
     for table in trainer.model.tables.values():
         variables += table.variables().values()
     for slots in trainer.model.layer_slots.values():
