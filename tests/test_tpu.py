@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 from tiny_experiments import Text, assert_same, experiment, language_model, restore, tied, values
 from tpu_stand_in import tpu_strategy
+from traced_graphs import devices, dtypes, with_dynamic_shape, without_kernel
 from xla_cases import CASES, arguments, make_trainer, step_of, tensors
-from xla_graphs import devices, dtypes, with_dynamic_shape, without_kernel
 
 from lmscale.distribution import collectives
 from lmscale.evaluation import Evaluator

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tiny_experiments import values
+from traced_graphs import devices, with_dynamic_shape, without_kernel
 from xla_cases import CASES, arguments, make_trainer, step_of, tensors
-from xla_graphs import devices, with_dynamic_shape, without_kernel
 
 from lmscale.evaluation import Evaluator
 

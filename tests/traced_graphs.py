@@ -1,7 +1,8 @@
-"""Every operation of a traced function, and what XLA could not compile among them."""
+"""Every operation of a traced function: what XLA could not compile of it, what a GPU would have on its host."""
 
 import contextlib
 import functools
+import math
 
 import tensorflow as tf
 from tensorflow.core.framework import types_pb2
@@ -19,6 +20,11 @@ _OF_TPU_PROGRAMS = {
     "TPUReplicatedOutput",
     "TPUCompilationResult",
     "CrossReplicaSum",
+}
+# Run what they call, or nothing, wherever that is placed.
+_NO_KERNEL_OF_THEIR_OWN = {
+    _ARGUMENT,
+    *("PartitionedCall", "StatefulPartitionedCall", "While", "StatelessWhile", "If", "StatelessIf", "Case"),
 }
 
 
@@ -77,27 +83,92 @@ def without_kernel(concrete, *, device="XLA_CPU_JIT"):
 
 def with_dynamic_shape(concrete):
     """Sorted ops of a function, and of all that it calls, some output of which has no static shape."""
-    found, seen = set(), set()
+    found = set()
+    for operation in _operations(concrete):
+        for output in operation.outputs:
+            is_data = output.dtype not in (tf.resource, tf.variant)
+            # Arguments that a loop's condition does not read have no shape there.
+            if is_data and not output.shape.is_fully_defined() and "redundant_placeholder" not in output.name:
+                found.add(operation.type)
+    return sorted(found - _SHAPED_BY_XLA)
 
-    def visit(graph):
+
+def on_host(concrete, *, unknown):
+    """What the operations of a function read from, or write to, the host's memory where they are placed on a GPU.
+
+    An operation without a GPU kernel for its types runs on the host; for int32, many kernels of GPUs keep all their
+    arguments there. Each such tensor that comes from the GPU, or goes there, is copied, and waited for.
+
+    Args:
+      concrete: concrete function. All that it calls is looked at, bodies of loops, branches, but what XLA compiles,
+        which has all of its values on the GPU.
+      unknown: what a dimension counts for that is not known.
+
+    Returns:
+      {operation with its types: elements of its largest tensor on the host}.
+    """
+    largest: dict = {}
+    for operation in _operations(concrete, in_compiled=False):
+        tensors = [
+            t
+            for t in _of_host(operation)
+            if t.dtype not in (tf.resource, tf.variant) and t.shape.rank is not None
+        ]
+        if tensors:
+            name = " ".join([operation.type, *sorted({t.dtype.name for t in tensors})])
+            sizes = [math.prod(unknown if d is None else d for d in t.shape) for t in tensors]
+            largest[name] = max(largest.get(name, 0), *sizes)
+    return largest
+
+
+def _of_host(operation):
+    """Tensors that an operation on a GPU has in the host's memory; all of them where it has no kernel there."""
+    if operation.type in _NO_KERNEL_OF_THEIR_OWN:
+        return []
+    node = operation.node_def
+    # DEFAULT: of every device that has no kernel of its own.
+    accepting = [
+        k for device in ("GPU", "DEFAULT") for k in _kernels(operation.type, device) if _accepts(k, node)
+    ]
+    if not accepting:
+        return [*operation.inputs, *operation.outputs]
+    names = set(accepting[0].host_memory_arg)
+    return [
+        tensor
+        for arguments, tensors in (
+            (operation.op_def.input_arg, list(operation.inputs)),
+            (operation.op_def.output_arg, list(operation.outputs)),
+        )
+        for name, tensor in zip(_names(arguments, operation), tensors, strict=True)
+        if name in names
+    ]
+
+
+def _names(arguments, operation):
+    """The name of the argument that each tensor of an operation belongs to: some take several."""
+    for argument in arguments:
+        count = 1
+        if argument.number_attr:
+            count = operation.get_attr(argument.number_attr)
+        elif argument.type_list_attr:
+            count = len(operation.get_attr(argument.type_list_attr))
+        yield from [argument.name] * count
+
+
+def _operations(concrete, *, in_compiled=True):
+    """Operations of a concrete function and of every function that it calls; `in_compiled`: those for XLA as well."""
+    graphs, seen = [concrete.graph], set()
+    while graphs:
+        graph = graphs.pop()
         for operation in graph.get_operations():
-            for output in operation.outputs:
-                is_data = output.dtype not in (tf.resource, tf.variant)
-                # Arguments that a loop's condition does not read have no shape there.
-                if (
-                    is_data
-                    and not output.shape.is_fully_defined()
-                    and "redundant_placeholder" not in output.name
-                ):
-                    found.add(operation.type)
+            yield operation
+            if not in_compiled and operation.node_def.attr["_XlaMustCompile"].b:
+                continue
             for attribute in operation.node_def.attr.values():
                 for function in [attribute.func.name, *(f.name for f in attribute.list.func)]:
                     if function and function not in seen:
                         seen.add(function)
-                        visit(_graph_of(graph, function))
-
-    visit(concrete.graph)
-    return sorted(found - _SHAPED_BY_XLA)
+                        graphs.append(_graph_of(graph, function))
 
 
 def _graph_of(graph, name):
