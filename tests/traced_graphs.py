@@ -1,5 +1,6 @@
 """Every operation of a traced function: what XLA could not compile of it, what a GPU would have on its host."""
 
+import collections
 import contextlib
 import functools
 import math
@@ -119,6 +120,16 @@ def on_host(concrete, *, unknown):
             sizes = [math.prod(unknown if d is None else d for d in t.shape) for t in tensors]
             largest[name] = max(largest.get(name, 0), *sizes)
     return largest
+
+
+def ops_with_gpu_kernels(concrete, *, dtype):
+    """{op: how often a function, and what it calls, has it in a dtype for which GPUs have a kernel}."""
+    return collections.Counter(
+        operation.type
+        for operation in _operations(concrete)
+        if dtype in {t.dtype.name for t in operation.outputs}
+        and any(_accepts(kernel, operation.node_def) for kernel in _kernels(operation.type, "GPU"))
+    )
 
 
 def _of_host(operation):

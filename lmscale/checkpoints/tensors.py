@@ -109,15 +109,13 @@ def write_tensors(
     Raises:
       ValueError: if a parameter's `read` returns another shape or dtype than it declares.
       OSError: if the files cannot be written.
+      tf.errors.OpError: what a parameter's `read` raises where another process is lost.
     """
     parts = directory / _PARTS
     if group.is_chief:
         parts.mkdir()
     group.gather()
-    try:
-        own = _write_parts(parts, tensors, block_bytes=block_bytes, group=group)
-    except tf.errors.OpError as error:
-        raise _cannot_write(directory, error) from error
+    own = _write_parts(parts, tensors, block_bytes=block_bytes, group=group)
     written = [part for of_process in group.gather(own) for part in of_process]
     if not group.is_chief:
         return {}
@@ -180,13 +178,16 @@ def _own_blocks(parameter, stored, group):
 
 
 def _write_part(parts, name, batch):
-    with tf.device("CPU:0"):
-        tf.raw_ops.SaveV2(
-            prefix=str(parts / name),
-            tensor_names=[stored.name for stored, _, _, _ in batch],
-            shape_and_slices=[stored.slice_spec(start, stop) for stored, start, stop, _ in batch],
-            tensors=[tf.convert_to_tensor(rows) for _, _, _, rows in batch],
-        )
+    try:
+        with tf.device("CPU:0"):
+            tf.raw_ops.SaveV2(
+                prefix=str(parts / name),
+                tensor_names=[stored.name for stored, _, _, _ in batch],
+                shape_and_slices=[stored.slice_spec(start, stop) for stored, start, stop, _ in batch],
+                tensors=[tf.convert_to_tensor(rows) for _, _, _, rows in batch],
+            )
+    except tf.errors.OpError as error:
+        raise _cannot_write(parts.parent, error) from error
     (file,) = checksums([parts / _data_file(name, 0, 1)]).values()
     return file
 
