@@ -28,7 +28,9 @@ def sampled_softmax(shape, *, compute_dtype):
     return functools.partial(SampledSoftmax, sampler=sampler, compute_dtype=compute_dtype)
 
 
-def make_trainer(shape, *, strategy, compute_dtype="float32", row_rule=None, steps_per_call=1):
+def make_trainer(
+    shape, *, strategy, compute_dtype="float32", row_rule=None, steps_per_call=1, static_shapes=False
+):
     """A `Trainer` of these sizes with the shipped configurations' choices, its table named `TABLE`.
 
     Args:
@@ -37,6 +39,7 @@ def make_trainer(shape, *, strategy, compute_dtype="float32", row_rule=None, ste
       compute_dtype: of the products, body and loss.
       row_rule: update rule of the rows; None for the shipped Adam without a first moment.
       steps_per_call: as of `Experiment`.
+      static_shapes: as of `Trainer`.
     """
     experiment = Experiment(
         data_dir="",
@@ -65,7 +68,9 @@ def make_trainer(shape, *, strategy, compute_dtype="float32", row_rule=None, ste
         eval_every=1,
         save_every=1,
     )
-    return Trainer(experiment, data=ZipfText(shape.vocab_size), strategy=strategy)
+    return Trainer(
+        experiment, data=ZipfText(shape.vocab_size), strategy=strategy, static_shapes=static_shapes
+    )
 
 
 class Lmscale(Peer):
