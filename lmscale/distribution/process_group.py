@@ -50,12 +50,15 @@ class ProcessGroup:
         addresses: Sequence[str] = (),
         connections: Mapping[int, "Connection"] | None = None,
         silence_secs: float = 20.0,
+        start_silence_secs: float | None = None,
         end: Callable[[int], Any] | None = None,
     ):
         """Args:
         cluster, addresses: as the attributes; without them, one process.
         connections: {rank: `Connection`}: the chief's to all others, another one's to the chief.
         silence_secs: how long nothing may be heard of a process.
+        start_silence_secs: the same until `has_started`, if that is longer: importing TensorFlow from a slow disk holds
+          a process up, its threads too.
         end: function of an exit code that ends this process at once.
         """
         self.cluster = cluster or Cluster(
@@ -66,6 +69,8 @@ class ProcessGroup:
         self.size = max(1, len(self.addresses))
         self._connections = dict(connections or {})
         self._silence_secs = silence_secs
+        self._start_silence_secs = max(start_silence_secs or 0.0, silence_secs)
+        self._num_answered = 0
         self._end = end or _end_at_once
         self._news = threading.Condition()
         # What the chief has been given, by number and rank.
@@ -82,6 +87,11 @@ class ProcessGroup:
     @property
     def is_chief(self) -> bool:
         return self.rank == 0
+
+    @property
+    def has_started(self) -> bool:
+        """Whether all processes have agreed on something since they met, which is the first thing they agree on."""
+        return self._num_answered > 1
 
     def name(self, rank: int) -> str:
         """What messages call a process: `process 1 of 4 (node3:61440)`."""
@@ -103,10 +113,12 @@ class ProcessGroup:
             for connection in list(self._connections.values()):  # The chief's, unless it has left.
                 connection.send({"number": number, "value": value})
             self._wait_for(lambda: () if number in self._answers else (0,))
+            self._num_answered += 1
             return self._answers.pop(number)
         with self._news:
             self._given[number][0] = value
         self._wait_for(lambda: [rank for rank in range(self.size) if rank not in self._given[number]])
+        self._num_answered += 1
         given = self._given.pop(number)
         answer = [given[rank] for rank in range(self.size)]
         for connection in list(self._connections.values()):
@@ -188,6 +200,7 @@ class ProcessGroup:
         last_round = time.monotonic()
         while self._connections:
             now = time.monotonic()
+            limit_secs = self._silence_secs if self.has_started else self._start_silence_secs
             if now - last_round > self._silence_secs / 2:
                 # This process itself was stopped (Ctrl-Z, a machine that sleeps): others may have been, with it.
                 for connection in list(self._connections.values()):
@@ -211,7 +224,7 @@ class ProcessGroup:
                         self._over(rank, "has gone without a word: killed, or its machine is lost")
             for rank, connection in list(self._connections.items()):
                 silence = now - connection.last_heard
-                if silence > self._silence_secs:
+                if silence > limit_secs:
                     self._over(
                         rank, f"has not been heard of for {silence:.0f} s: stopped, or its machine is lost"
                     )

@@ -32,7 +32,8 @@ def joined(
 
     Args:
       cluster: `Cluster`.
-      start_timeout_secs: how long to wait for all processes to come.
+      start_timeout_secs: how long to wait for all processes to come; and how long nothing may be heard of one until
+        all have agreed on something.
       silence_secs: how long nothing may be heard of a process, later.
 
     Yields:
@@ -46,7 +47,7 @@ def joined(
     if cluster.size == 1:
         yield ProcessGroup(cluster=cluster)
         return
-    group = _join(cluster, deadline=time.monotonic() + start_timeout_secs, silence_secs=silence_secs)
+    group = _join(cluster, start_timeout_secs=start_timeout_secs, silence_secs=silence_secs)
     try:
         yield group
     except BaseException as error:
@@ -69,7 +70,8 @@ def _last_words(error):
     return f"failed:\n{''.join(traceback.format_exception(error))}", _EXIT_BUG
 
 
-def _join(cluster, *, deadline, silence_secs):
+def _join(cluster, *, start_timeout_secs, silence_secs):
+    deadline = time.monotonic() + start_timeout_secs
     address = cluster.addresses[cluster.rank] if cluster.addresses else None
     if cluster.rank == 0:
         address = address or cluster.coordinator
@@ -77,7 +79,11 @@ def _join(cluster, *, deadline, silence_secs):
         meet = _gather_processes if cluster.rank == 0 else _join_chief
         addresses, connections = meet(cluster, door, deadline=deadline)
         group = ProcessGroup(
-            cluster=cluster, addresses=addresses, connections=connections, silence_secs=silence_secs
+            cluster=cluster,
+            addresses=addresses,
+            connections=connections,
+            silence_secs=silence_secs,
+            start_silence_secs=start_timeout_secs,
         )
         unreachable = [
             problem

@@ -51,7 +51,7 @@ class Members:
       codes: {rank: exit code} of those that have been ended.
     """
 
-    def __init__(self, size, *, silence_secs=20.0, start=None):
+    def __init__(self, size, *, silence_secs=20.0, start_silence_secs=None, start=None):
         """`start`: ranks that have a group; of the others, only the ends of the connections are there."""
         self.sockets = {rank: connected_pair() for rank in range(1, size)}
         self.codes = {}
@@ -65,6 +65,7 @@ class Members:
                 addresses=addresses,
                 connections=connections[rank],
                 silence_secs=silence_secs,
+                start_silence_secs=start_silence_secs,
                 end=lambda code, rank=rank: self._note(rank, code),
             )
             for rank in (range(size) if start is None else start)

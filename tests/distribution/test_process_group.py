@@ -200,6 +200,21 @@ def test_silence_ends_all_with_69_naming_it(members, lost, capfd):
     assert said.count(f"process {lost} of 3 (host{lost}:700{lost}) has not been heard of for 1 s") == 2
 
 
+def test_whoever_starts_slowly_is_not_lost_and_whoever_falls_silent_later_is(members, capfd):
+    """Process 1 says nothing by itself, as while TensorFlow is imported, which holds up its thread that beats."""
+    group = members(2, start=[0], silence_secs=0.5, start_silence_secs=60.0)
+    chief, slow = group.groups[0], Connection(group.sockets[1][1])
+    slow.send({"number": 0, "value": "meets"})
+    assert chief.gather("meets") == ["meets", "meets"]
+    time.sleep(1.5)
+    assert (group.codes, chief.has_started) == ({}, False)
+    slow.send({"number": 1, "value": "the same"})
+    chief.gather("the same")
+    assert group.wait_for_ends(1) == {0: EXIT_LOST}
+    assert chief.has_started
+    assert "process 1 of 2 (host1:7001) has not been heard of for" in capfd.readouterr().err
+
+
 def test_whoever_beats_is_not_silent(members):
     group = members(3, silence_secs=0.6)
     time.sleep(1.5)
