@@ -104,9 +104,9 @@ def train(experiment, *, workdir, strategy, config_text, hparams, group=None, pr
     for text in filter(None, texts.values()):
         _logger.info("%s", text)
     with (
+        collect_stop_signals() as stop,  # First, so last: what closes files is not interrupted.
         reports,
         profiler,
-        collect_stop_signals() as stop,
         progress(
             total=experiment.train_steps,
             initial=trainer.step,

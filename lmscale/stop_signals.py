@@ -18,6 +18,15 @@ def exit_on_stop_signals() -> None:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
+def ignore_stop_signals() -> None:
+    """Has a process that is ending as it was asked to end with its own exit code, however often it is asked again.
+
+    But for Ctrl-C, which still interrupts what may hang.
+    """
+    for number in _heard():
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def collect_stop_signals() -> Iterator[list[str]]:
     """Collects the names of the signals, Ctrl-C too, instead of ending; a second Ctrl-C interrupts at once.

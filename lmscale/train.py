@@ -11,7 +11,7 @@ import sys
 
 from absl import flags, logging
 
-from lmscale import machine_flags
+from lmscale import machine_flags, stop_signals
 from lmscale.command_line import DEFINE_multi_path, DEFINE_path, run_main
 
 flags.adopt_module_key_flags(machine_flags)
@@ -118,6 +118,7 @@ def _train(group):
                 profile_steps=profile_steps,
             )
         except StoppedEarlyError as stopped:
+            stop_signals.ignore_stop_signals()
             _say(group, f"{stopped}. Run the same command again to go on.", file=sys.stderr)
             return EXIT_STOPPED
         except NonFiniteError as error:

@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from lmscale.stop_signals import collect_stop_signals, exit_on_stop_signals
+from lmscale.stop_signals import collect_stop_signals, exit_on_stop_signals, ignore_stop_signals
 
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -41,3 +41,12 @@ def test_an_ignored_hangup_stays_ignored():
         signal.raise_signal(signal.SIGUSR1)
     assert received == ["SIGUSR1"]
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_one_that_is_ending_is_not_asked_again():
+    exit_on_stop_signals()
+    ignore_stop_signals()
+    for number in NUMBERS:
+        signal.raise_signal(number)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
