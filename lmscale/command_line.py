@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 from lmscale import keras_settings, paths, quiet_start, stop_signals
-from lmscale.doing import doing, what_was_done
+from lmscale.doing import doing
+from lmscale.user_errors import user_message
 
 # The flags that are defined by way of this module belong to the module that asks for them.
 flags.disclaim_key_flags()
@@ -54,11 +55,8 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             print("interrupted", file=sys.stderr, flush=True)
             return EXIT_INTERRUPTED
         except Exception as error:
-            if _is_lack_of_memory(error):
-                message = _lack_of_memory(error)
-            elif isinstance(error, (ValueError, OSError)):
-                message = _message(error)
-            else:
+            message = user_message(error)
+            if message is None:
                 raise
             logging.debug("The error was raised here:", exc_info=True)
             return _fail(message, code=getattr(error, "exit_code", EXIT_USAGE))
@@ -211,31 +209,6 @@ class _LenientFile(io.FileIO):
             self._ignored = None  # Python flushes once more when it ends, and would change the exit code.
             error.filename = {1: "stdout", 2: "stderr"}[self.fileno()]
             raise
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    # The last is TensorFlow's, which may not be imported.
-    return (
-        isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or type(error).__name__ == "ResourceExhaustedError"
-    )
-
-
-def _lack_of_memory(error: Exception) -> str:
-    return (
-        f"there must be memory for what was asked for. Received: none left while {what_was_done(error)} "
-        f"({_message(error)}). Ask for less; or, for tables that take more than half of a host's memory, set "
-        "TF_ONEDNN_USE_SYSTEM_ALLOCATOR=1."
-    )
-
-
-def _message(error: Exception) -> str:
-    """The text of an error; an OSError without its errno: `name: No such file or directory`."""
-    if isinstance(error, OSError) and error.strerror:
-        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return ": ".join([*names, error.strerror])
-    return str(error) or type(error).__name__
 
 
 def _fail(message: str, *, code: int = EXIT_USAGE) -> int:

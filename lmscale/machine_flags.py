@@ -1,6 +1,7 @@
 """The flags that say on which devices a command runs, and in which processes: to a group and a strategy."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 
@@ -31,12 +32,26 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, 
 _PORT = flags.DEFINE_integer(
     "port", None, "Where processes listen, plus their number on the host, if the environment gives no ports."
 )
+_LONGEST_SECS = 1e6  # More than eleven days.
 _START_TIMEOUT_SECS = flags.DEFINE_float(
-    "start_timeout_secs", 300.0, "How long a process waits for all others to start.", lower_bound=0.0
+    "start_timeout_secs",
+    300.0,
+    "How long a process waits for all others to start.",
+    lower_bound=0.0,
+    upper_bound=_LONGEST_SECS,
 )
 _SILENCE_SECS = flags.DEFINE_float(
-    "silence_secs", 20.0, "After how long without a sign of life a process counts as lost.", lower_bound=1.0
+    "silence_secs",
+    20.0,
+    "After how long without a sign of life a process counts as lost. The same in all processes.",
+    lower_bound=1.0,
+    upper_bound=_LONGEST_SECS,
 )
+for _name in ("start_timeout_secs", "silence_secs"):
+    # Bounds let it through.
+    flags.register_validator(
+        _name, lambda secs: not math.isnan(secs), message="must be a number of seconds. Received: nan."
+    )
 
 
 def cluster() -> Cluster:

@@ -124,6 +124,7 @@ def _train(group):
         except NonFiniteError as error:
             _say(group, f"error: {error}", file=sys.stderr)
             return EXIT_NON_FINITE
+        stop_signals.ignore_stop_signals()
         if group.is_chief:
             workdir.mark_finished(step=summary["step"], summary=summary)
         _say(group, f"Finished: {workdir.path}, {json.dumps(summary)}")

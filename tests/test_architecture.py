@@ -25,6 +25,7 @@ LAYERS = [
     {"data", "distribution", "metrics", "hparams_tab", "event_files", "profiling"},
     {
         "command_line",
+        "user_errors",
         "workdir",
         "storage",
         "stop_signals",

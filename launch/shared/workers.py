@@ -269,5 +269,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main(*sys.argv[1:]))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,9 @@ from lmscale.distribution.clusters.surroundings import Surroundings
 
 __all__ = ["LAUNCHERS", "Cluster", "find_cluster", "gpus_of_process", "share_of_process"]
 
+# A number above is a mistake: no port would be left.
+MOST_PROCESSES = 2**16
+
 # Surroundings -> Cluster, or None where a launcher's variables are not set. The first that knows is believed: what
 # was written for TensorFlow, then what starts processes inside of other launchers' before those others.
 LAUNCHERS: tuple[Callable[[Surroundings], Cluster | None], ...] = (
@@ -132,6 +135,10 @@ def _from_flags(coordinator, num_processes, process_id):
     if num_processes is not None and num_processes < 1:
         raise ValueError(
             f"num_processes must be at least 1. Received: {text}. Give --num_processes=1 or more."
+        )
+    if num_processes is not None and num_processes > MOST_PROCESSES:
+        raise ValueError(
+            f"num_processes must be at most {MOST_PROCESSES}. Received: {text}. Give as many as there are."
         )
     is_alone = num_processes == 1
     missing = [name for name, value in given.items() if value is None]

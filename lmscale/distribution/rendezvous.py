@@ -17,11 +17,25 @@ from lmscale import __version__
 from lmscale.distribution.clusters.addresses import join_address, split_address
 from lmscale.distribution.clusters.description import Cluster
 from lmscale.distribution.process_group import Connection, LostProcessError, ProcessGroup
+from lmscale.user_errors import user_message
 
 _RETRY_SECS = 0.3
 _GREETING_SECS = 5.0
 _GREETING_BYTES = 2**22
 _EXIT_BUG, _EXIT_USAGE, _EXIT_INTERRUPTED = 1, 2, 130
+_LOST_CONNECTION = (
+    "TensorFlow must reach every process of the run all the time. Run the same command again: it goes on from the "
+    "last checkpoint."
+)
+_MOST_LISTED = 8  # Of processes that have not come.
+
+
+class _RefusedError(ValueError):
+    """The chief does not take this process; `exit_code` is the chief's own."""
+
+    def __init__(self, message, *, exit_code):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @contextlib.contextmanager
@@ -51,7 +65,14 @@ def joined(
     try:
         yield group
     except BaseException as error:
-        if not isinstance(error, (ValueError, OSError, SystemExit, KeyboardInterrupt)):
+        if _is_of_a_collective(error):
+            group.wait_for_verdict()
+            # No process is lost for good: a machine was paused, or what connects them was down for a while.
+            lost = LostProcessError(f"{_LOST_CONNECTION} Received: {str(error).splitlines()[0]}.")
+            how, code = _last_words(lost)
+            group.fail(how, code=code)
+            raise lost from error
+        if not isinstance(error, (SystemExit, KeyboardInterrupt)) and user_message(error) is None:
             group.wait_for_verdict()
         how, code = _last_words(error)
         group.fail(how, code=code)
@@ -59,14 +80,26 @@ def joined(
     group.leave()
 
 
+def _is_of_a_collective(error):
+    """Whether TensorFlow, which may not be imported, says that it has lost another process."""
+    return type(error).__name__ in (
+        "AbortedError",
+        "CancelledError",
+        "DeadlineExceededError",
+        "UnavailableError",
+    )
+
+
 def _last_words(error):
     """(how this process ended, its exit code)."""
     if isinstance(error, KeyboardInterrupt):
         return "was interrupted", _EXIT_INTERRUPTED
     if isinstance(error, SystemExit):
-        return f"was asked to end, with exit code {error.code}", error.code
-    if isinstance(error, (ValueError, OSError)):
-        return f"failed: {error}", getattr(error, "exit_code", _EXIT_USAGE)
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        return f"was asked to end, with exit code {code}", code
+    message = user_message(error)
+    if message is not None:
+        return f"failed: {message}", getattr(error, "exit_code", _EXIT_USAGE)
     return f"failed:\n{''.join(traceback.format_exception(error))}", _EXIT_BUG
 
 
@@ -91,7 +124,8 @@ def _join(cluster, *, start_timeout_secs, silence_secs):
             if rank != cluster.rank
             and (problem := _unreachable(group.name(rank), addresses[rank], rank, deadline=deadline))
         ]
-        problems = [(rank, told[0]) for rank, told in enumerate(group.gather(unreachable)) if told]
+        found = group.gather({"unreachable": unreachable, "silence_secs": silence_secs})
+        problems = [(rank, told["unreachable"][0]) for rank, told in enumerate(found) if told["unreachable"]]
     if problems:
         # All say the same, so no one needs to be told.
         group.leave()
@@ -100,6 +134,14 @@ def _join(cluster, *, start_timeout_secs, silence_secs):
             f"Every process must reach every other one. Received: {group.name(rank)} cannot reach {problem}. See to "
             "the name, the port, and what filters traffic between them."
         )
+    for rank, told in enumerate(found):
+        if told["silence_secs"] != found[0]["silence_secs"]:
+            group.leave()
+            raise ValueError(
+                f"--silence_secs must be the same in every process of a run. Received: {found[0]['silence_secs']:g} in "
+                f"{group.name(0)}, {told['silence_secs']:g} in {group.name(rank)}. Start every process with the same "
+                "command."
+            )
     return group
 
 
@@ -163,13 +205,27 @@ def _is_application(greeting):
 def _gather_processes(cluster, door, *, deadline):
     """The chief's part: (addresses of all, {rank: `Connection`})."""
     connections: dict[int, Connection] = {}
+    try:
+        return _gather_into(connections, cluster, door, deadline=deadline)
+    except (KeyboardInterrupt, SystemExit) as error:
+        how, code = _last_words(error)
+        _refuse(connections.values(), f"it {how}", code=code)
+        raise
+
+
+def _gather_into(connections, cluster, door, *, deadline):
     addresses = {0: cluster.addresses[0] if cluster.addresses else cluster.coordinator}
     while len(connections) < cluster.size - 1:
         try:
             greeting, connection = door.applicants.get(timeout=max(deadline - time.monotonic(), 0))
         except queue.Empty:
             missing = [rank for rank in range(1, cluster.size) if rank not in connections]
-            where = [f"{r} ({cluster.addresses[r]})" if cluster.addresses else str(r) for r in missing]
+            where = [
+                f"{r} ({cluster.addresses[r]})" if cluster.addresses else str(r)
+                for r in missing[:_MOST_LISTED]
+            ]
+            if len(missing) > _MOST_LISTED:
+                where.append(f"and {len(missing) - _MOST_LISTED} others")
             problem = (
                 f"All {cluster.size} processes of the run must join the chief at {addresses[0]} in time. Received: "
                 f"nothing of process {', '.join(where)}. See whether it has started, and what it says"
@@ -241,8 +297,10 @@ def _join_chief(cluster, door, *, deadline):
             "time. See whether the chief's log tells of an error, and whether the port is that of another program."
         )
     if "refused" in answer:
-        kind = LostProcessError if answer.get("code") == LostProcessError.exit_code else ValueError
-        raise kind(f"The chief at {address} has refused this process: {answer['refused']}.")
+        message = f"The chief at {address} has refused this process: {answer['refused']}."
+        if answer["code"] == LostProcessError.exit_code:
+            raise LostProcessError(message)
+        raise _RefusedError(message, exit_code=answer["code"])
     return answer["addresses"], {0: connection}
 
 
@@ -268,6 +326,8 @@ def _connect(address, *, deadline):
             return socket.create_connection((host, port), timeout=_GREETING_SECS), None
         except socket.gaierror as error:
             problem = f"the name {host} does not resolve ({error.strerror})"
+        except UnicodeError:  # Of a label that is empty, or too long.
+            return None, f"{host!r} cannot be the name of a host"
         except OSError as error:
             problem = f"no connection ({error.strerror or error})"
         if time.monotonic() + _RETRY_SECS > deadline:

@@ -7,11 +7,13 @@ import os
 import socket
 
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 from lmscale.distribution.clusters.gpus import gpus_of_process, share_of_process, visible_gpus
 from lmscale.stop_signals import exit_on_stop_signals
 
 _ANSWER_SECONDS = 10
+_HEARTBEAT_TIMEOUT_MS = 24 * 60 * 60 * 1000
 
 
 def make_strategy(*, cpu_devices=None, gpu_memory_mib=None, tpu=None, group=None):
@@ -106,12 +108,27 @@ def _multi_worker_strategy(group, *, cpu_devices, gpu_memory_mib):
         num_accelerators={"GPU": num_gpus},
         rpc_layer="grpc",
     )
+    _leave_heartbeats_to_group(group)
     try:
         strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
     finally:
         # TensorFlow's servers take SIGTERM for themselves, and do nothing with it.
         exit_on_stop_signals()
     return strategy
+
+
+def _leave_heartbeats_to_group(group):
+    """Keeps TensorFlow from ending processes that were paused for ten seconds: whom a run has lost its group says."""
+    job = tf.compat.v1.ConfigProto().experimental.coordination_config.coordinated_job_list.add(
+        name="worker", num_tasks=group.size
+    )
+    # As MultiWorkerMirroredStrategy does where nobody has, but for the time.
+    context.context().configure_coordination_service(
+        service_type="standalone",
+        service_leader="/job:worker/replica:0/task:0",
+        coordinated_jobs=[job],
+        heartbeat_timeout_in_ms=_HEARTBEAT_TIMEOUT_MS,
+    )
 
 
 def _own_gpus(cluster):

@@ -1,5 +1,7 @@
 """A plan: memory, work and bottleneck of a step on N devices, and the fewest devices whose memory is enough."""
 
+import math
+
 from lmscale.assembly import check_treatments, make_task
 from lmscale.data.token_files import PreparedData
 from lmscale.metrics import device_memory_mib
@@ -35,11 +37,12 @@ def make_plan(experiment, *, num_devices, device_memory_gib, rates):
       "network_bytes", "secs", "bottleneck", "heads", "rates"}, as docs/plan.md tells; `DeviceMemory`).
 
     Raises:
-      ValueError: as of `make_step`; if the memory is not positive.
+      ValueError: as of `make_step`; if the memory is not positive and finite.
     """
-    if not device_memory_gib > 0:
+    if not 0 < device_memory_gib < math.inf:
         raise ValueError(
-            f"device_memory_gib must be positive. Received: {device_memory_gib}. Give the memory of one device."
+            f"device_memory_gib must be positive and finite. Received: {device_memory_gib}. Give the memory of one "
+            "device."
         )
     data = PreparedData.open(experiment.data_dir)
     step = make_step(experiment, data=data, num_devices=num_devices)

@@ -18,6 +18,9 @@ from lmscale.softmax.full import full_softmax_value_and_gradients
 RESOURCES = ("compute", "memory bandwidth", "network")
 
 
+_LEAST_RATE = 1e-6
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates:
     """What a device can do in a second.
@@ -34,9 +37,10 @@ class Rates:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not 0 < value < math.inf:
+            if not _LEAST_RATE <= value < math.inf:
                 raise ValueError(
-                    f"{name} must be positive and finite. Received: {name}={value}. Give a device's rate."
+                    f"{name} must be finite and at least {_LEAST_RATE:g}. Received: {name}={value}. Give the rate of "
+                    "a device."
                 )
 
 

@@ -806,6 +806,7 @@ def test_a_coordinator_completes_what_the_environment_tells(name):
         ({"coordinator": "a:1", "num_processes": 2}, "Give --process_id too"),
         ({"coordinator": "a:1", "process_id": 1}, "Give --num_processes too"),
         ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "from 0 to num_processes - 1 = 1. Received"),
+        ({"coordinator": "a:1", "num_processes": 65537, "process_id": 0}, "must be at most 65536. Received"),
         ({"coordinator": "a:1", "num_processes": 2, "process_id": -1}, "Received: .*process_id=-1"),
         ({"num_processes": 1, "process_id": 1}, "process_id must be from 0 to num_processes - 1 = 0"),
         ({"num_processes": 0}, "num_processes must be at least 1. Received: num_processes=0"),

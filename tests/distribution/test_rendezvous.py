@@ -11,7 +11,7 @@ import pytest
 from small_groups import at_once, cluster, free_ports
 
 from lmscale import __version__
-from lmscale.distribution.process_group import LostProcessError
+from lmscale.distribution.process_group import LostProcessError, ProcessGroup
 from lmscale.distribution.rendezvous import joined
 
 
@@ -227,18 +227,25 @@ def test_several_that_never_start_are_all_named():
     (error,) = meeting(with_coordinator(4, f"127.0.0.1:{port}")[:1], secs=0.5)
     assert f"All 4 processes of the run must join the chief at 127.0.0.1:{port}" in str(error)
     assert "nothing of process 1, 2, 3" in str(error)
+    (port,) = free_ports(1)
+    (error,) = meeting(with_coordinator(100, f"127.0.0.1:{port}")[:1], secs=0.1)
+    assert "nothing of process 1, 2, 3, 4, 5, 6, 7, 8, and 91 others" in str(error)
 
 
 @pytest.mark.parametrize(
     ("coordinator", "words"),
-    [("127.0.0.1:{port}", "Connection refused"), ("chief.invalid:2222", "chief.invalid does not resolve")],
+    [
+        ("127.0.0.1:{port}", "Connection refused"),
+        ("chief.invalid:2222", "chief.invalid does not resolve"),
+        ("chief..invalid:2222", "'chief..invalid' cannot be the name of a host"),
+    ],
 )
 def test_a_chief_that_is_not_there_is_named_at_the_deadline(coordinator, words):
     (port,) = free_ports(1)
     coordinator = coordinator.format(port=port)
     start = time.monotonic()
     (error,) = meeting(with_coordinator(2, coordinator)[1:], secs=1.0)
-    assert time.monotonic() - start >= 0.5  # It has tried again.
+    assert time.monotonic() - start >= 0.5 or ".." in coordinator  # It has tried again.
     assert isinstance(error, LostProcessError)
     assert f"Process 1 of 2 must reach the chief, process 0, at {coordinator} in time" in str(error)
     assert words in str(error)
@@ -279,6 +286,23 @@ def test_another_program_at_the_chiefs_address_is_not_taken_for_it():
         (error,) = meeting(with_coordinator(2, f"127.0.0.1:{port}")[1:], secs=5)
     assert isinstance(error, LostProcessError)
     assert f"The chief of the run must answer at 127.0.0.1:{port}" in str(error)
+
+
+def test_who_waits_is_told_that_the_chief_was_interrupted(monkeypatch):
+    """By a signal whose handler raises SystemExit, while another process is awaited."""
+    (port,) = free_ports(1)
+
+    def interrupted(connections, cluster, door, *, deadline):
+        _, connections[1] = door.applicants.get(timeout=20)
+        raise SystemExit(143)
+
+    monkeypatch.setattr("lmscale.distribution.rendezvous._gather_into", interrupted)
+    clusters = with_coordinator(3, f"127.0.0.1:{port}")[:2]
+    chief, other = meeting(clusters)
+    assert isinstance(chief, SystemExit)
+    assert isinstance(other, ValueError)
+    assert other.exit_code == 143
+    assert "has refused this process: it was asked to end, with exit code 143" in str(other)
 
 
 def test_a_port_that_is_taken_is_named():
@@ -353,3 +377,75 @@ def test_one_that_is_started_again_while_others_are_awaited_is_taken():
 
     functions = [lambda: take_part(chief, 0), die_and_return, lambda: take_part(second, 1.5)]
     assert at_once(functions) == [[0, 1, 2]] * 3
+
+
+def test_another_time_of_silence_is_refused_naming_both():
+    """Who beats more slowly than another listens would be taken for lost, start after start."""
+    (port,) = free_ports(1)
+
+    def take_part(each, silence_secs):
+        with joined(each, start_timeout_secs=20, silence_secs=silence_secs):
+            pass
+
+    clusters = with_coordinator(2, f"127.0.0.1:{port}")
+    for error in at_once([lambda: take_part(clusters[0], 2.0), lambda: take_part(clusters[1], 200.0)]):
+        assert isinstance(error, ValueError)
+        assert "--silence_secs must be the same" in str(error)
+        assert "2 in process 0 of 2" in str(error)
+        assert "200 in process 1 of 2" in str(error)
+
+
+# --------------------------------------------------------------------------------------------------- How they end
+
+
+class UnavailableError(Exception):
+    """Called as TensorFlow's is."""
+
+
+class ResourceExhaustedError(Exception):
+    """Called as TensorFlow's is."""
+
+
+def ending(error, monkeypatch):
+    """(what leaves the context in which it is raised, what its process has told the others and with which code)."""
+    told = []
+    monkeypatch.setattr(ProcessGroup, "fail", lambda group, how, *, code: told.append((how, code)))
+    monkeypatch.setattr(ProcessGroup, "wait_for_verdict", lambda group: told.append("waited"))
+    (port,) = free_ports(1)
+    clusters = with_coordinator(2, f"127.0.0.1:{port}")
+
+    def fails():
+        with joined(clusters[0]):
+            raise error
+
+    def goes():
+        with joined(clusters[1]):
+            pass
+
+    return at_once([fails, goes])[0], told
+
+
+def test_a_connection_that_breaks_between_living_processes_is_no_bug(monkeypatch):
+    raised, told = ending(UnavailableError("Connection reset by peer\nmore"), monkeypatch)
+    assert isinstance(raised, LostProcessError)
+    assert str(raised).endswith("Received: Connection reset by peer.")
+    assert told == ["waited", (f"failed: {raised}", 69)]
+
+
+def test_a_lack_of_memory_is_told_at_once_and_is_no_bug(monkeypatch):
+    raised, told = ending(ResourceExhaustedError("OOM"), monkeypatch)
+    assert isinstance(raised, ResourceExhaustedError)
+    ((how, code),) = told
+    assert "there must be memory for what was asked for" in how
+    assert code == 2
+
+
+def test_errors_of_files_are_told_without_numbers(monkeypatch):
+    _, told = ending(FileNotFoundError(2, "No such file or directory", "train.bin"), monkeypatch)
+    assert told == [("failed: train.bin: No such file or directory", 2)]
+
+
+@pytest.mark.parametrize(("code", "expected"), [(75, 75), (None, 0), ("words", 1)])
+def test_a_process_that_exits_is_told_with_a_number(monkeypatch, code, expected):
+    _, told = ending(SystemExit(code), monkeypatch)
+    assert told == [(f"was asked to end, with exit code {expected}", expected)]

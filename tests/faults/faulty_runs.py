@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -170,6 +171,20 @@ def sleep_in_saves(secs):
         return save(self, *args, **kwargs)
 
     Checkpoints.save = slow
+
+
+def sleep_before_training(secs):
+    """Makes this process say that it builds its model, and take so long to begin."""
+    from lmscale.trainer import Trainer
+
+    build = Trainer.__init__
+
+    def slow(self, *args, **kwargs):
+        print("building", file=sys.stderr, flush=True)
+        time.sleep(secs)
+        build(self, *args, **kwargs)
+
+    Trainer.__init__ = slow
 
 
 def fail_at_step(step):

@@ -90,7 +90,9 @@ def test_whatever_ends_a_process_the_rerun_goes_on_bit_for_bit(data_dir, referen
     # Asked to end: one of them saves with all others at the same step.
     processes = story.start()
     faulty_runs.until_step(processes, tiny_runs.checkpoint_steps(story.workdir)[-1] + 3)
-    processes[1].send(signal.SIGTERM)
+    while processes[1].is_running():  # However often it is asked.
+        processes[1].send(signal.SIGTERM)
+        time.sleep(0.01)
     assert tiny_runs.wait_for_all(processes) == [STOPPED, STOPPED]
     message = re.search(
         rf"stopped by SIGTERM to {NAMES[1]} after step (\d+); the checkpoint is saved", processes[0].stderr
@@ -119,6 +121,33 @@ def test_whatever_ends_a_process_the_rerun_goes_on_bit_for_bit(data_dir, referen
     assert tiny_runs.without_times(tiny_runs.metrics(story.workdir)) == tiny_runs.without_times(
         tiny_runs.metrics(reference)
     )
+
+
+def test_a_signal_before_the_first_step_ends_all_with_its_number(data_dir, tmp_path):
+    slow = functools.partial(faulty_runs.sleep_before_training, 60)
+    processes = faulty_runs.start(
+        2, workdir=tmp_path / "run", data_dir=data_dir, log=tmp_path / "log", before={0: slow, 1: slow}
+    )
+    processes[1].wait_until(lambda: "building" in processes[1].stderr)
+    processes[1].send(signal.SIGTERM)
+    assert tiny_runs.wait_for_all(processes) == [128 + signal.SIGTERM] * 2
+    (error,) = faulty_runs.errors(processes[0])
+    assert re.match(f"{NAMES[1]} was asked to end, with exit code 143", error)
+
+
+def test_processes_that_are_paused_go_on(data_dir, tmp_path):
+    """Longer than TensorFlow's own patience of ten seconds: one of them for less than --silence_secs, then both."""
+    processes = faulty_runs.start(
+        2, workdir=tmp_path / "run", data_dir=data_dir, log=tmp_path / "log", flags=["--silence_secs=30"]
+    )
+    for step, paused in ((10, [1]), (30, [0, 1])):
+        faulty_runs.until_step(processes, step)
+        for rank in paused:
+            processes[rank].send(signal.SIGSTOP)
+        time.sleep(14)
+        for rank in paused:
+            processes[rank].send(signal.SIGCONT)
+    assert tiny_runs.wait_for_all(processes) == [0, 0]
 
 
 def test_an_error_that_nobody_expects_reaches_the_chief(data_dir, tmp_path):

@@ -147,6 +147,9 @@ class Process:
         self.send(signal.SIGKILL)
         self._process.wait()
 
+    def is_running(self):
+        return self._process.poll() is None
+
     def send(self, number):
         # Not Popen.send_signal, which polls first: a stopped process must stay as it is.
         with contextlib.suppress(ProcessLookupError):
