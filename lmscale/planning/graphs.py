@@ -259,7 +259,8 @@ class _Walk:
         if inputs and (is_cut or op.type in _VIEWS):
             if op.type == "IdentityN":
                 return inputs
-            return [inputs[0]] * len(op.outputs)
+            # Of a Split, the axis comes first.
+            return [inputs[1 if op.type == "Split" else 0]] * len(op.outputs)
         self._count(op, part)
         sizes = [self._size(x) for x in op.outputs]
         if op.type in _IN_PLACE:

@@ -45,6 +45,17 @@ def test_views_take_nothing():
     assert everything(cost(function, X, W).peak_bytes) == 4 * ROWS * WIDE
 
 
+def test_pieces_hold_what_they_are_cut_from():
+    """Of a Split the axis is the first input: what is read later is not the axis."""
+
+    def function(x, w):
+        pieces = tf.split(x @ w, 4)
+        narrow = tf.reduce_sum(x @ w @ tf.transpose(w) @ w)
+        return [piece + narrow for piece in pieces]
+
+    assert everything(cost(function, X, W).peak_bytes) >= 2 * 4 * ROWS * WIDE
+
+
 def test_values_that_a_gradient_needs_are_kept():
     def function(x, w):
         with tf.GradientTape() as tape:
