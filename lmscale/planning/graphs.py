@@ -87,8 +87,8 @@ _CONVOLUTION_GRADIENTS = {
     "Conv3DBackpropFilterV2",
     "Conv3DBackpropInputV2",
 }
-# How long operations take beside each other: of a core, some 100 GFLOP/s of products, 10 GB/s of memory, and 3 us until an
-# operation starts.
+# How long operations take beside each other: of a core, some 100 GFLOP/s of products, 10 GB/s of memory, and 3 us until
+# an operation starts.
 _FLOPS_A_BYTE = 10
 _BYTES_OF_A_START = 30_000
 # Memory of values below it, once taken, stays with the allocator of the C library, for other such values.
@@ -143,8 +143,8 @@ def cost_of(function, *specs, part_of):
 class _Buffer:
     """Memory of a value and its views.
 
-    `uses`: reads that are still to come; `trips`: of the loop that filled it; `is_small`: whether its memory, once freed,
-    stays with the allocator.
+    `uses`: reads that are still to come; `trips`: of the loop that filled it; `is_small`: whether its memory, once
+    freed, stays with the allocator.
     """
 
     def __init__(self, size, part, *, is_given=False):

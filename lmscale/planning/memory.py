@@ -513,9 +513,9 @@ class Step:
     def _evaluated_features(self):
         """Features of the first batch of an evaluation inside the run, filled up for all devices."""
         features = self.task.evaluation_batches("valid").at(0).features
-        missing = self._evaluated_size * self.num_devices - self._experiment.eval_batch_size
+        size = self._evaluated_size * self.num_devices
         return {
-            name: np.pad(np.asarray(x), [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+            name: np.pad(np.asarray(x), [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
             for name, x in features.items()
         }
 
