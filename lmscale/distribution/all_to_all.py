@@ -94,7 +94,7 @@ class _BetweenProcesses(AllToAll):
     def __init__(self, sizes, *, max_size):
         num_replicas = collectives.num_replicas()
         matrix = tf.reshape(collectives.all_gather(sizes), [num_replicas, num_replicas])
-        step = -(-max(max_size, 1) // _SIZES)
+        step = size_step(max_size)
         self._sizes_out = tf.unstack(sizes, num=num_replicas)
         self._sizes_in = tf.unstack(matrix[:, collectives.replica_id()], num=num_replicas)
         self._instance = -(-tf.reduce_max(matrix) // step)  # 0 .. _SIZES
@@ -137,6 +137,11 @@ class _BetweenProcesses(AllToAll):
             [tf.reshape(x, [-1, *shape]) for x in column]
             for column, shape in zip(zip(*by_replica, strict=True), row_shapes, strict=True)
         ]
+
+
+def size_step(max_size):
+    """What the sizes of pieces between processes, none above `max_size`, are rounded up to a multiple of."""
+    return -(-max(max_size, 1) // _SIZES)
 
 
 def _row_bytes(columns):

@@ -1,17 +1,22 @@
 """What a traced function costs: memory of intermediate values, operations of products, bytes that are moved.
 
-Nothing is run. Operations are gone through as TensorFlow's executor takes them, each as soon as its inputs are there
-and in the order in which they became ready; a value is there from the operation that makes it until the last one that
-reads it. As in TensorFlow, views share the memory of what they show,
-and an operation that works element by element writes over an input that nobody else reads. What the function is given
-counts for nothing: whoever calls it holds it.
+Nothing is run. Operations are gone through as TensorFlow's executor takes them with a thread for each that is ready:
+each starts as soon as its inputs are there and takes as long as what it multiplies and moves; one that XLA compiles
+runs one after the other. A value is there from the start of the operation that makes it to the end of the last one that
+reads it. As in TensorFlow, views share the memory of what they show, and an operation that works element by element
+writes over an input that nobody else still reads. What the function is given counts for nothing: whoever calls it holds
+it.
 
-TensorFlow's threads may take them in another order, and several at once: the result is an estimate, and with several
-threads too low.
+Memory of small values stays with the allocator once it was taken, so the most of small values comes on top of the most
+of large ones, whenever either was.
+
+TensorFlow's threads may take operations in another order: the result is an estimate.
 """
 
 import collections
 import dataclasses
+import heapq
+import itertools
 
 import numpy as np
 import tensorflow as tf
@@ -82,6 +87,12 @@ _CONVOLUTION_GRADIENTS = {
     "Conv3DBackpropFilterV2",
     "Conv3DBackpropInputV2",
 }
+# How long operations take beside each other: of a core, some 100 GFLOP/s of products, 10 GB/s of memory, and 3 us until
+# an operation starts.
+_FLOPS_A_BYTE = 10
+_BYTES_OF_A_START = 30_000
+# Memory of values below it, once taken, stays with the allocator of the C library, for other such values.
+_GIVEN_BACK = 32 * 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +100,8 @@ class GraphCost:
     """What a call of a function costs.
 
     Attributes:
-      peak_bytes: {part: bytes of values of that part} when all values together take most.
+      peak_bytes: {part: bytes of values of that part} when all values together take most; of small and large values
+        each by themselves.
       most_bytes: {part: bytes of values of that part} when those of the part alone take most.
       product_flops: {part: floating-point operations of its matrix products and convolutions}, a multiplication and an
         addition each.
@@ -129,11 +141,35 @@ def cost_of(function, *specs, part_of):
 
 
 class _Buffer:
-    """Memory of a value and its views. `uses`: reads that are still to come; `trips`: of the loop that filled it."""
+    """Memory of a value and its views.
+
+    `uses`: reads that are still to come; `trips`: of the loop that filled it; `is_small`: whether its memory, once
+    freed, stays with the allocator.
+    """
 
     def __init__(self, size, part, *, is_given=False):
         self.size, self.part, self.is_given = size, part, is_given
-        self.uses, self.trips = 0, 1
+        self.uses, self.trips, self.is_small = 0, 1, False
+
+
+class _Account:
+    """Bytes that are taken and given back, by part; `at_peak`: a `Counter`, of when they were most in all."""
+
+    def __init__(self):
+        self._live = self._peak = 0
+        self._by_part: collections.Counter = collections.Counter()
+        self.at_peak: collections.Counter = collections.Counter()
+
+    def add(self, size, part):
+        self._live += size
+        self._by_part[part] += size
+        if self._live > self._peak:
+            self._peak = self._live
+            self.at_peak = +self._by_part
+
+    def remove(self, size, part):
+        self._live -= size
+        self._by_part[part] -= size
 
 
 class _Value:
@@ -189,8 +225,7 @@ class _Walk:
     def __init__(self, part_of):
         self._part_of = part_of
         self._live: dict[_Buffer, None] = {}
-        self._live_bytes = self._peak_bytes = 0
-        self._at_peak: dict[str, int] = {}
+        self._large, self._small = _Account(), _Account()
         self._live_by_part: collections.Counter = collections.Counter()
         self.most: collections.Counter = collections.Counter()
         self._trips = 1
@@ -203,7 +238,7 @@ class _Walk:
         return _Buffer(0, "", is_given=True)
 
     def peak_by_part(self):
-        return dict(self._at_peak)
+        return dict(self._large.at_peak + self._small.at_peak)
 
     def run(self, graph, arguments, *, part=None, num_outputs=None):
         """Goes through a graph; returns the buffers of its first outputs, each with one use to come."""
@@ -226,13 +261,20 @@ class _Walk:
                 waiting[value].append(node)
             if not needed:
                 ready.append(node)
-        while ready:
-            node = ready.popleft()
-            inputs = [buffers[value] for value in node.inputs]
-            outputs = self._execute(node.op, inputs, node.part)
-            for value, buffer in zip(node.outputs, outputs, strict=True):
-                buffers[value] = buffer
-                buffer.uses += uses[value]
+        now, numbers = 0.0, itertools.count()
+        running: list[tuple] = []
+        while ready or running:
+            while ready and not (running and self._is_fused):
+                node = ready.popleft()
+                inputs = [buffers[value] for value in node.inputs]
+                before = self._work()
+                outputs = self._execute(node.op, inputs, node.part)
+                for value, buffer in zip(node.outputs, outputs, strict=True):
+                    buffers[value] = buffer
+                    buffer.uses += uses[value]
+                ends = now + self._work() - before + _BYTES_OF_A_START
+                heapq.heappush(running, (ends, next(numbers), node, inputs, outputs))
+            now, _, node, inputs, outputs = heapq.heappop(running)
             for buffer in inputs:
                 buffer.uses -= 1
             for buffer in (*inputs, *outputs):
@@ -243,6 +285,10 @@ class _Walk:
                     if not waiting_for[other]:
                         ready.append(other)
         return [buffers[value] for value in returned]
+
+    def _work(self):
+        """How long all that was done so far takes by itself, in bytes moved."""
+        return sum(self.moved.values()) + sum(self.flops.values()) / _FLOPS_A_BYTE
 
     def _execute(self, op, inputs, part):
         """The buffers of an operation's outputs, perhaps those of its inputs."""
@@ -259,10 +305,17 @@ class _Walk:
         if inputs and (is_cut or op.type in _VIEWS):
             if op.type == "IdentityN":
                 return inputs
-            return [inputs[0]] * len(op.outputs)
+            # Of a Split, the axis comes first.
+            return [inputs[1 if op.type == "Split" else 0]] * len(op.outputs)
         self._count(op, part)
         sizes = [self._size(x) for x in op.outputs]
-        if op.type in _IN_PLACE:
+        # A choice that broadcasts writes elsewhere.
+        is_broadcast = (
+            op.type == "SelectV2"
+            and not self._is_fused
+            and any(x.shape != op.outputs[0].shape for x in op.inputs)
+        )
+        if op.type in _IN_PLACE and not is_broadcast:
             for tensor, buffer in zip(op.inputs, inputs, strict=True):
                 if buffer.uses == 1 and not buffer.is_given and buffer.size == sizes[0] == self._size(tensor):
                     return [buffer]
@@ -314,28 +367,27 @@ class _Walk:
             return target
         target.size += size
         self._live[target] = None
-        self._grow(size, target.part)
+        self._grow(size, target)
         return target
 
     def _allocate(self, size, part):
         buffer = _Buffer(size, part)
+        buffer.is_small = 0 < size < _GIVEN_BACK
         self._live[buffer] = None
-        self._grow(size, part)
+        self._grow(size, buffer)
         return buffer
 
-    def _grow(self, size, part):
-        self._live_bytes += size
+    def _grow(self, size, buffer):
+        part = buffer.part
         self._live_by_part[part] += size
         self.most[part] = max(self.most[part], self._live_by_part[part])
-        if self._live_bytes > self._peak_bytes:
-            self._peak_bytes = self._live_bytes
-            self._at_peak = {part: live for part, live in self._live_by_part.items() if live}
+        (self._small if buffer.is_small else self._large).add(size, part)
 
     def _free_if_unused(self, buffer):
         if buffer.uses == 0 and buffer in self._live:
             del self._live[buffer]
-            self._live_bytes -= buffer.size
             self._live_by_part[buffer.part] -= buffer.size
+            (self._small if buffer.is_small else self._large).remove(buffer.size, buffer.part)
 
     def _size(self, tensor):
         if tensor.dtype in (tf.resource, tf.variant, tf.string):

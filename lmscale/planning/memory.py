@@ -18,7 +18,9 @@ import tensorflow as tf
 
 from lmscale.assembly import step_traffic
 from lmscale.bodies.dropout import DropoutStream
+from lmscale.distribution.strategies import runs_on_cpu
 from lmscale.parameters.report import parameter_lines
+from lmscale.planning import messages
 from lmscale.planning.graphs import GraphCost, cost_of
 from lmscale.softmax.full import full_softmax_loss
 from lmscale.tables.placement import Placement
@@ -40,6 +42,7 @@ PASSING = {
     "body": "activations of the body",
     "head": "logits of the heads",
     "exchange": "buffers of the exchange",
+    "messages": "messages between processes",
     "update": "what an update makes of rows and layers",
     "evaluation": "blocks of the exact evaluation",
 }
@@ -105,6 +108,7 @@ class TableUse:
       num_touched: different rows of a shard that get a gradient.
       is_dense: whether every row gets one.
       row_values: numbers of a row.
+      piece_bytes: of the rows that a device asks of one shard, as they travel between processes: padded.
       is_updated: whether any parameter of the table has an update rule.
     """
 
@@ -115,6 +119,7 @@ class TableUse:
     num_touched: int
     is_dense: bool
     row_values: int
+    piece_bytes: int
     is_updated: bool
 
 
@@ -216,8 +221,16 @@ class Step:
                 head.table == name and not self.has_candidates(head) for head in self.task.heads.values()
             ),
             row_values=config.embed_dim + (config.bias != "none"),
+            piece_bytes=self._piece_bytes(name, own, shared),
             is_updated=any(self._rules(name).values()),
         )
+
+    def _piece_bytes(self, table, ids, shared_ids):
+        """Of the rows that a device asks of one shard, padded as all are; ids as in `ids`."""
+        config = self.task.tables[table]
+        longest = messages.longest_piece(ids, shared_ids, self.placement)
+        rows = messages.padded_rows(longest, max_size=ids.shape[1] + len(shared_ids))
+        return FLOAT_BYTES * (config.embed_dim + (config.bias != "none")) * rows
 
     def has_candidates(self, head):
         """Whether a head compares tokens with some rows, rather than with all."""
@@ -265,7 +278,6 @@ class Step:
         uses = self.table_uses.values()
         rows = sum((use.num_own + use.num_shared) * use.row_values for use in uses) * FLOAT_BYTES
         travels = self.num_devices > 1
-        distinct = sum(use.num_distinct * use.row_values for use in uses) * FLOAT_BYTES
         # Of tables that are updated: their gradients go home.
         updated = [use for use in uses if use.is_updated]
         pushed = sum((use.num_own + use.num_shared) * use.row_values for use in updated) * FLOAT_BYTES
@@ -277,21 +289,26 @@ class Step:
             sum(self.placement.allocated_rows * use.row_values for use in updated if use.is_dense)
             * FLOAT_BYTES
         )
+        answers = sum(use.num_answered * use.row_values for use in uses) * FLOAT_BYTES
+        # What is sent is padded and stacked, and as much is received.
+        stacked, stacked_home = (
+            2 * self.num_devices * sum(use.piece_bytes for use in of_tables) for of_tables in (uses, updated)
+        )
         d_layers = FLOAT_BYTES * self.num_layer_values
         compute = collections.Counter(training)
         compute["rows"] += rows + dense
         # Gradients by part, those of the device's own ids side by side, all of them side by side.
         push_whole = {"rows": 3 * pushed, "body": d_layers}
-        # Summed by row, sent, summed again by who owns the row.
+        # Summed by row, sent, put side by side as received, summed again by who owns the row.
         push_sums = {
-            "rows": max(pushed, 0) if not travels else sums,
-            "exchange": (received + touched + d_layers) if travels else touched,
+            "rows": sums if travels else pushed,
+            "exchange": (stacked_home + received + touched + d_layers) if travels else touched,
             "body": d_layers,
         }
         push = max((push_whole, push_sums), key=lambda of: sum(of.values()))
         push["rows"] += 2 * dense
-        return {
-            "pull": {"rows": rows, "exchange": 2 * distinct if travels else 0},
+        phases = {
+            "pull": {"rows": rows, "exchange": answers + stacked if travels else 0},
             "compute": dict(compute),
             "push": push,
             "update": {
@@ -301,6 +318,59 @@ class Step:
             },
             "evaluate": dict(evaluation),
         }
+        if travels and runs_on_cpu():
+            self._add_messages(phases, d_layers=d_layers)
+        return phases
+
+    def _add_messages(self, phases, *, d_layers):
+        """Adds what gRPC takes, which stays from collective to collective; of those of rows all of it, as they run."""
+        rows = [
+            messages.of_all_to_all(use.piece_bytes, num_devices=self.num_devices)
+            for use in self.table_uses.values()
+        ]
+        hidden = self._messages_of_hidden(self.tokens)
+        gathered = [of for name, of in hidden.items() if not self.has_candidates(self.task.heads[name])]
+        layers = messages.of_all_reduce(d_layers, num_devices=self.num_devices)
+        kept = sum(of.kept_bytes for of in [*rows, *gathered, layers])
+        running = sum(of.all_bytes - of.kept_bytes for of in rows)
+        for phase, of_phase in phases.items():
+            if phase == "evaluate":
+                of_phase["messages"] = sum(of.kept_bytes for of in self._messages_of_evaluation())
+            else:
+                of_phase["messages"] = kept + (running if phase in ("pull", "push") else 0)
+
+    def _messages_of_hidden(self, tokens):
+        """{head: `Messages`} of the hidden states of {head: tokens of a device}, gathered by a full softmax."""
+        return {
+            name: messages.of_all_gather(
+                FLOAT_BYTES * number * self.task.tables[self.task.heads[name].table].embed_dim,
+                num_devices=self.num_devices,
+            )
+            for name, number in tokens.items()
+        }
+
+    def _messages_of_evaluation(self):
+        """`Messages` of the rows that the first batch of an evaluation needs, and of its hidden states."""
+        devices = [
+            {name: x[i : i + self._evaluated_size] for name, x in self._evaluated_features.items()}
+            for i in range(0, self._evaluated_size * self.num_devices, self._evaluated_size)
+        ]
+        ids: dict = collections.defaultdict(list)
+        for features in devices:
+            of_tables: dict = collections.defaultdict(list)
+            for lookup in self.task.lookups(features).values():
+                of_tables[lookup.table].append(np.asarray(lookup.ids, np.int64).reshape(-1))
+            for table, found in of_tables.items():
+                ids[table].append(np.concatenate(found))
+        rows = [
+            messages.of_all_to_all(
+                self._piece_bytes(table, np.stack(own), np.zeros([0], np.int64)), num_devices=self.num_devices
+            )
+            for table, own in ids.items()
+        ]
+        labels = self.task.labels(devices[0])
+        tokens = {name: label.ids.shape[0] for name, label in labels.items()}
+        return [*rows, *self._messages_of_hidden(tokens).values()]
 
     def _updated_layers(self):
         """{path: Keras variable} of the layers' variables that have an update rule."""
@@ -434,14 +504,26 @@ class Step:
                 specs.append(_update_specs(rule, number, row_shape, held_rows=self.placement.allocated_rows))
         return rules, specs
 
+    @property
+    def _evaluated_size(self):
+        """Examples of an evaluation step on one device."""
+        return -(-self._experiment.eval_batch_size // self.num_devices)
+
+    @functools.cached_property
+    def _evaluated_features(self):
+        """Features of the first batch of an evaluation inside the run, filled up for all devices."""
+        features = self.task.evaluation_batches("valid").at(0).features
+        size = self._evaluated_size * self.num_devices
+        return {
+            name: np.pad(np.asarray(x), [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
+            for name, x in features.items()
+        }
+
     @functools.cached_property
     def evaluation_cost(self) -> GraphCost:
         """Of an evaluation step of the run."""
-        experiment = self._experiment
-        size = -(-experiment.eval_batch_size // self.num_devices)
-        split = "valid"
-        features = self.task.evaluation_batches(split).at(0).features
-        features = {name: np.zeros([size, *x.shape[1:]], x.dtype) for name, x in features.items()}
+        experiment, size = self._experiment, self._evaluated_size
+        features = {name: x[:size] for name, x in self._evaluated_features.items()}
         lookups, labels = self.task.lookups(features), self.task.labels(features)
         specs = (
             {role: self._rows_spec(lookup.table, np.shape(lookup.ids)) for role, lookup in lookups.items()},

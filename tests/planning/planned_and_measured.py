@@ -19,12 +19,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LARGE = "200,000 x 128"
+WIDER = "quickstart, wider"
 CONFIGURATIONS = {
     "quickstart": ("quickstart.gin", []),
     "quickstart_untied": ("quickstart_untied.gin", []),
     LARGE: (
         "quickstart.gin",
         ["EMBED_DIM=128", "HIDDEN_DIM=128", "GLOBAL_BATCH_SIZE=8", "WINDOW=20"],
+    ),
+    # A check of the planner by what it was not compared with while it was made.
+    WIDER: (
+        "quickstart.gin",
+        ["EMBED_DIM=160", "HIDDEN_DIM=224", "GLOBAL_BATCH_SIZE=16", "WINDOW=50", "NUM_SAMPLED=512"],
     ),
 }
 # Memory that is in use, not what a pool keeps for later, and given back as soon as it is free.
