@@ -187,7 +187,11 @@ def command(*arguments):
             ["--gin_file=quickstart.gin", "--device_memory_gib=1", "--devices=0"],
             "--devices must be at least 1",
         ),
-        (["--gin_file=quickstart.gin", "--device_memory_gib=1", "--tflops=0"], "tflops must be positive"),
+        (
+            ["--gin_file=quickstart.gin", "--device_memory_gib=1", "--tflops=0"],
+            "tflops must be finite and at",
+        ),
+        (["--gin_file=quickstart.gin", "--device_memory_gib=inf"], "must be positive and finite"),
         (["--gin_file=quickstart.gin", "--device_memory_gib=-1"], "device_memory_gib must be positive"),
     ],
 )
