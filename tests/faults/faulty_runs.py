@@ -159,6 +159,24 @@ def die_in_save(operation):
     setattr(tf.raw_ops, operation, deadly)
 
 
+def die_in_restore():
+    """Kills this process when it is about to read a second time from a checkpoint."""
+    import tensorflow as tf
+
+    save_in_small_blocks()
+    function = tf.raw_ops.RestoreV2
+    num_calls = 0
+
+    def deadly(*args, **kwargs):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    tf.raw_ops.RestoreV2 = deadly
+
+
 def sleep_in_saves(secs):
     """Makes each save of this process take so long."""
     from lmscale.checkpoints.directory import Checkpoints
