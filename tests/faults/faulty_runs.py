@@ -239,3 +239,17 @@ def fill_disk_in_save(number):
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     Checkpoints.save = full
+
+
+def take_files_for_a_store():
+    """Has this process use file://localhost/x as a store, which all see at /x. An owner is soon taken for gone."""
+    from lmscale import paths, storage
+
+    save_in_small_blocks()
+    expand = paths.expand
+
+    def kept(path, **kwargs):
+        return path if str(path).startswith("file://localhost/") else expand(path, **kwargs)
+
+    paths.expand = storage.expand = kept
+    storage.SETTLE_SECS, storage.STALE_SECS = 0.5, 12.0  # Renewed every other second.
