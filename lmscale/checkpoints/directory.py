@@ -73,7 +73,8 @@ class Checkpoints:
         Args:
           directory: where the checkpoints are; made if absent.
           keep: how many of the newest to keep; the best is kept besides.
-          block_mib: rows pass through memory in blocks of this size. A save holds about three blocks.
+          block_mib: rows pass through memory in blocks of this size. A save holds about three blocks; among several
+            processes, which exchange them, up to eight.
           readonly: change nothing in the directory, which another run may be writing. For an evaluation.
           group: `ProcessGroup` of those that save and restore together; None for one process.
 
