@@ -48,7 +48,7 @@ class CarriedState:
             sharded=True,
             trainable=False,
             read=lambda start, stop: self._read(variable)[start:stop],
-            write=lambda start, values: self._write(variable, np.arange(start, start + len(values)), values),
+            write=lambda start, values: self._send(variable, start, values),
             scatter=lambda rows, values: self._write(variable, rows, values),
         )
 
@@ -56,6 +56,14 @@ class CarriedState:
         components = self._strategy.experimental_local_results(variable)
         own = np.concatenate([component.numpy() for component in components])
         return np.concatenate(gather_on_hosts(self._strategy, own))
+
+    def _send(self, variable, start, values):
+        """Writes rows from `start` on, of several processes each rows of its own, whoever holds them."""
+        ranges = gather_on_hosts(self._strategy, np.array([start, start + len(values)]))
+        padded = np.zeros([max(stop - start for start, stop in ranges), *values.shape[1:]], values.dtype)
+        padded[: len(values)] = values
+        for (start, stop), received in zip(ranges, gather_on_hosts(self._strategy, padded), strict=True):
+            self._write(variable, np.arange(start, stop), received[: stop - start])
 
     def _write(self, variable, rows, values):
         components = self._strategy.experimental_local_results(variable)

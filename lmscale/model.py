@@ -394,7 +394,7 @@ class Model:
                         sharded=True,
                         trainable=not is_slot and table.update_rules[name] is not None,
                         read=lambda start, stop, table=table, name=name: table.read_rows(name, start, stop),
-                        write=lambda start, rows, table=table, name=name: table.write_rows(name, start, rows),
+                        write=lambda start, rows, table=table, name=name: table.send_rows(name, start, rows),
                         scatter=lambda ids, rows, table=table, name=name: table.write_ids(name, ids, rows),
                     )
                 )

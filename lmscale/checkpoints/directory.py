@@ -53,8 +53,8 @@ class UnavailableError(ValueError):
 class Checkpoints:
     """The checkpoints of one run, in one directory, with one writer: a process, or a group of processes.
 
-    Of a group, every process calls `save` and `restore`, in the same order. Each writes a part of the tensors; the
-    chief gives the whole its name, and alone changes the directory otherwise.
+    Of a group, every process calls `save` and `restore`, in the same order. Each writes, or reads, a part of the
+    tensors; the chief gives the whole its name, and alone changes the directory otherwise.
 
     Keeps the `keep` newest, and the one of the lowest validation loss.
     """
@@ -73,7 +73,8 @@ class Checkpoints:
         Args:
           directory: where the checkpoints are; made if absent.
           keep: how many of the newest to keep; the best is kept besides.
-          block_mib: rows pass through memory in blocks of this size. A save holds about three blocks.
+          block_mib: rows pass through memory in blocks of this size. A save holds about three blocks; among several
+            processes, which exchange them, up to eight.
           readonly: change nothing in the directory, which another run may be writing. For an evaluation.
           group: `ProcessGroup` of those that save and restore together; None for one process.
 
@@ -403,13 +404,7 @@ class Checkpoints:
         _check_fit(directory, saved, items, subset)
         documents.check_files(directory, document, group=self._group)
         tensors = [(item, saved[item.path]) for item in items]
-        damage = None
-        try:
-            read_tensors(directory, tensors, block_bytes=self._block_bytes)
-        except DamagedError as error:
-            damage = str(error)
-        for reason in filter(None, self._group.gather(damage)):
-            raise DamagedError(reason)
+        read_tensors(directory, tensors, block_bytes=self._block_bytes, group=self._group)
         return documents.user_metadata(document)
 
     def _document_of_chief(self, step: int) -> dict:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from lmscale.checkpoints.tensors import DamagedError, checksums
+from lmscale.checkpoints.tensors import DamagedError, checksums, raise_damage
 from lmscale.distribution.process_group import ProcessGroup
 from lmscale.workdir import replace_file
 
@@ -71,8 +71,7 @@ def check_files(directory: Path, document: dict, *, group: ProcessGroup) -> None
         damage = f"the checksum of {wrong[0]} is not the one saved" if wrong else None
     except (OSError, DamagedError) as error:
         damage = str(error)
-    for reason in filter(None, group.gather(damage)):
-        raise DamagedError(reason)
+    raise_damage(damage, group=group)
 
 
 def user_metadata(document: dict) -> dict:

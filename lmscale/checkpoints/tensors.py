@@ -150,7 +150,9 @@ def _write_parts(parts, tensors, *, block_bytes, group):
         batch.clear()
 
     for parameter, stored in tensors:
-        for start, stop in _own_blocks(parameter, stored, group):
+        if not (parameter.sharded or group.is_chief):
+            continue
+        for (start, stop), _ in _rounds(parameter, stored, group):
             size = stored.num_bytes(start, stop)
             if batch and batch_bytes + size > block_bytes:
                 write()
@@ -164,17 +166,16 @@ def _write_parts(parts, tensors, *, block_bytes, group):
     return written
 
 
-def _own_blocks(parameter, stored, group):
-    """The blocks that this process reads; of a sharded tensor as many as every other, some empty: all read at once."""
-    if group.size == 1:
-        yield from stored.blocks()
-    elif parameter.sharded:
-        blocks = list(stored.blocks())
-        for first in range(0, len(blocks), group.size):
-            own = blocks[first + group.rank : first + group.rank + 1]
-            yield own[0] if own else (0, 0)
-    elif group.is_chief:
-        yield from stored.blocks()
+def _rounds(parameter, stored, group):
+    """(own block, largest block) of each round: of a sharded tensor every process has one, (0, 0) where none is left.
+
+    Of other tensors all have the same. Rounds are as many in every process: rows are exchanged in each.
+    """
+    blocks = list(stored.blocks())
+    size, number = (group.size, group.rank) if parameter.sharded else (1, 0)
+    for first in range(0, len(blocks), size):
+        own = blocks[first : first + size][number : number + 1]
+        yield (own[0] if own else (0, 0)), blocks[first]
 
 
 def _write_part(parts, name, batch):
@@ -209,14 +210,30 @@ def _rows(parameter, start, stop):
     return rows
 
 
-def read_tensors(directory: Path, tensors: Iterable[tuple[Parameter, Stored]], *, block_bytes: int) -> None:
+def read_tensors(
+    directory: Path,
+    tensors: Iterable[tuple[Parameter, Stored]],
+    *,
+    block_bytes: int,
+    group: ProcessGroup,
+) -> None:
     """Writes tensors of a checkpoint into parameters, in the blocks that were saved.
 
+    Of a sharded tensor, each process of the group reads its share of the blocks, as it would write them. Others are
+    read by all: each keeps a copy on every device, so they are small.
+
     Raises:
-      DamagedError: if TensorFlow cannot read the files.
+      DamagedError: at every process, if TensorFlow cannot read the files at one of them.
+      tf.errors.OpError: what a parameter's `write` raises where another process is lost.
     """
-    for batch in _batches(tensors, block_bytes=block_bytes):
-        values = _restored(directory, [(stored, start, stop) for _, stored, start, stop in batch])
+    for batch in _batches(tensors, block_bytes=block_bytes, group=group):
+        values, damage = [], None
+        try:
+            values = _restored(directory, [(stored, start, stop) for _, stored, start, stop in batch])
+        except DamagedError as error:
+            damage = str(error)
+        # Before rows are exchanged: who cannot read has none to send.
+        raise_damage(damage, group=group)
         for (parameter, _, start, _), tensor in zip(batch, values, strict=True):
             parameter.write(start, tensor.numpy())
 
@@ -241,25 +258,47 @@ def read_rows(directory: Path, stored: Stored, start: int, stop: int) -> np.ndar
     return rows
 
 
+def raise_damage(found: str | None, *, group: ProcessGroup) -> None:
+    """Raises DamagedError, at every process, if one has found damage.
+
+    Args:
+      found: what is damaged, at this process; None for nothing.
+    """
+    for damage in filter(None, group.gather(found)):
+        raise DamagedError(damage)
+
+
 def _restored(directory, blocks):
+    """The tensors of blocks (stored, start, stop), in a list; those without rows are not read."""
+    wanted = [(stored, start, stop) for stored, start, stop in blocks if stop > start]
+    read = []
     try:
         with tf.device("CPU:0"):
-            return tf.raw_ops.RestoreV2(
-                prefix=str(directory / PREFIX),
-                tensor_names=[stored.name for stored, _, _ in blocks],
-                shape_and_slices=[stored.slice_spec(start, stop) for stored, start, stop in blocks],
-                dtypes=[tf.dtypes.as_dtype(stored.dtype) for stored, _, _ in blocks],
-            )
+            if wanted:
+                read = tf.raw_ops.RestoreV2(
+                    prefix=str(directory / PREFIX),
+                    tensor_names=[stored.name for stored, _, _ in wanted],
+                    shape_and_slices=[stored.slice_spec(start, stop) for stored, start, stop in wanted],
+                    dtypes=[tf.dtypes.as_dtype(stored.dtype) for stored, _, _ in wanted],
+                )
+            of_blocks = iter(read)
+            return [
+                next(of_blocks) if stop > start else tf.zeros([0, *stored.shape[1:]], stored.dtype)
+                for stored, start, stop in blocks
+            ]
     except (tf.errors.DataLossError, tf.errors.NotFoundError, tf.errors.OutOfRangeError) as error:
         raise DamagedError(error.message) from error
 
 
-def _batches(tensors, *, block_bytes):
-    """Consecutive blocks (parameter, stored, start, stop), grouped to about `block_bytes`, or one block."""
+def _batches(tensors, *, block_bytes, group):
+    """Blocks (parameter, stored, start, stop) of this process, in batches of about `block_bytes`, or one block.
+
+    A batch has the same rounds in every process.
+    """
     batch, batch_bytes = [], 0
     for parameter, stored in tensors:
-        for start, stop in stored.blocks():
-            size = stored.num_bytes(start, stop)
+        for (start, stop), largest in _rounds(parameter, stored, group):
+            size = stored.num_bytes(*largest)
             if batch and batch_bytes + size > block_bytes:
                 yield batch
                 batch, batch_bytes = [], 0

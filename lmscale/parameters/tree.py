@@ -24,7 +24,8 @@ class Parameter:
     """One logical tensor, which does not show how many devices hold it, and how to get and set its rows.
 
     `read` and `write` are called in the order of the paths, and for one parameter by rising rows, each row once:
-    collectives inside them run in the same order in every process that makes the same call.
+    collectives inside them run in the same order in every process that makes the same call. Of a sharded parameter,
+    each of several processes reads or writes other rows, perhaps none, whoever holds them: all call at once.
 
     Attributes:
       path: its name in checkpoints, patterns and reports.
@@ -37,7 +38,7 @@ class Parameter:
       write: `write(start, rows)` sets rows [start:start + len(rows)).
         For a scalar, `write(0, value)`, value 0-d.
       scatter: `scatter(ids, rows)` sets the rows `ids` [n], distinct and in any order, to rows [n, ...]. Not for a
-        scalar.
+        scalar. Each of several processes passes the same.
     """
 
     path: str

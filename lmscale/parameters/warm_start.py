@@ -325,7 +325,10 @@ class WarmStart:
         parts = self._rows(saved, move.from_path)
         if not move.by_word:
             for start, values in parts:
-                parameter.write(start, values)
+                if values.ndim:  # Every process has read them.
+                    parameter.scatter(np.arange(start, start + len(values)), values)
+                else:
+                    parameter.write(start, values)
             rows_kept = parameter.shape[0] if parameter.shape else 1
             return Loaded(path=parameter.path, from_path=move.from_path, rows_kept=rows_kept)
         assert rows is not None

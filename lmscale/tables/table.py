@@ -378,6 +378,32 @@ class ShardedTable:
         offset = start - start // n * n
         return rows[offset : offset + stop - start]
 
+    def send_rows(self, name, start, values):
+        """Writes rows [start, start + len(values)) of the logical tensor `name`, whoever holds them.
+
+        Of several processes, each must call it, with a range of its own, which may be empty. No row is in two ranges.
+
+        Raises:
+          ValueError: if there are no such rows, or values are not of their shape. Nothing is written then.
+
+        Communication: `all_to_all_on_hosts` of the rows, those of every range padded to the longest.
+        """
+        stop = start + len(values)
+        self._check_range(name, start, stop)
+        self._check_row_shape(name, values)
+        n = self.placement.num_shards
+        ranges = gather_on_hosts(self._strategy, np.array([start, stop]))
+        longest = -(-max(last - first for first, last in ranges) // n)
+        of_shards = np.zeros([n, longest, *values.shape[1:]], values.dtype)
+        for shard_id in range(n):
+            rows = values[self._offset(shard_id, start) :: n]
+            of_shards[shard_id, : len(rows)] = rows
+        received = all_to_all_on_hosts(self._strategy, np.split(of_shards, len(ranges)))
+        for (first, last), blocks in zip(ranges, received, strict=True):
+            for (shard_id, component), rows in zip(self._components(name), blocks, strict=True):
+                num_rows = len(range(first + self._offset(shard_id, first), last, n))
+                self._write_shard(shard_id, component, first, rows[:num_rows])
+
     def write_rows(self, name, start, values):
         """Writes rows [start, start + len(values)) of the logical tensor `name`: those that this process holds.
 
@@ -388,11 +414,17 @@ class ShardedTable:
         self._check_row_shape(name, values)
         n = self.placement.num_shards
         for shard_id, component in self._components(name):
-            offset = (shard_id - start) % n  # of the first id in the block that this shard owns
-            mine = values[offset::n]
-            if len(mine):
-                first = (start + offset) // n
-                component.scatter_update(tf.IndexedSlices(mine, tf.range(first, first + len(mine))))
+            self._write_shard(shard_id, component, start, values[self._offset(shard_id, start) :: n])
+
+    def _offset(self, shard_id, start):
+        """Of the first id from `start` on that a shard owns, behind `start`."""
+        return (shard_id - start) % self.placement.num_shards
+
+    def _write_shard(self, shard_id, component, start, rows):
+        """Writes rows of the ids from `start` on that a shard owns."""
+        if len(rows):
+            first = self.placement.local_row(start + self._offset(shard_id, start))
+            component.scatter_update(tf.IndexedSlices(rows, tf.range(first, first + len(rows))))
 
     def write_ids(self, name, ids, values):
         """Writes the rows `ids` of the logical tensor `name`: those that this process holds.

@@ -160,6 +160,24 @@ def die_in_save(operation):
     setattr(tf.raw_ops, operation, deadly)
 
 
+def die_in_restore():
+    """Kills this process when it is about to read a second time from a checkpoint."""
+    import tensorflow as tf
+
+    save_in_small_blocks()
+    function = tf.raw_ops.RestoreV2
+    num_calls = 0
+
+    def deadly(*args, **kwargs):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    tf.raw_ops.RestoreV2 = deadly
+
+
 def sleep_in_saves(secs):
     """Makes each save of this process take so long."""
     from lmscale.checkpoints.directory import Checkpoints
@@ -236,3 +254,17 @@ def fill_disk_in_save(number):
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     Checkpoints.save = full
+
+
+def take_files_for_a_store():
+    """Has this process use file://localhost/x as a store, which all see at /x. An owner is soon taken for gone."""
+    from lmscale import paths, storage
+
+    save_in_small_blocks()
+    expand = paths.expand
+
+    def kept(path, **kwargs):
+        return path if str(path).startswith("file://localhost/") else expand(path, **kwargs)
+
+    paths.expand = storage.expand = kept
+    storage.SETTLE_SECS, storage.STALE_SECS = 0.5, 12.0  # Renewed every other second.

@@ -163,3 +163,23 @@ def test_an_error_that_nobody_expects_reaches_the_chief(data_dir, tmp_path):
     assert re.search(f"^error: {NAMES[1]} failed:\nTraceback", processes[0].stderr, re.MULTILINE)
     for process in processes:
         assert "RuntimeError: a bug\nof two lines" in process.stderr
+
+
+def test_a_process_that_is_killed_while_all_restore(data_dir, reference, tmp_path):
+    """The other, which waits for its rows, ends; the checkpoint is as it was."""
+    story = Story(tmp_path, data_dir=data_dir, reference=reference)
+    small = faulty_runs.save_in_small_blocks
+    processes = story.start(before={0: small, 1: small})
+    faulty_runs.until_step(processes, faulty_runs.SAVE_EVERY + 3)
+    processes[1].send(signal.SIGKILL)
+    check_lost(processes, lost=1, words="has gone without a word")
+    for lost in (1, 0):
+        before = {lost: faulty_runs.die_in_restore, 1 - lost: small}
+        processes = faulty_runs.start(
+            2, workdir=story.workdir, data_dir=data_dir, log=tmp_path / f"killed_{lost}", before=before
+        )
+        assert check_lost(processes, lost=lost, words="has gone without a word") == -signal.SIGKILL
+        assert "resuming at step" not in processes[0].stderr
+    processes = story.start(before={0: small, 1: small})
+    assert tiny_runs.wait_for_all(processes) == [0, 0], processes[0].stderr
+    assert story.check_saved() == LAST_STEP

@@ -114,7 +114,7 @@ def saves_killed(directory, *, rank):
         ],
         env=os.environ
         | {
-            "PYTHONPATH": os.pathsep.join(map(str, [tiny_runs.REPOSITORY, TESTS, TESTS / "distribution"])),
+            "PYTHONPATH": os.pathsep.join(map(str, [tiny_runs.REPOSITORY, TESTS])),
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "CUDA_VISIBLE_DEVICES": "",
         },

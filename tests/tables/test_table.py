@@ -462,14 +462,15 @@ def test_schedule_is_read_at_the_step_of_the_push(mirrored):
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3])
 @pytest.mark.parametrize("name", ["embedding", "bias", "bias/last_step"])
-def test_rows_are_written_and_read_at_any_place(mirrored, num_replicas, name):
+@pytest.mark.parametrize("method", ["write_rows", "send_rows"])
+def test_rows_are_written_and_read_at_any_place(mirrored, num_replicas, name, method):
     vocab_size = 23
     table = _make_table(mirrored(num_replicas), vocab_size=vocab_size, update_rule=OPTIMIZERS["adam"])
     expected = table.read_rows(name, 0, vocab_size)
     rng = np.random.default_rng(3)
     for start, stop in [(0, 23), (0, 1), (22, 23), (5, 5), (1, 3), (4, 17), (7, 22), (2, 20)]:
         values = rng.integers(0, 1000, expected[start:stop].shape).astype(expected.dtype)
-        table.write_rows(name, start, values)
+        getattr(table, method)(name, start, values)
         expected[start:stop] = values
         np.testing.assert_array_equal(table.read_rows(name, 0, vocab_size), expected)
         np.testing.assert_array_equal(table.read_rows(name, start, stop), values)
