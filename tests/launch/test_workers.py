@@ -377,7 +377,7 @@ def test_mistakes_of_local_workers_are_named(tmp_path, arguments, message):
             "A host must be HOST, HOST:PORT or USER@HOST:PORT. Received: 'u@-o",
         ),
         (("a:1,a:1", *COMMAND), "Every process must have an address of its own. Received: a:1, a:1"),
-        (("@none", *COMMAND), "[Errno 2] No such file or directory: 'none'"),
+        (("@none", *COMMAND), "none: No such file or directory"),
         (("@empty", *COMMAND), "There must be at least one host. Received: none in '@empty'"),
     ],
 )

@@ -154,15 +154,16 @@ def test_memory_of_a_device(report, model, head):
         assert mib(words) == mib(words, 1) == mib(words, 2) == pytest.approx(expected, abs=0.006)
     own = TOKENS // NUM_DEVICES
     if head == "sampled":
-        # Logits and probabilities; the share of a step is no more than the most of all phases.
-        assert mib("logits of the heads") == pytest.approx(2 * own * 64 * 4 / 2**20, rel=0.15)
+        # Logits and probabilities, and what operations that run at once make of them; no more than once more.
+        logits = own * 64 * 4 / 2**20
+        assert 2 * logits < mib("logits of the heads") < 3 * logits
     else:
         # Of all tokens with every row of the shard, there twice for a moment; and a gradient of every row.
         rows = model.tables["out_of"].placement.allocated_rows
         gradient = rows * (OUTPUT_DIM + 1) * 4 / 2**20
         assert 2 * TOKENS * rows * 4 / 2**20 < mib("logits of the heads") - gradient
         assert mib("rows pulled") > gradient
-    passing = ["rows pulled", "activations", "logits", "buffers", "what an update", "blocks"]
+    passing = ["rows pulled", "activations", "logits", "buffers", "messages", "what an update", "blocks"]
     for column in (1, 2):
         parts = [mib(words, column) for words in [*lasting, "batch and ids", *passing]]
         assert mib("in all", column) == pytest.approx(sum(parts), abs=0.08)
