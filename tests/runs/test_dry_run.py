@@ -154,9 +154,10 @@ def test_memory_of_a_device(report, model, head):
         assert mib(words) == mib(words, 1) == mib(words, 2) == pytest.approx(expected, abs=0.006)
     own = TOKENS // NUM_DEVICES
     if head == "sampled":
-        # Logits and probabilities, and what operations that run at once make of them; no more than once more.
-        logits = own * 64 * 4 / 2**20
-        assert 2 * logits < mib("logits of the heads") < 3 * logits
+        # The probabilities, the mean rows under them, the gradients of the label rows, and which candidates are the
+        # label of a token, a byte each.
+        expected = own * (64 * 4 + 2 * OUTPUT_DIM * 4 + 64) / 2**20
+        assert mib("logits of the heads") == pytest.approx(expected, abs=0.006)
     else:
         # Of all tokens with every row of the shard, there twice for a moment; and a gradient of every row.
         rows = model.tables["out_of"].placement.allocated_rows

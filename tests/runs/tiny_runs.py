@@ -127,13 +127,14 @@ class Process:
         for file in files:
             file.close()
 
+    # While it runs, what is read may end in the middle of a character.
     @property
     def stdout(self):
-        return self._paths[0].read_text()
+        return self._paths[0].read_text(errors="replace")
 
     @property
     def stderr(self):
-        return self._paths[1].read_text()
+        return self._paths[1].read_text(errors="replace")
 
     def wait(self):
         """The exit code; a negative one names the signal that killed it."""
