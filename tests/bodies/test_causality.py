@@ -69,6 +69,11 @@ def causal_by_fourier(x):
     return tf.transpose(tf.signal.irfft(spectrum * kernel, [length])[..., : x.shape[1]], [0, 2, 1])
 
 
+def rounded_by_place(x):
+    """Each example of the batch a little different, as where a kernel in bfloat16 does not sum alike for all."""
+    return x * (1.0 + 2.0**-8 * tf.range(x.shape[0], dtype=tf.float32)[:, tf.newaxis, tf.newaxis])
+
+
 class Attention(keras.layers.Layer):
     """Self-attention behind a gate that starts at `gate`."""
 
@@ -98,6 +103,7 @@ LOOKING_AHEAD = {
     "beside a large constant": lambda: Function(lambda x: following(x) + 1e4),
     "one unit among large ones": lambda: Function(one_unit_among_large_ones),
     "beside not a number": lambda: Function(not_a_number_at_the_start),
+    "beside the rounding of a place": lambda: Function(lambda x: rounded_by_place(x + 1e-3 * following(x))),
     "past the largest number": lambda: Function(lambda x: 1e38 * x + 1e38 * following(x)),
     "gate of zero": lambda: Gated(shape=[], start=0.0),
     "gates near zero": lambda: Gated(shape=[EMBED_DIM], start=1e-5),
@@ -124,6 +130,7 @@ CAUSAL = {
     "infinite at the start": lambda: Function(
         lambda x: x / tf.range(x.shape[1], dtype=tf.float32)[:, tf.newaxis]
     ),
+    "rounded by place": lambda: Function(rounded_by_place),
     "lstm": lambda: lstm_body(num_layers=2, hidden_dim=5),
 }
 
