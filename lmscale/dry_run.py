@@ -11,8 +11,8 @@ from lmscale.data.token_files import PreparedData
 from lmscale.model import layers_and_treatments
 from lmscale.parameters.initializers import initial_rows, initial_values
 from lmscale.parameters.report import as_table, parameter_lines
-from lmscale.planning.memory import Step
 from lmscale.planning.report import memory_table
+from lmscale.planning.step import Step
 from lmscale.start import check_sources
 
 _WIDTH = 140

@@ -6,7 +6,8 @@ from lmscale.assembly import check_treatments, make_task
 from lmscale.data.token_files import PreparedData
 from lmscale.metrics import device_memory_mib
 from lmscale.model import layers_and_treatments
-from lmscale.planning.memory import LASTING, PASSING, Step
+from lmscale.planning.memory import LASTING, PASSING
+from lmscale.planning.step import Step
 from lmscale.planning.work import compare_heads, network_bytes, step_work
 
 

@@ -11,6 +11,7 @@ import math
 import tensorflow as tf
 
 from lmscale.communication import PARTS, row_bytes_received
+from lmscale.planning.computation import row_update_cost
 from lmscale.planning.graphs import cost_of
 from lmscale.planning.memory import FLOAT_BYTES
 from lmscale.softmax.full import full_softmax_value_and_gradients
@@ -152,7 +153,7 @@ def _compare(step, name, head, rates):
 def _sampled_work(step, head):
     """Of the head alone, and of the rows of its table, which the inputs of a tied model share."""
     use = step.table_uses[head.table]
-    update = step.row_update_cost(head.table, number=use.num_touched, is_dense=False)
+    update = row_update_cost(step, head.table, number=use.num_touched, is_dense=False)
     ids, shared_ids = step.ids[head.table]
     moved = row_bytes_received(
         ids, shared_ids, placement=step.placement, row_bytes=FLOAT_BYTES * use.row_values
@@ -189,7 +190,7 @@ def _full_work(step, name, head):
         *specs,
         part_of=lambda name: "head",
     )
-    update = step.row_update_cost(head.table, number=rows, is_dense=True)
+    update = row_update_cost(step, head.table, number=rows, is_dense=True)
     return Work(
         product_flops=cost.product_flops["head"],
         memory_bytes=cost.moved_bytes["head"] + sum(update.moved_bytes.values()),
