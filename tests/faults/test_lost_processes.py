@@ -30,9 +30,10 @@ class Story:
         log = self._directory / f"log_{self._num_starts}"
         processes = faulty_runs.start(2, workdir=self.workdir, data_dir=self._data_dir, log=log, **kwargs)
         if saved:
-            processes[0].wait_until(lambda: "resuming at step" in processes[0].stderr)
+            resuming = re.compile(r"resuming at step (\d+)\n")
+            resumed_at = processes[0].wait_until(lambda: resuming.findall(processes[0].stderr))
             # Nothing is lost but the steps since the last save; nor does it start over.
-            assert f"resuming at step {saved[-1]}\n" in processes[0].stderr
+            assert resumed_at == [str(saved[-1])]
         return processes
 
     def check_saved(self):
