@@ -113,7 +113,7 @@ def shard_gradients(
 
     Returns:
       d_hidden [tokens, embed_dim] float32, to be summed over shards.
-      d_rows [shard_rows, embed_dim] float32, the only table-sized buffer.
+      d_rows [shard_rows, embed_dim] float32; its blocks are joined at the end, when they are there twice.
       d_bias [shard_rows] float32, or None without a bias.
 
     Raises:
@@ -306,22 +306,19 @@ def _shard_gradients(
             loss_weights,
             d_hidden,
         )
-        # In place: inside a graph nothing else refers to the loop's buffers.
         d_block = [tf.transpose(block_of_d_rows), *block_of_d_bias]
-        d_shard = [
-            tf.tensor_scatter_nd_update(d, [[block]], new[tf.newaxis])
-            for d, new in zip(d_shard, d_block, strict=True)
-        ]
-        return block + 1, d_hidden, d_shard
+        return block + 1, d_hidden, [d.write(block, new) for d, new in zip(d_shard, d_block, strict=True)]
 
-    buffers = [tf.zeros([num_blocks, block_rows, embed_dim])]
-    if bias is not None:
-        buffers.append(tf.zeros([num_blocks, block_rows]))
+    # Not one tensor: a scatter into it copies the whole of it for every block.
+    shapes = [[block_rows, embed_dim]] + ([] if bias is None else [[block_rows]])
+    buffers = [tf.TensorArray(tf.float32, size=num_blocks, element_shape=shape) for shape in shapes]
     _, d_hidden, d_shard = tf.while_loop(
         lambda block, *_: block < num_blocks,
         body,
         [tf.constant(0), tf.zeros([tokens, embed_dim]), buffers],
         parallel_iterations=1,
     )
-    d_shard = [tf.reshape(d, [-1, *d.shape[2:]])[:shard_rows] for d in d_shard]
+    d_shard = [
+        tf.reshape(d.stack(), [-1, *shape[1:]])[:shard_rows] for d, shape in zip(d_shard, shapes, strict=True)
+    ]
     return d_hidden, d_shard[0], None if bias is None else d_shard[1]
