@@ -122,7 +122,7 @@ def test_small_tensors_share_files(tmp_path):
 
 
 def test_memory_is_bounded_by_the_block(tmp_path):
-    """400 MiB generated on the fly, in a process of its own: the peak grows by a few blocks of 8 MiB."""
+    """400 MiB generated on the fly, in a process of its own: the peak grows by some three blocks of 8 MiB."""
     script = """
         import sys
         import numpy as np
@@ -155,7 +155,7 @@ def test_memory_is_bounded_by_the_block(tmp_path):
     """
     grown_mib = float(run_python(script, tmp_path))
     shutil.rmtree(tmp_path / "large")
-    assert grown_mib < 8 * 8
+    assert grown_mib < 5 * 8
 
 
 def run_python(script, *arguments):
@@ -164,6 +164,7 @@ def run_python(script, *arguments):
         "PYTHONPATH": str(REPOSITORY / "tests"),
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "CUDA_VISIBLE_DEVICES": "",
+        "MALLOC_ARENA_MAX": "1",  # Arenas of threads keep what was freed in them, as many as there happen to be.
     }
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     completed = subprocess.run(
