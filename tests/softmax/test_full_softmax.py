@@ -345,7 +345,12 @@ def test_a_later_table_of_the_same_shape():
 def measure_peak_memory(*arguments):
     """The JSON that the script prints, run in a process of its own."""
     script = pathlib.Path(__file__).with_name("full_softmax_peak_memory.py")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(REPOSITORY),
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),  # What is in use, not what the allocator keeps of it.
+    }
     completed = subprocess.run(
         [sys.executable, str(script), *arguments],
         env=environment,
@@ -367,6 +372,6 @@ def test_peak_memory_of_evaluation():
 
 
 def test_peak_memory_of_training():
-    """One gradient of the size of the table, 195 MiB, and a few blocks."""
+    """A gradient of the size of the table, 195 MiB, twice while its blocks are joined, and three blocks of 64 MiB."""
     measured = measure_peak_memory("training", "200001", "1024")
-    assert measured["peak_above_table_mib"] <= measured["table_mib"] + 400
+    assert measured["peak_above_table_mib"] <= 2 * measured["table_mib"] + 3 * 64
