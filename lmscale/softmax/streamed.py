@@ -192,11 +192,19 @@ def _with_bias(logits, bias, valid):
     return tf.where(valid, logits, -float("inf"))
 
 
+def _sum_over_rows(x):
+    """[tokens, block_rows] to [tokens], in two stages: one after the other, the terms' roundings would add up."""
+    tokens, block_rows = x.shape
+    grouped = block_rows // _BLOCK_ROWS_MULTIPLE * _BLOCK_ROWS_MULTIPLE
+    of_groups = tf.reduce_sum(tf.reshape(x[:, :grouped], [tokens, -1, _BLOCK_ROWS_MULTIPLE]), axis=2)
+    return tf.reduce_sum(of_groups, axis=1) + tf.reduce_sum(x[:, grouped:], axis=1)
+
+
 @tf.function(jit_compile=True, autograph=False)
 def _add_to_sum(total, logits, bias, valid, reference):
     """Adds a block's exp(logit - reference) to each token's total."""
     logits = _with_bias(logits, bias, valid)
-    return total + tf.reduce_sum(tf.exp(logits - reference[:, tf.newaxis]), axis=1)
+    return total + _sum_over_rows(tf.exp(logits - reference[:, tf.newaxis]))
 
 
 @tf.function(jit_compile=True, autograph=False)
@@ -206,7 +214,7 @@ def _add_to_logsumexp(running_max, running_sum, logits, bias, valid):
     new_max = tf.maximum(running_max, tf.reduce_max(logits, axis=1))
     # While no valid row has been seen the maximum is -inf, and -inf - -inf would be NaN.
     reference = tf.where(tf.math.is_inf(new_max) & (new_max < 0), 0.0, new_max)
-    block_sum = tf.reduce_sum(tf.exp(logits - reference[:, tf.newaxis]), axis=1)
+    block_sum = _sum_over_rows(tf.exp(logits - reference[:, tf.newaxis]))
     return new_max, running_sum * tf.exp(running_max - reference) + block_sum
 
 
