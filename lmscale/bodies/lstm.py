@@ -74,14 +74,15 @@ class ProjectedLstm(keras.layers.Layer):
             return keras.ops.concatenate([i, keras.ops.ones_like(f), g, o])
 
         width, gates = self._projection_dim, 4 * self._units
-        self.kernel = self.add_weight([shape[-1], gates], initializer="glorot_uniform", name="kernel")
-        self.recurrent_kernel = self.add_weight(
-            [width, gates], initializer="orthogonal", name="recurrent_kernel"
-        )
-        self.bias = self.add_weight([gates], initializer=forget_gate_of_one, name="bias")
-        self.projection = self.add_weight(
-            [self._units, width], initializer="glorot_uniform", name="projection"
-        )
+
+        def weight(name, shape, initializer):
+            # Never cast: `lstm_sequence` does that where it takes products.
+            return self.add_weight(shape, initializer=initializer, name=name, autocast=False)
+
+        self.kernel = weight("kernel", [shape[-1], gates], "glorot_uniform")
+        self.recurrent_kernel = weight("recurrent_kernel", [width, gates], "orthogonal")
+        self.bias = weight("bias", [gates], forget_gate_of_one)
+        self.projection = weight("projection", [self._units, width], "glorot_uniform")
 
     def call(self, inputs, initial_state):
         """[batch, time, dim] -> (outputs [batch, time, projection_dim], last output, last cell)."""
