@@ -14,6 +14,7 @@ class TableConfig:
 
     Attributes:
       embed_dim: width of a row.
+      vocabulary: name of the vocabulary whose words its rows are, among those of the prepared data; a text has "words".
       bias: "none"; or each row has a softmax bias, which starts from "zeros", or from the row's "log_frequency" in the
         training data, so that the first thing that training has to find out, how frequent each row is, is known to
         begin with. One that stays fixed is a matter of groups: freeze `tables/NAME/bias`.
@@ -23,6 +24,7 @@ class TableConfig:
     """
 
     embed_dim: int
+    vocabulary: str = "words"
     bias: Literal["none", "zeros", "log_frequency"] = "zeros"
     pretrained: PretrainedVectors | None = None
 

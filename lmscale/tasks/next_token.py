@@ -60,11 +60,9 @@ class NextToken(Task):
                 raise ValueError(
                     f"{name} must be at least 1. Received: {name}={value}. Give it a whole number from 1 on."
                 )
-        data = context.data
-        self.tables = tables
-        self.heads = {_HEAD: head(table=outputs, vocab_size=data.vocab_size, counts=data.counts)}
+        super().__init__(context, tables=tables)
+        self.heads = {_HEAD: self.make_head(head, table=outputs)}
         self._inputs = inputs
-        self._context = context
         self._window = window
         self._eval_window = eval_window
         self._input_layer = None
@@ -95,24 +93,24 @@ class NextToken(Task):
         """Streams that continue for a body with carried state, shuffled windows for others."""
         make = ContiguousBatches if self.encoder.body.stateful else ShuffledWindows
         return make(
-            self._context.data.split("train"),
-            global_batch_size=self._context.global_batch_size,
+            self.context.data.split("train"),
+            global_batch_size=self.context.global_batch_size,
             window=self._window,
-            seed=self._context.seed,
+            seed=self.context.seed,
         )
 
     def evaluation_batches(self, split, *, limit=None):
         """The text in eval_batch_size lanes, each of which starts without context."""
-        tokens = self._context.data.split(split)
+        tokens = self.context.data.split(split)
         if not len(tokens):
             raise ValueError(
                 f"The split to evaluate must have tokens. Received: {split}, empty. Prepare data with such a split."
             )
         return EvaluationBatches(
             tokens[:limit],
-            batch_size=self._context.eval_batch_size,
+            batch_size=self.context.eval_batch_size,
             window=self._eval_window,
-            eos_id=self._context.data.eos_id,
+            eos_id=self.context.data.eos_id,
         )
 
     def lookups(self, features):
