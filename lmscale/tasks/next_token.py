@@ -102,4 +102,3 @@ class NextToken(TextTask):
             inputs = self._input_layer(inputs)
         hidden, state = self.encoder(inputs, state, dropout=dropout)
         return {_HEAD: flat_hidden(hidden)}, state
-

@@ -216,7 +216,9 @@ def test_prefetcher_reads_what_the_batches_are_whatever_is_asked_for_next():
 # ------------------------------------------------------------------------------------------------------- A lookahead
 
 
-@pytest.mark.parametrize(("num_tokens", "global_batch_size", "window"), [(103, 4, 5), (8, 2, 3), (1009, 3, 7)])
+@pytest.mark.parametrize(
+    ("num_tokens", "global_batch_size", "window"), [(103, 4, 5), (8, 2, 3), (1009, 3, 7)]
+)
 def test_shuffled_windows_with_a_lookahead(num_tokens, global_batch_size, window):
     settings = {"global_batch_size": global_batch_size, "window": window, "seed": 3}
     batches = ShuffledWindows(np.arange(num_tokens), lookahead=True, **settings)
@@ -237,7 +239,9 @@ def test_a_text_too_short_for_a_lookahead_is_refused():
         ShuffledWindows(np.arange(7), lookahead=True, **settings)
 
 
-@pytest.mark.parametrize(("num_tokens", "batch_size", "window"), [(31, 1, 7), (31, 4, 3), (5, 8, 2), (24, 3, 8)])
+@pytest.mark.parametrize(
+    ("num_tokens", "batch_size", "window"), [(31, 1, 7), (31, 4, 3), (5, 8, 2), (24, 3, 8)]
+)
 def test_evaluation_batches_with_a_lookahead(num_tokens, batch_size, window):
     tokens, eos_id = np.arange(100, 100 + num_tokens), 7
     settings = {"batch_size": batch_size, "window": window, "eos_id": eos_id}
@@ -248,7 +252,9 @@ def test_evaluation_batches_with_a_lookahead(num_tokens, batch_size, window):
     for step in range(batches.num_steps):
         features, expected = batches.at(step).features, plain.at(step).features
         np.testing.assert_array_equal(features["weights"], expected["weights"])
-        for ids, weights, plain_ids in zip(features["ids"], features["weights"], expected["ids"], strict=True):
+        for ids, weights, plain_ids in zip(
+            features["ids"], features["weights"], expected["ids"], strict=True
+        ):
             labels = np.flatnonzero(weights) + 1
             np.testing.assert_array_equal(ids[labels], plain_ids[labels])
             for place in labels:
