@@ -185,8 +185,8 @@ class CheckpointEvaluator:
           step: int; None for the newest.
 
         Returns:
-          {"split", "step", "loss_nats", "perplexity", "tokens", "vocab_size", "num_devices", "seconds"}; of several heads
-          also "heads", {head: {"loss_nats", "perplexity"}}.
+          {"split", "step", "loss_nats", "perplexity", "tokens", "vocab_size", "num_devices", "seconds"}; of several
+          heads also "heads", {head: {"loss_nats", "perplexity"}}.
 
         Raises:
           As `RestoredModel.restore`.

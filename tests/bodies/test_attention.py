@@ -64,7 +64,7 @@ def test_values_and_gradients_against_float64(time, block, how):
 
 
 def test_large_logits_in_blocks():
-    """A softmax that is one on a key of an earlier or of a later block, where exp of the logits themselves overflows."""
+    """A softmax that is one on a key of an earlier or of a later block, where exp of the logits overflows."""
     queries, keys, values, d_result = arguments(11, seed=1)
     given = 10 * queries, 10 * keys, values, d_result
     for actual, expected in zip(value_and_gradients(*given, block=4), reference(*given), strict=True):

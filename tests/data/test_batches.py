@@ -235,7 +235,7 @@ def test_shuffled_windows_with_a_lookahead(num_tokens, global_batch_size, window
 def test_a_text_too_short_for_a_lookahead_is_refused():
     settings = {"global_batch_size": 2, "window": 3, "seed": 0}
     ShuffledWindows(np.arange(7), **settings)
-    with pytest.raises(ValueError, match="needs 8 tokens. Received: 7 tokens"):
+    with pytest.raises(ValueError, match=r"needs 8 tokens\. Received: 7 tokens"):
         ShuffledWindows(np.arange(7), lookahead=True, **settings)
 
 
