@@ -76,7 +76,7 @@ class NextToken(TextTask):
         """Streams that continue for a body with carried state, shuffled windows for others."""
         make = ContiguousBatches if self.encoder.body.stateful else ShuffledWindows
         return make(
-            self.context.data.split("train"),
+            self.context.text.split("train"),
             global_batch_size=self.context.global_batch_size,
             window=self.window,
             seed=self.context.seed,

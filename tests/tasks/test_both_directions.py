@@ -124,9 +124,10 @@ def test_exact_loss_of_each_head_against_numpy(mirrored, num_replicas):
     assert result.tokens == len(TOKENS)
     for name in HEADS:
         assert len(losses[name]) == len(TOKENS)
-        assert result.head_losses_nats[name] == pytest.approx(np.mean(losses[name]), rel=2e-6)
-    assert not math.isclose(*result.head_losses_nats.values(), rel_tol=1e-3)
-    assert result.loss_nats == pytest.approx(sum(result.head_losses_nats.values()), rel=1e-6)
+        assert result.heads[name]["loss_nats"] == pytest.approx(np.mean(losses[name]), rel=2e-6)
+    of_heads = [of_head["loss_nats"] for of_head in result.heads.values()]
+    assert not math.isclose(*of_heads, rel_tol=1e-3)
+    assert result.loss_nats == pytest.approx(sum(of_heads), rel=1e-6)
 
 
 def test_layers_of_the_directions_have_names_of_their_own(task):
