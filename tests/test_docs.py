@@ -392,7 +392,9 @@ def shared_lines():
         for name in ("training", "language_model", "lstm")
     ]
     lines = [line for text in texts for line in text.splitlines(keepends=True)]
-    return [line for line in lines if not line.startswith("include ")]
+    imports = [line for line in lines if line.startswith("from ")]
+    settings = [line for line in lines if not line.startswith(("from ", "include "))]
+    return [*dict.fromkeys(imports), *settings]
 
 
 def gin_block(part):
@@ -486,6 +488,7 @@ class Text:
     ids = np.random.default_rng(0).integers(0, V, 2003)
     counts = np.bincount(ids, minlength=V)
     vocabulary = Vocabulary(tokens=("<eos>", "<unk>", *(f"w{i}" for i in range(2, V))), counts=counts)
+    vocabularies = {"words": vocabulary}
 
     def split(self, name):
         return self.ids
