@@ -300,7 +300,9 @@ def knobs():
         for part, (function, _) in (replaced or PARTS).items():
             elsewhere = GIVEN_BY_THE_RUN | ELSEWHERE
             if function is transformer_body:
-                elsewhere |= {"hidden_dim"}  # It must be the width of what it reads: tests/bodies/test_transformer.py.
+                elsewhere |= {
+                    "hidden_dim"
+                }  # It must be the width of what it reads: tests/bodies/test_transformer.py.
             for parameter in inspect.signature(function).parameters:
                 if parameter not in elsewhere:
                     # There must be averages.
