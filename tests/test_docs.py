@@ -35,9 +35,8 @@ COMMANDS = {
 
 def defined_flags(command):
     source = (ROOT / "lmscale" / f"{command}.py").read_text(encoding="utf-8")
-    for module in re.findall(r"adopt_module_key_flags\((\w+)\)", source):
-        source += (ROOT / "lmscale" / f"{module}.py").read_text(encoding="utf-8")
-    return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source))
+    adopted = re.findall(r"adopt_module_key_flags\((\w+)\)", source)
+    return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)).union(*map(defined_flags, adopted))
 
 
 def shell_commands():
