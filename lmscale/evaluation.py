@@ -80,22 +80,11 @@ class Evaluator:
           `EvaluationResult`, of all heads together.
         """
         start = time.perf_counter()
-        first, stop = self._local_examples
-        examples = slice(min(first, self._batch_size), min(stop, self._batch_size))
-        padding = stop - first - (examples.stop - examples.start)
         state = self._initial_state()
         sums = np.zeros([2], np.float64)
         for i in range(batches.num_steps):
-            features = {
-                # Ids of 0, with the weight 0.
-                name: np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-                for name, x in batches.at(i, examples).features.items()
-            }
             step_sums, state = self._step(
-                state,
-                {name: tf.constant(x) for name, x in features.items()},
-                tf.constant(i),
-                with_training_loss=with_training_loss,
+                state, self._local_features(batches, i), tf.constant(i), with_training_loss=with_training_loss
             )
             sums += self._strategy.experimental_local_results(step_sums)[0].numpy()
             if on_step:
@@ -108,6 +97,34 @@ class Evaluator:
             training_loss_nats=float(mean[1]) if with_training_loss else None,
         )
 
+    def label_losses(self, batches, *, head):
+        """The exact loss of each label of one head, batch by batch.
+
+        Args:
+          batches: as of `evaluate`.
+          head: its name.
+
+        Yields:
+          [batch_size, labels of an example] float32 nats, at every process. That of padding has no meaning.
+        """
+        state = self._initial_state()
+        for i in range(batches.num_steps):
+            losses, state = self._label_step(state, self._local_features(batches, i), head=head)
+            losses = self._strategy.experimental_local_results(losses)[0].numpy()
+            examples = self._num_replicas * self._per_replica_batch_size
+            yield losses.reshape([examples, -1])[: self._batch_size]
+
+    def _local_features(self, batches, step):
+        """{name: [examples of this process, ...] tensor} of a batch, filled up with padding."""
+        first, stop = self._local_examples
+        examples = slice(min(first, self._batch_size), min(stop, self._batch_size))
+        padding = stop - first - (examples.stop - examples.start)
+        return {
+            # Ids of 0, with the weight 0.
+            name: tf.constant(np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)))
+            for name, x in batches.at(step, examples).features.items()
+        }
+
     @tf.function(autograph=False)
     def _initial_state(self):
         initial_state = self._model.task.initial_state
@@ -117,19 +134,7 @@ class Evaluator:
     def _step(self, state, features, step, *, with_training_loss):
         def replica_step(state):
             model = self._model
-            first = collectives.replica_id() * self._per_replica_batch_size
-            start = first - self._local_examples[0]
-            reading = model.read(
-                {
-                    name: collectives.block(x, start, self._per_replica_batch_size)
-                    for name, x in features.items()
-                },
-                first,
-                # Without the examples that fill up the devices: candidates must not depend on their number.
-                num_examples=self._batch_size,
-                seed=self._seed,
-                step=step if with_training_loss else None,
-            )
+            reading = self._read(features, step=step if with_training_loss else None)
             hidden, new_state = model.forward(reading.rows.roles, reading.features, state, dropout=None)
             exact = model.exact_losses(hidden, reading, compute_dtype=self._compute_dtype)
             sums = [_sum_of_labels(exact, reading.labels), tf.zeros([])]
@@ -140,6 +145,30 @@ class Evaluator:
             return collectives.all_reduce_sum(tf.stack(sums)), new_state
 
         return self._strategy.run(replica_step, args=(state,))
+
+    @tf.function(autograph=False)
+    def _label_step(self, state, features, *, head):
+        def replica_step(state):
+            model = self._model
+            reading = self._read(features, step=None)
+            hidden, new_state = model.forward(reading.rows.roles, reading.features, state, dropout=None)
+            exact = model.exact_losses(hidden, reading, compute_dtype=self._compute_dtype)
+            return collectives.all_gather(exact[head]), new_state
+
+        return self._strategy.run(replica_step, args=(state,))
+
+    def _read(self, features, *, step):
+        """This replica's `Reading` of {name: [examples of this process, ...]}."""
+        first = collectives.replica_id() * self._per_replica_batch_size
+        start = first - self._local_examples[0]
+        return self._model.read(
+            {name: collectives.block(x, start, self._per_replica_batch_size) for name, x in features.items()},
+            first,
+            # Without the examples that fill up the devices: candidates must not depend on their number.
+            num_examples=self._batch_size,
+            seed=self._seed,
+            step=step,
+        )
 
 
 def _sum_of_labels(losses, labels):

@@ -270,9 +270,7 @@ def _shard_logsumexp(hidden, reference, rows, bias, num_valid_rows, *, block_row
             multiply_and_add = tf.function(multiply_and_add, jit_compile=True, autograph=False)
 
         def body(block, *running):
-            block_of_rows, block_of_bias, _, valid = read_block(
-                rows, bias, block, block_rows, num_valid_rows
-            )
+            block_of_rows, block_of_bias, _, valid = read_block(rows, bias, block, block_rows, num_valid_rows)
             return block + 1, *multiply_and_add(block_of_rows, block_of_bias, valid, *running)
 
         _, *running = tf.while_loop(

@@ -107,12 +107,16 @@ def top_k(
         block_rows=block_rows,
     )
     first = collectives.replica_id() * n
-    found = {name: collectives.block(collectives.all_gather(x, axis=1), first, n) for name, x in best.rows.items()}
+    found = {
+        name: collectives.block(collectives.all_gather(x, axis=1), first, n) for name, x in best.rows.items()
+    }
     scores, ids = _merged(found, k=k)
     sums = [
         None
         if x is None
-        else tf.reduce_logsumexp(collectives.block(collectives.all_gather(x[:, tf.newaxis], axis=1), first, n), axis=1)
+        else tf.reduce_logsumexp(
+            collectives.block(collectives.all_gather(x[:, tf.newaxis], axis=1), first, n), axis=1
+        )
         for x in (best.logsumexp, best.allowed_logsumexp)
     ]
     return TopK(scores, ids, *sums)
@@ -144,11 +148,15 @@ def _best_of_shard(
     num_shards, shard_id = collectives.num_replicas(), collectives.replica_id()
     tokens, num_blocks = hidden.shape[0], -(-rows.shape[0] // block_rows)
     if excluded is not None:
-        excluded_rows = tf.where((excluded >= 0) & (excluded % num_shards == shard_id), excluded // num_shards, -1)
+        excluded_rows = tf.where(
+            (excluded >= 0) & (excluded % num_shards == shard_id), excluded // num_shards, -1
+        )
     sums = {"all": with_logsumexp, "allowed": with_allowed_logsumexp}
 
     def body(block, best, running):
-        block_of_rows, block_of_bias, local_ids, valid = read_block(rows, bias, block, block_rows, num_valid_rows)
+        block_of_rows, block_of_bias, local_ids, valid = read_block(
+            rows, bias, block, block_rows, num_valid_rows
+        )
         if cosine:
             block_of_rows = _normalized(block_of_rows)
         products = float32_product(hidden, tf.cast(block_of_rows, hidden.dtype), transpose_b=True)
@@ -174,8 +182,14 @@ def _best_of_shard(
         return block + 1, best, running
 
     nothing = tf.fill([tokens, k], -float("inf"))
-    best = {"ranks": nothing, "ids": tf.fill([tokens, k], -1)} | ({} if noise is None else {"scores": nothing})
-    running = {name: (tf.fill([tokens], -float("inf")), tf.zeros([tokens])) for name, is_asked in sums.items() if is_asked}
+    best = {"ranks": nothing, "ids": tf.fill([tokens, k], -1)} | (
+        {} if noise is None else {"scores": nothing}
+    )
+    running = {
+        name: (tf.fill([tokens], -float("inf")), tf.zeros([tokens]))
+        for name, is_asked in sums.items()
+        if is_asked
+    }
     _, best, running = tf.while_loop(
         lambda block, *_: block < num_blocks,
         body,
@@ -183,7 +197,8 @@ def _best_of_shard(
         parallel_iterations=1,  # One block of scores at a time.
     )
     logsumexps = [
-        running[name][0] + tf.math.log(running[name][1]) if name in running else None for name in ("all", "allowed")
+        running[name][0] + tf.math.log(running[name][1]) if name in running else None
+        for name in ("all", "allowed")
     ]
     return _Best(best, *logsumexps)
 

@@ -7,16 +7,17 @@ import tensorflow as tf
 
 from lmscale.bodies.body import Body
 from lmscale.bodies.encoder import Encoder
-from lmscale.data.batches import ContiguousBatches, EvaluationBatches, ShuffledWindows
+from lmscale.data.batches import ContiguousBatches, EvaluationBatches, LineBatches, ShuffledWindows
 from lmscale.softmax.head import Head
 from lmscale.tables.rows import Lookup
 from lmscale.tables.table_config import TableConfig
-from lmscale.tasks.task import Labels, Task, TaskContext
+from lmscale.tasks.task import Labels, TaskContext
+from lmscale.tasks.text_task import TextTask
 
 _ROLE, _HEAD = "inputs", "next"
 
 
-class NextToken(Task):
+class NextToken(TextTask):
     """A body between an input table and an output table. One table for both is tied, two are untied.
 
     Attributes:
@@ -106,10 +107,26 @@ class NextToken(Task):
             raise ValueError(
                 f"The split to evaluate must have tokens. Received: {split}, empty. Prepare data with such a split."
             )
+        return self._lanes(tokens[:limit], batch_size=self.context.eval_batch_size)
+
+    def stream_batches(self, tokens):
+        """The text in one lane."""
+        return self._lanes(tokens, batch_size=1)
+
+    def _lanes(self, tokens, *, batch_size):
         return EvaluationBatches(
-            tokens[:limit],
-            batch_size=self.context.eval_batch_size,
-            window=self._eval_window,
+            tokens, batch_size=batch_size, window=self._eval_window, eos_id=self.context.data.eos_id
+        )
+
+    def line_batches(self, lines, *, batch_size):
+        """Each line in a lane of its own; lines that are all shorter than a window in a narrower one."""
+        longest = max(map(len, lines))
+        return LineBatches(
+            lines,
+            batch_size=batch_size,
+            window=min(
+                self._eval_window, 1 << (longest - 1).bit_length()
+            ),  # Few widths: each is compiled anew.
             eos_id=self.context.data.eos_id,
         )
 
@@ -130,11 +147,26 @@ class NextToken(Task):
     def forward(self, rows, features, state, *, dropout):
         """Embeddings of a window to the hidden state before each label."""
         del features
-        inputs = rows[_ROLE].embedding
-        if self._input_layer is not None:
-            inputs = self._input_layer(inputs)
-        hidden, state = self.encoder(inputs, state, dropout=dropout)
+        hidden, state = self.encoder(self._inputs_of(rows), state, dropout=dropout)
         return {_HEAD: tf.reshape(tf.cast(hidden, tf.float32), [-1, hidden.shape[-1]])}, state
+
+    def decoding_features(self, ids):
+        """A window whose label is not read."""
+        return {"ids": tf.pad(ids, [[0, 0], [0, 1]])}
+
+    def decoding_state(self, batch_size, length):
+        """That of the body."""
+        return self.encoder.body.decoding_state(batch_size, length)
+
+    def decode(self, rows, state):
+        """As `forward`, by the body's `decode`."""
+        hidden, state = self.encoder.decode(self._inputs_of(rows), state)
+        return tf.cast(hidden, tf.float32), state
+
+    def _inputs_of(self, rows):
+        """What the body reads."""
+        inputs = rows[_ROLE].embedding
+        return inputs if self._input_layer is None else self._input_layer(inputs)
 
 
 def _check_tables(tables, *, inputs, outputs):

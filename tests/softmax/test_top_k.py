@@ -158,7 +158,9 @@ def test_noise_ranks_and_scores_stay_without_it(mirrored, num_shards):
     expected = best(without(logits / 0.5 + noise, case["excluded"]), 4)
     found = run(mirrored(num_shards), case, k=4, noise_keys=keys, temperature=0.5, block_rows=97)
     np.testing.assert_array_equal(found["ids"], expected)
-    np.testing.assert_allclose(found["scores"], np.take_along_axis(logits, expected, axis=1), rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        found["scores"], np.take_along_axis(logits, expected, axis=1), rtol=1e-5, atol=2e-6
+    )
 
 
 def test_the_best_with_noise_is_a_draw_from_the_softmax(mirrored):
@@ -186,7 +188,9 @@ def test_a_score_that_is_not_a_number_is_never_among_the_best(mirrored):
 
 def test_narrow_products_have_float32_scores(mirrored):
     case = make_case(tokens=4)
-    rounded = case | {n: tf.cast(tf.cast(case[n], tf.bfloat16), tf.float32).numpy() for n in ("hidden", "rows")}
+    rounded = case | {
+        n: tf.cast(tf.cast(case[n], tf.bfloat16), tf.float32).numpy() for n in ("hidden", "rows")
+    }
     found = run(mirrored(2), case, k=5, compute_dtype=tf.bfloat16)
     np.testing.assert_array_equal(found["ids"], best(without(logits_of(rounded), case["excluded"]), 5))
 
@@ -205,7 +209,12 @@ def test_narrow_products_have_float32_scores(mirrored):
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, message):
-    arguments = {"hidden": np.zeros([3, 5]), "k": 2, "rows": np.zeros([9, 5]), "bias": np.zeros([9])} | options
+    arguments = {
+        "hidden": np.zeros([3, 5]),
+        "k": 2,
+        "rows": np.zeros([9, 5]),
+        "bias": np.zeros([9]),
+    } | options
     arguments = {name: tf.constant(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
     with pytest.raises(ValueError, match=message):
         top_k(arguments.pop("hidden"), num_valid_rows=9, **arguments)
