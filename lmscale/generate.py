@@ -1,9 +1,9 @@
 """Writes text: python -m lmscale.generate --workdir=runs/quickstart --prompt="It is a truth" --temperature=0.8
 
 Each text is a JSON object on stdout: its prompt, what was written behind it, and the natural logarithm of its
-probability under the model; the last one counts tokens and seconds. A prompt is cut into tokens as the run's data were;
-words that the vocabulary lacks are `<unk>`. Choices are by the exact softmax over every row, and depend on --seed alone:
-the same texts on any number of devices.
+probability under the model; the last one counts tokens and seconds. A prompt is cut into tokens as the run's data were,
+and words that the vocabulary lacks are `<unk>`. Tokens are chosen by the exact softmax over every row, and chance is a
+function of --seed: the texts are the same on any number of devices.
 """
 
 import json

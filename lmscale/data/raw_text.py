@@ -10,7 +10,7 @@ import numpy as np
 
 from lmscale.data.text_files import expand_patterns, read_blocks
 from lmscale.data.token_files import PreparedData
-from lmscale.data.tokenizers import prepared_tokenizer, make_tokenizer
+from lmscale.data.tokenizers import make_tokenizer, prepared_tokenizer
 from lmscale.data.vocab import EOS
 
 

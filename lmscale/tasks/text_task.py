@@ -1,4 +1,4 @@
-"""What a task must have beside `Task`'s for `lmscale.score` and `lmscale.generate`: it predicts a text token by token."""
+"""What a task has that predicts a text token by token: `lmscale.score` and `lmscale.generate` ask for it."""
 
 import abc
 
