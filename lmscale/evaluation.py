@@ -15,17 +15,26 @@ from lmscale.metrics import progress
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
-    """Mean losses over `tokens` tokens, in nats. `training_loss_nats` is None unless it was asked for."""
+    """Mean losses over `tokens` tokens, in nats. `training_loss_nats` is None unless it was asked for.
+
+    `head_losses_nats` are those of each head, of which `loss_nats` is the sum.
+    """
 
     loss_nats: float
     tokens: int
     seconds: float
     training_loss_nats: float | None = None
+    head_losses_nats: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def perplexity(self):
-        """exp(loss_nats), infinite where that overflows."""
-        return math.exp(self.loss_nats) if self.loss_nats < 700 else math.inf
+        """exp(loss_nats), infinite where that overflows. Of several heads the product of theirs."""
+        return perplexity(self.loss_nats)
+
+
+def perplexity(loss_nats):
+    """exp(loss_nats), infinite where that overflows."""
+    return math.exp(loss_nats) if loss_nats < 700 else math.inf
 
 
 class Evaluator:
@@ -81,7 +90,8 @@ class Evaluator:
         """
         start = time.perf_counter()
         state = self._initial_state()
-        sums = np.zeros([2], np.float64)
+        heads = list(self._model.task.heads)
+        sums = np.zeros([2 + len(heads)], np.float64)
         for i in range(batches.num_steps):
             step_sums, state = self._step(
                 state, self._local_features(batches, i), tf.constant(i), with_training_loss=with_training_loss
@@ -94,6 +104,7 @@ class Evaluator:
             loss_nats=float(mean[0]),
             tokens=batches.num_labels,
             seconds=time.perf_counter() - start,
+            head_losses_nats=dict(zip(heads, map(float, mean[2:]), strict=True)),
             training_loss_nats=float(mean[1]) if with_training_loss else None,
         )
 
@@ -137,11 +148,13 @@ class Evaluator:
             reading = self._read(features, step=step if with_training_loss else None)
             hidden, new_state = model.forward(reading.rows.roles, reading.features, state, dropout=None)
             exact = model.exact_losses(hidden, reading, compute_dtype=self._compute_dtype)
-            sums = [_sum_of_labels(exact, reading.labels), tf.zeros([])]
+            of_heads = _sums_of_labels(exact, reading.labels)
+            sums = [tf.add_n(of_heads), tf.zeros([]), *of_heads]
             if with_training_loss:
                 weights = {name: labels.weights for name, labels in reading.labels.items()}
                 results = model.head_gradients(hidden, reading, loss_weights=weights)
-                sums[1] = _sum_of_labels({name: r.loss for name, r in results.items()}, reading.labels)
+                trained = {name: r.loss for name, r in results.items()}
+                sums[1] = tf.add_n(_sums_of_labels(trained, reading.labels))
             return collectives.all_reduce_sum(tf.stack(sums)), new_state
 
         return self._strategy.run(replica_step, args=(state,))
@@ -171,11 +184,9 @@ class Evaluator:
         )
 
 
-def _sum_of_labels(losses, labels):
-    """Sum over heads and labels. Padding may have a non-finite loss of its own: it must not reach the sum."""
-    return tf.add_n(
-        [tf.reduce_sum(tf.where(labels[name].weights > 0, loss, 0.0)) for name, loss in losses.items()]
-    )
+def _sums_of_labels(losses, labels):
+    """Sum of each head over its labels. Padding may have a non-finite loss of its own: it must not reach the sum."""
+    return [tf.reduce_sum(tf.where(labels[name].weights > 0, loss, 0.0)) for name, loss in losses.items()]
 
 
 class CheckpointEvaluator:
@@ -203,7 +214,8 @@ class CheckpointEvaluator:
           step: int; None for the newest.
 
         Returns:
-          {"split", "step", "loss_nats", "perplexity", "tokens", "vocab_size", "num_devices", "seconds"}.
+          {"split", "step", "loss_nats", "perplexity", "tokens", "vocab_size", "num_devices", "seconds"}; of several
+          heads also "heads", {head: {"loss_nats", "perplexity"}}.
 
         Raises:
           As `RestoredModel.restore`.
@@ -221,6 +233,10 @@ class CheckpointEvaluator:
             restored.weights(metadata),
         ):
             result = self._evaluator.evaluate(self._batches, on_step=show_step)
+        heads = {
+            name: {"loss_nats": loss, "perplexity": perplexity(loss)}
+            for name, loss in result.head_losses_nats.items()
+        }
         return {
             "split": self._split,
             "step": metadata["step"],
@@ -230,4 +246,5 @@ class CheckpointEvaluator:
             "vocab_size": max(restored.task.num_rows(head.table) for head in restored.task.heads.values()),
             "num_devices": restored.strategy.num_replicas_in_sync,
             "seconds": result.seconds,
+            **({"heads": heads} if len(heads) > 1 else {}),
         }

@@ -186,6 +186,10 @@ class _Metrics:
             f"{split}/exact_perplexity": report["perplexity"],
             f"{split}/eval_tokens": report["tokens"],
             f"{split}/eval_secs": report["seconds"],
+            **{
+                f"{split}/{head}/exact_loss_nats": of_head["loss_nats"]
+                for head, of_head in report.get("heads", {}).items()
+            },
         }
         self._writer.scalars(report["step"], scalars)
         self.last_step = report["step"]

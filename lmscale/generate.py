@@ -81,12 +81,12 @@ def _generate(sampling, group):
     from lmscale.data.raw_text import RawText
     from lmscale.generation import Generator
     from lmscale.metrics import progress
-    from lmscale.tasks.text_task import check_reads_text
+    from lmscale.tasks.left_to_right import check_left_to_right
     from lmscale.workdir import Workdir
 
     with Workdir(run_flags.workdir_path(), readonly=True) as workdir:
         restored = run_flags.restored_model(workdir, group)
-        check_reads_text(restored.task)
+        check_left_to_right(restored.task)
         text = RawText(restored.data, tokenized=_TOKENIZED.value)
         prompts = _prompts(text)
         group.check_same("The prompts", [ids.tolist() for _, ids in prompts])

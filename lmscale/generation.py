@@ -9,7 +9,7 @@ import tensorflow as tf
 from lmscale.distribution import collectives
 from lmscale.distribution.strategies import first_local_replica
 from lmscale.softmax.gumbel import gumbel
-from lmscale.tasks.text_task import check_reads_text
+from lmscale.tasks.left_to_right import check_left_to_right
 
 # Tokens of a prompt that are read at once, where there are so many.
 _PROMPT_WINDOW = 32
@@ -48,9 +48,9 @@ class Generator:
           batch_size: texts side by side, over all devices.
 
         Raises:
-          ValueError: for a task that does not predict text.
+          ValueError: for a task that does not predict text from left to right.
         """
-        check_reads_text(restored.task)
+        check_left_to_right(restored.task)
         self._model, self._task = restored.model, restored.task
         self._strategy = strategy = restored.strategy
         self._compute_dtype = tf.as_dtype(restored.experiment.compute_dtype)

@@ -232,7 +232,7 @@ class Model:
         )
 
     def decode(self, rows, state):
-        """The task's `decode`, as one call to Keras; arguments and results as of `TextTask.decode`.
+        """The task's `decode`, as one call to Keras; arguments and results as of `LeftToRightTask.decode`.
 
         Communication: none.
         """

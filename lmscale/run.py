@@ -431,6 +431,11 @@ class _Run:
             "valid/eval_tokens": valid.tokens,
             "valid/eval_secs": valid.seconds,
         }
+        of_heads = {}
+        if len(task.heads) > 1:
+            of_heads = {
+                f"valid/{head}/exact_loss_nats": loss for head, loss in valid.head_losses_nats.items()
+            }
         if probe is not None:
             scalars["probe/exact_loss_nats"] = probe.loss_nats
             scalars["probe/exact_perplexity"] = probe.perplexity
@@ -439,8 +444,10 @@ class _Run:
                 name = "_".join(sorted(names))
                 scalars[f"probe/{name}_loss_nats"] = probe.training_loss_nats
                 scalars[f"probe/{name}_minus_exact_nats"] = probe.training_loss_nats - probe.loss_nats
+        scalars |= of_heads
         reports.evaluation(self.trainer.step, scalars)
-        shown = ("valid/exact_loss_nats", "valid/exact_perplexity", "valid/eval_tokens", "valid/eval_secs")
+        shown = ["valid/exact_loss_nats", "valid/exact_perplexity", "valid/eval_tokens", "valid/eval_secs"]
+        shown += of_heads
         _logger.info("%s", format_log_line(self.trainer.step, {name: scalars[name] for name in shown}))
         # One loss for all: what follows from it, all must do.
         return self.group.of_chief(valid.loss_nats)

@@ -51,12 +51,12 @@ def _score(group):
     from lmscale.data.raw_text import RawText
     from lmscale.metrics import progress
     from lmscale.scoring import Scorer, Total
-    from lmscale.tasks.text_task import check_reads_text
+    from lmscale.tasks.left_to_right import check_left_to_right
     from lmscale.workdir import Workdir
 
     with Workdir(run_flags.workdir_path(), readonly=True) as workdir:
         restored = run_flags.restored_model(workdir, group)
-        check_reads_text(restored.task)
+        check_left_to_right(restored.task)
         text = RawText(restored.data, tokenized=_TOKENIZED.value)
         lines = list(text.lines(None if _INPUT.value is None else Path(_INPUT.value)))
         group.check_same("The number of tokens of the text", sum(map(len, lines)))

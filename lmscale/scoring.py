@@ -2,12 +2,11 @@
 
 import dataclasses
 import itertools
-import math
 
 import numpy as np
 
-from lmscale.evaluation import Evaluator
-from lmscale.tasks.text_task import check_reads_text
+from lmscale.evaluation import Evaluator, perplexity
+from lmscale.tasks.left_to_right import check_left_to_right
 
 # Lines that are sorted by length, in batches: those of a batch then need few steps of padding.
 _SORTED_BATCHES = 32
@@ -30,9 +29,9 @@ class Scorer:
           batch_size: lines side by side, over all devices.
 
         Raises:
-          ValueError: for a task that does not predict text.
+          ValueError: for a task that does not predict text from left to right.
         """
-        check_reads_text(restored.task)
+        check_left_to_right(restored.task)
         self._task = restored.task
         self._restored = restored
         self._batch_size = batch_size
@@ -113,5 +112,5 @@ class Total:
             "tokens": self.tokens,
             "log_prob": -self.loss_nats,
             "loss_nats": mean,
-            "perplexity": math.exp(mean) if mean < 700 else math.inf,
+            "perplexity": perplexity(mean),
         }

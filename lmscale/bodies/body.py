@@ -133,7 +133,7 @@ def _check_causal(body):
     if not body.causal:
         raise ValueError(
             "A body that decodes must not depend on later inputs, which are not there yet. Received: "
-            f"{type(body).__name__}, whose causal is False. Train the model with a causal body to generate text with it."
+            f"{type(body).__name__}, whose causal is False. Train with a causal body to generate text."
         )
 
 

@@ -1,23 +1,20 @@
-"""What a task has that predicts a text token by token: `lmscale.score` and `lmscale.generate` ask for it."""
+"""What a task has that predicts a text from left to right: `lmscale.score` and `lmscale.generate` ask for it."""
 
 import abc
 
-from lmscale.tasks.task import Task
+from lmscale.data.batches import EvaluationBatches, LineBatches
+from lmscale.tasks.text import TextTask
 
 
-class TextTask(Task):
-    """Base of the tasks with one head, whose labels are the tokens of a text in their order.
-
-    Its vocabulary is that of the text, `PreparedData.vocabulary`; before a text stands `<eos>`.
-    """
+class LeftToRightTask(TextTask):
+    """Base of the text tasks with one head, which predicts each token from those before it; `<eos>` stands first."""
 
     @property
     def token_head(self):
-        """Name of the head that predicts tokens."""
+        """Name of the head."""
         (name,) = self.heads
         return name
 
-    @abc.abstractmethod
     def line_batches(self, lines, *, batch_size):
         """The batches in which every token of some lines is a label once, each line without what stands before it.
 
@@ -26,12 +23,23 @@ class TextTask(Task):
           batch_size: examples of a batch: the lines and, behind them, padding.
 
         Returns:
-          As `evaluation_batches`. Label number i of step s of a line is its token number s * (labels of a step) + i.
+          `LineBatches`, in windows as in evaluations; of lines that are all shorter, in narrower ones.
         """
+        longest = max(map(len, lines))
+        return LineBatches(
+            lines,
+            batch_size=batch_size,
+            window=min(
+                self.eval_window, 1 << (longest - 1).bit_length()
+            ),  # Few widths: each is compiled anew.
+            eos_id=self.context.data.eos_id,
+        )
 
-    @abc.abstractmethod
     def stream_batches(self, tokens):
-        """The same of one text [tokens], with all that stands before a token: as an evaluation with one lane."""
+        """The same of one text [tokens], in one lane of an evaluation."""
+        return EvaluationBatches(
+            tokens, batch_size=1, window=self.eval_window, eos_id=self.context.data.eos_id
+        )
 
     @abc.abstractmethod
     def decoding_features(self, ids):
@@ -54,10 +62,10 @@ class TextTask(Task):
         """
 
 
-def check_reads_text(task):
+def check_left_to_right(task):
     """Raises ValueError unless the task can score and continue texts."""
-    if not isinstance(task, TextTask):
+    if not isinstance(task, LeftToRightTask):
         raise ValueError(
-            "The task of the run must predict a text token by token, as NextToken does. Received: a run of "
+            "The task of the run must predict a text from left to right, as NextToken does. Received: a run of "
             f"{type(task).__name__}. Pass the work directory of a language model."
         )
