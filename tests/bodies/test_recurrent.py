@@ -165,7 +165,9 @@ def test_first_weights_of_a_projected_layer():
     layer = ProjectedLstm(4, 3)
     layer.build([None, None, EMBED_DIM])
     np.testing.assert_array_equal(layer.bias, np.repeat([0, 1, 0, 0], 4))
-    np.testing.assert_allclose(layer.recurrent_kernel @ tf.transpose(layer.recurrent_kernel), np.eye(3), atol=1e-5)
+    np.testing.assert_allclose(
+        layer.recurrent_kernel @ tf.transpose(layer.recurrent_kernel), np.eye(3), atol=1e-5
+    )
     assert [w.shape for w in layer.get_weights()] == [(5, 16), (3, 16), (16,), (4, 3)]
 
 
