@@ -55,34 +55,12 @@ def assert_same(found, expected):
         for key in one.keys() - {"seconds", "tokens_per_sec", "num_devices"}:
             if isinstance(one[key], float) or key == "log_probs":
                 np.testing.assert_allclose(one[key], other[key], rtol=1e-5, atol=1e-5, err_msg=key)
-            elif key == "neighbors":
-                assert [near["word"] for near in one[key]] == [near["word"] for near in other[key]]
             else:
                 assert one[key] == other[key], key
 
 
 SCORE = ["--tokenized", "--batch_size=2"]
-GENERATE = [
-    "--tokenized",
-    "--prompt=word2 word5",
-    "--prompt=",
-    "--num_samples=2",
-    "--max_tokens=7",
-    "--top_p=0.9",
-]
-NEIGHBORS = ["word2", "word77", "--k=3"]
-
-
-def test_one_device_and_two_processes(run, text, trained, tmp_path):
-    flags = {"score": [*SCORE, f"--input={text}"], "generate": GENERATE, "neighbors": NEIGHBORS}
-    for command, arguments in flags.items():
-        expected, _ = run(command, *arguments, "--cpu_devices=3")
-        processes = tiny_runs.start_processes(
-            2, f"lmscale.{command}", [f"--workdir={trained}", *arguments], log=tmp_path / f"two_{command}"
-        )
-        assert tiny_runs.wait_for_all(processes) == [0, 0], processes[0].stderr
-        assert_same([json.loads(line) for line in processes[0].stdout.splitlines()], expected)
-        assert processes[1].stdout == ""
+GENERATE = ["--tokenized", "--num_samples=2", "--max_tokens=7", "--top_p=0.9"]
 
 
 def test_score(run, text, trained):
@@ -126,11 +104,20 @@ def test_a_stream_scores_what_an_evaluation_does(run, data_dir, trained, mirrore
         )
 
 
-def test_generate(run, tmp_path):
-    (*texts, total), _ = run("generate", *GENERATE)
+def test_generate_on_devices_and_in_processes(run, trained, tmp_path):
+    """Prompts from the command line, and from a file."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("word2 word5\n\n")
+    processes = tiny_runs.start_processes(
+        2, "lmscale.generate", [f"--workdir={trained}", f"--input={prompts}", *GENERATE], log=tmp_path / "two"
+    )
+    (*texts, total), _ = run("generate", "--prompt=word2 word5", "--prompt=", *GENERATE, "--cpu_devices=3")
     assert [(text["prompt"], text["sample"]) for text in texts] == [
-        ("word2 word5", 0), ("word2 word5", 1), ("", 0), ("", 1)
-    ]  # fmt: skip
+        ("word2 word5", 0),
+        ("word2 word5", 1),
+        ("", 0),
+        ("", 1),
+    ]
     for text in texts:
         assert len(text["tokens"]) == 7 or text["is_finished"]
         assert text["text"].split() == [token for token in text["tokens"] if token != "<eos>"]
@@ -138,24 +125,21 @@ def test_generate(run, tmp_path):
         assert "<unk>" not in text["tokens"]
     assert total["texts"] == 4
     assert total["tokens"] == sum(len(text["tokens"]) for text in texts)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("word2 word5\n\n")
-    of_file, _ = run("generate", *GENERATE[:1], f"--input={prompts}", *GENERATE[3:])
-    assert_same(of_file, [*texts, total])
+    assert tiny_runs.wait_for_all(processes) == [0, 0], processes[0].stderr
+    assert_same([json.loads(line) for line in processes[0].stdout.splitlines()], [*texts, total])
+    assert processes[1].stdout == ""
 
 
 def test_neighbors(run, tmp_path):
-    found, _ = run("neighbors", *NEIGHBORS)
+    words = tmp_path / "words.txt"
+    words.write_text("word2\nword77\n")
+    found, _ = run("neighbors", f"--input={words}", "--k=3", "--cpu_devices=2")
     assert [line["word"] for line in found] == ["word2", "word77"]
     for line in found:
         cosines = [near["cosine"] for near in line["neighbors"]]
         assert len(cosines) == 3
         assert cosines == sorted(cosines, reverse=True)
         assert line["word"] not in [near["word"] for near in line["neighbors"]]
-    words = tmp_path / "words.txt"
-    words.write_text("word2\nword77\n")
-    of_file, _ = run("neighbors", f"--input={words}", "--k=3")
-    assert_same(of_file, found)
 
 
 @pytest.mark.parametrize(
