@@ -12,8 +12,8 @@ from lmscale.parameters.initializers import initial_values
 from lmscale.parameters.layers import Layers
 from lmscale.parameters.tree import Parameter
 from lmscale.reading import OwnLabels, Reading, Receipt, StepRows, joined, parted, stacked
-from lmscale.softmax.full import full_softmax_loss
 from lmscale.softmax.head import candidates_seed
+from lmscale.softmax.ranks import label_ranks
 from lmscale.softmax.top_k import top_k
 from lmscale.tables.rows import Rows
 from lmscale.tables.table import RowGradients, ShardedTable
@@ -294,19 +294,33 @@ class Model:
     def exact_losses(self, hidden, reading, *, compute_dtype):
         """{head: [n] float32}, nats: the full softmax over the head's table; arguments as of `head_gradients`.
 
-        Communication: `full_softmax_loss` of each head.
+        Communication: `Head.exact_loss` of each.
         """
         return {
-            name: full_softmax_loss(
+            name: head.exact_loss(
                 hidden[name],
                 labels=reading.labels[name].ids,
-                rows=self.tables[head.table].local_parameter("embedding"),
-                bias=self.tables[head.table].local_parameter("bias"),
-                num_valid_rows=self.tables[head.table].num_valid_rows,
+                table=self.tables[head.table],
                 compute_dtype=compute_dtype,
             )
             for name, head in self.task.heads.items()
         }
+
+    def ranks(self, hidden, reading, *, head, compute_dtype):
+        """[n] int32: the place of each label of `head` among all rows that compete, 1 for the first.
+
+        Communication: that of `label_ranks`.
+        """
+        table, labels = self.tables[self.task.heads[head].table], reading.labels[head]
+        return label_ranks(
+            hidden[head],
+            labels=labels.ids,
+            excluded=labels.excluded,
+            rows=table.local_parameter("embedding"),
+            bias=table.local_parameter("bias"),
+            num_valid_rows=table.num_valid_rows,
+            compute_dtype=compute_dtype,
+        )
 
     def collect(self, reading, d_rows, *, d_shards, d_shard_rows=None):
         """Brings the gradients of a step's rows home, with one push a table.

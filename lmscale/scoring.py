@@ -5,7 +5,8 @@ import itertools
 
 import numpy as np
 
-from lmscale.evaluation import Evaluator, perplexity
+from lmscale.evaluation import Evaluator
+from lmscale.measures import perplexity
 from lmscale.tasks.left_to_right import check_left_to_right
 
 # Lines that are sorted by length, in batches: those of a batch then need few steps of padding.

@@ -21,7 +21,7 @@ LAYERS = [
     {"configuration", "assembly", "micro_batches"},
     {"gin_text", "experiment", "model", "communication"},
     {"reading"},
-    {"tasks", "parameters.warm_start", "parameters.report", "loss_scaling", "carried_state"},
+    {"tasks", "measures", "parameters.warm_start", "parameters.report", "loss_scaling", "carried_state"},
     {"checkpoints", "bodies", "softmax"},
     {"tables", "parameters"},
     {"data", "distribution", "metrics", "hparams_tab", "event_files", "profiling"},

@@ -159,7 +159,9 @@ def prose_of(place):
     """The text of a page, or of the sections that are named behind it."""
     page, *sections = place.split("#")
     parts = {
-        name: part for part in re.split(r"^(?=## )", PROSE[page], flags=re.MULTILINE) for name in anchors_of(part)
+        name: part
+        for part in re.split(r"^(?=## )", PROSE[page], flags=re.MULTILINE)
+        for name in anchors_of(part)
     }
     return "\n".join(parts[name] for name in sections) if sections else PROSE[page]
 
@@ -397,6 +399,18 @@ def test_every_gin_block_is_tried():
     assert sorted(REPLACED) == sorted(part for parts in RUNS for part in parts)
 
 
+def shared_lines():
+    """The lines of the shared files of an LSTM language model, as one file that includes none."""
+    texts = [
+        (ROOT / "configs" / "shared" / f"{name}.gin").read_text(encoding="utf-8")
+        for name in ("training", "language_model", "lstm")
+    ]
+    lines = [line for text in texts for line in text.splitlines(keepends=True)]
+    imports = [line for line in lines if line.startswith("from ")]
+    settings = [line for line in lines if not line.startswith(("from ", "include "))]
+    return [*dict.fromkeys(imports), *settings]
+
+
 def gin_block(part):
     (block,) = [text for language, text in BLOCKS if not language and is_gin(text) and part in text]
     return block
@@ -408,7 +422,7 @@ def test_configurations_of_examples_fit_any_place(tmp_path):
     assert len(alone) == 5
     for part in alone:
         text = "from __gin__ import dynamic_registration\n"
-        shared = (ROOT / "configs" / "shared" / "lstm.gin").read_text(encoding="utf-8")
+        shared = "".join(shared_lines())
         text += "".join(re.findall(r"^from (?:lmscale|keras).*\n", shared, re.MULTILINE))
         text += "".join(re.findall(r"^from .*\n", gin_block(part), re.MULTILINE))
         text += "include 'quickstart.gin'\n"
@@ -426,9 +440,7 @@ def test_extensions_train_from_their_configurations(tmp_path):
     configs = []
     for number, parts in enumerate(RUNS):
         dropped = tuple(prefix for part in parts for prefix in REPLACED[part])
-        shared = (
-            (ROOT / "configs" / "shared" / "lstm.gin").read_text(encoding="utf-8").splitlines(keepends=True)
-        )
+        shared = shared_lines()
         kept = [line for line in shared if not line.startswith(dropped)]
         assert all(any(line.startswith(prefix) for line in shared) for prefix in dropped)
         macros = (ROOT / "configs" / "quickstart.gin").read_text(encoding="utf-8")
@@ -490,6 +502,7 @@ class Text:
     ids = np.random.default_rng(0).integers(0, V, 2003)
     counts = np.bincount(ids, minlength=V)
     vocabulary = Vocabulary(tokens=("<eos>", "<unk>", *(f"w{i}" for i in range(2, V))), counts=counts)
+    vocabularies = {"words": vocabulary}
 
     def split(self, name):
         return self.ids

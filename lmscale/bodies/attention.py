@@ -33,7 +33,7 @@ def rotary(x, positions, *, base=10_000.0):
     return tf.cast(turned, x.dtype)
 
 
-def causal_attention(queries, keys, values, *, block=BLOCK):
+def causal_attention(queries, keys, values, *, block=None):
     """Softmax attention of each time step to itself and those before: softmax(q k' / sqrt(dim)) v.
 
     Windows longer than `block` are taken block by block, forward and backward, with a running maximum and sum for each
@@ -43,7 +43,7 @@ def causal_attention(queries, keys, values, *, block=BLOCK):
     Args:
       queries, keys, values: [batch, heads, time, dim] float, static shape. Their type is that of the products; logits,
         softmax and sums are float32.
-      block: time steps of a block.
+      block: time steps of a block; None for `BLOCK`.
 
     Returns:
       [batch, heads, time, dim], the type of values.
@@ -51,6 +51,7 @@ def causal_attention(queries, keys, values, *, block=BLOCK):
     Communication: none.
     Source: Rabe & Staats 2021 (arXiv:2112.05682); gradients: Dao et al. 2022 (arXiv:2205.14135), appendix B.2.
     """
+    block = BLOCK if block is None else block
     if queries.shape[2] > block:
         return _blockwise(queries, keys, values, block=block)
     steps = tf.range(queries.shape[2])
@@ -127,7 +128,6 @@ def _blockwise(queries, keys, values, *, block):
             return tf.cast(summed / total[..., tf.newaxis], v.dtype), highest + tf.math.log(total)
 
         out, logsumexp = _map_blocks(of_query_block, num_blocks)
-        # The last block of the logits of padding is finite too: each sees itself.
         result = from_blocks(out)
 
         def gradient(d_result):
@@ -178,12 +178,12 @@ _loop = functools.partial(tf.while_loop, parallel_iterations=1)
 def _map_blocks(function, num_blocks):
     """The results of function(0), function(1), ..., each stacked."""
     first = function(tf.constant(0))
-    arrays = [
-        tf.TensorArray(x.dtype, size=num_blocks, element_shape=x.shape).write(0, x) for x in first
-    ]
+    arrays = [tf.TensorArray(x.dtype, size=num_blocks, element_shape=x.shape).write(0, x) for x in first]
 
     def write(i, arrays):
         return i + 1, [array.write(i, x) for array, x in zip(arrays, function(i), strict=True)]
 
     _, arrays = _loop(lambda i, _: i < num_blocks, write, [tf.constant(1), arrays])
-    return [tf.ensure_shape(array.stack(), [num_blocks, *x.shape]) for array, x in zip(arrays, first, strict=True)]
+    return [
+        tf.ensure_shape(array.stack(), [num_blocks, *x.shape]) for array, x in zip(arrays, first, strict=True)
+    ]

@@ -10,9 +10,7 @@ import functools
 import tensorflow as tf
 
 
-def lstm_sequence(
-    inputs, h, c, *, kernel, recurrent_kernel, bias, projection=None, compute_dtype=tf.float32
-):
+def lstm_sequence(inputs, h, c, *, kernel, recurrent_kernel, bias, projection=None, compute_dtype=tf.float32):
     """An LSTM layer over a window, with its gradient written out.
 
     With gates (i, f, g, o) = split(x_t W + h_{t-1} U + b), in the order of Keras:
@@ -126,7 +124,10 @@ def _layer(batch, time, dim, hidden, projected, compute_dtype, *, eager):
         return tf.stack(outputs, axis=1), outputs[-1], cells[-1], *residuals
 
     def backward(d_outputs, d_h, d_c, kernel, recurrent_kernel, *rest):
-        projections, (x, previous_outputs, cells, gates, *unprojected) = rest[:num_projections], rest[num_projections:]
+        projections, (x, previous_outputs, cells, gates, *unprojected) = (
+            rest[:num_projections],
+            rest[num_projections:],
+        )
         d_outputs = tf.unstack(_swap_batch_and_time(d_outputs))
         cells, gates = tf.split(cells, time + 1), tf.split(gates, time)
         w_transposed, u_transposed = (

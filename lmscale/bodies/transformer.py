@@ -71,7 +71,9 @@ class TransformerBody(Body):
     def decoding_state(self, batch_size, length):
         """Keys and values of each block [batch, length, hidden_dim], and the number of those there [batch]."""
         dtype = self.layers["normalization"].compute_dtype
-        caches = [tf.zeros([batch_size, length, self._hidden_dim], dtype) for _ in range(2 * self._num_layers)]
+        caches = [
+            tf.zeros([batch_size, length, self._hidden_dim], dtype) for _ in range(2 * self._num_layers)
+        ]
         return [*caches, tf.zeros([batch_size], tf.int32)]
 
     def decode(self, inputs, state):

@@ -62,7 +62,7 @@ class ContiguousBatches:
 
     def at(self, step: int, examples: slice = ALL) -> Batch:
         """The batch of a step, counted from 0 over all epochs; or some of its examples, and no others are read."""
-        epoch, window_in_epoch = divmod(_checked_step(step), self.steps_per_epoch)
+        epoch, window_in_epoch = divmod(checked_step(step), self.steps_per_epoch)
         offset = _random_below(len(self._tokens), seed=self._seed, epoch=epoch)
         positions = self._lane_starts[examples] + offset + window_in_epoch * self._window
         ids = _windows(self._tokens, positions, self._window)
@@ -98,11 +98,11 @@ class ShuffledWindows:
 
     def at(self, step: int, examples: slice = ALL) -> Batch:
         """The batch of a step, as above. Every batch says `starts_epoch`."""
-        epoch, step_in_epoch = divmod(_checked_step(step), self.steps_per_epoch)
+        epoch, step_in_epoch = divmod(checked_step(step), self.steps_per_epoch)
         slack = len(self._tokens) - 1 - self._lookahead - self._num_windows * self._window
         offset = _random_below(slack + 1, seed=self._seed, epoch=epoch)
         places = step_in_epoch * len(self._rows) + self._rows[examples]
-        windows = _permuted(places, self._num_windows, seed=self._seed, epoch=epoch)
+        windows = permuted(places, self._num_windows, seed=self._seed, epoch=epoch)
         starts = (offset + windows * self._window)[:, None]
         ids = _windows(self._tokens, starts, self._window + self._lookahead)
         return Batch({"ids": ids}, starts_epoch=True, epoch=epoch)
@@ -263,7 +263,7 @@ def _too_short(tokens, global_batch_size, window, needed):
     )
 
 
-def _checked_step(step):
+def checked_step(step):
     if step < 0:
         raise ValueError(f"step must be at least 0. Received: step={step}.")
     return int(step)
@@ -305,7 +305,7 @@ def _random_below(bound, *, seed, epoch):
     return int(_mix(_key(seed=seed, epoch=epoch) + _GOLDEN)[0]) * int(bound) >> 64
 
 
-def _permuted(places, size, *, seed, epoch):
+def permuted(places, size, *, seed, epoch):
     """Where a pseudorandom permutation of 0 .. size - 1, keyed by (seed, epoch), sends `places`.
 
     A Feistel network permutes the numbers of an even count of bits, the least that holds `size`; a

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import tensorflow as tf
 
+from lmscale.softmax.exact import full_softmax_loss
 from lmscale.tables.rows import Rows, ShardRows
 
 EXCHANGES = ("auto", "rows", "hidden")
@@ -105,6 +106,27 @@ class Head(abc.ABC):
           None for a head that needs no candidates.
         """
         del seed, labels
+
+    def exact_loss(self, hidden, *, labels, table, compute_dtype):
+        """What an evaluation measures of each token: the loss of the full softmax.
+
+        Args:
+          hidden, labels, table: as of `value_and_gradients`.
+          compute_dtype: of the products.
+
+        Returns:
+          [tokens] float32 nats.
+
+        Communication: that of `full_softmax_loss`.
+        """
+        return full_softmax_loss(
+            hidden,
+            labels=labels,
+            rows=table.local_parameter("embedding"),
+            bias=table.local_parameter("bias"),
+            num_valid_rows=table.num_valid_rows,
+            compute_dtype=compute_dtype,
+        )
 
     @abc.abstractmethod
     def value_and_gradients(

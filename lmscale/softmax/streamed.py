@@ -10,7 +10,7 @@ The logits are read once: what is summed is exp(logit - reference), with the lab
 which is known beforehand. Where that fails the sums of a shard are taken again, with a running maximum: where one
 overflows (at 88 nats of loss), is NaN, or is below 1e-20, so that float32 may have lost some of its terms.
 
-Everything here is local to a shard; `full.py` and `top_k.py` combine the shards.
+Everything here is local to a shard; `exact.py` and `top_k.py` combine the shards.
 """
 
 import tensorflow as tf

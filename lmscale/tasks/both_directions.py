@@ -82,7 +82,7 @@ class BothDirections(TextTask):
     def training_batches(self):
         """Shuffled windows."""
         return ShuffledWindows(
-            self.context.data.split("train"),
+            self.context.text.split("train"),
             global_batch_size=self.context.global_batch_size,
             window=self.window,
             seed=self.context.seed,

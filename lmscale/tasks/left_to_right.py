@@ -32,13 +32,13 @@ class LeftToRightTask(TextTask):
             window=min(
                 self.eval_window, 1 << (longest - 1).bit_length()
             ),  # Few widths: each is compiled anew.
-            eos_id=self.context.data.eos_id,
+            eos_id=self.context.text.eos_id,
         )
 
     def stream_batches(self, tokens):
         """The same of one text [tokens], in one lane of an evaluation."""
         return EvaluationBatches(
-            tokens, batch_size=1, window=self.eval_window, eos_id=self.context.data.eos_id
+            tokens, batch_size=1, window=self.eval_window, eos_id=self.context.text.eos_id
         )
 
     @abc.abstractmethod

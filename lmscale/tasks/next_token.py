@@ -78,7 +78,7 @@ class NextToken(LeftToRightTask):
         """Streams that continue for a body with carried state, shuffled windows for others."""
         make = ContiguousBatches if self.encoder.body.stateful else ShuffledWindows
         return make(
-            self.context.data.split("train"),
+            self.context.text.split("train"),
             global_batch_size=self.context.global_batch_size,
             window=self.window,
             seed=self.context.seed,

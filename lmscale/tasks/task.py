@@ -7,11 +7,13 @@ collectives and no optimizer: the step, in `trainer.py`, is the same for all tas
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import keras
 import tensorflow as tf
 
+from lmscale.data.columns import PreparedColumns
+from lmscale.data.prepared import Prepared
 from lmscale.data.token_files import PreparedData
 from lmscale.data.vocab import UnnamedVocabulary, Vocabulary
 from lmscale.softmax.head import Head
@@ -22,11 +24,14 @@ from lmscale.tables.table_config import TableConfig
 class Labels:
     """What a head has to predict: `ids` [n] int32, in the order of the examples and as many for each of them.
 
-    `weights` [n] float32 are 1, or 0 for padding: losses are means over them, of the whole batch.
+    `weights` [n] float32 are 1, or 0 for padding: losses are means over them, of the whole batch. `excluded` [n, m]
+    int32 are ids that do not compete with the label where an evaluation ranks it, negative for none; None for none at
+    all.
     """
 
     ids: tf.Tensor
     weights: tf.Tensor
+    excluded: tf.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ class TaskContext:
     """What a task is told of the run.
 
     Attributes:
-      data: `PreparedData`.
+      data: `PreparedData` or `PreparedColumns`; tasks ask for `text` or `columns`.
       seed: the run's.
       global_batch_size: examples of a training batch, over all devices.
       eval_batch_size: examples of an evaluation batch, over all devices.
@@ -42,12 +47,32 @@ class TaskContext:
       training: whether steps of training will follow, rather than evaluations alone.
     """
 
-    data: PreparedData
+    data: Prepared
     seed: int
     global_batch_size: int
     eval_batch_size: int
     num_replicas: int
     training: bool
+
+    @property
+    def text(self) -> PreparedData:
+        """The data of a task that reads a text; ValueError for other data."""
+        if isinstance(self.data, PreparedColumns):
+            raise ValueError(
+                f"The data of this task must be a text. Received: {self.data.directory}, examples in columns. Set "
+                "DATA_DIR to what lmscale.prepare made of a text, or Experiment.task to a task of such examples."
+            )
+        return self.data
+
+    @property
+    def columns(self) -> PreparedColumns:
+        """The data of a task that reads examples in columns; ValueError for other data."""
+        if not isinstance(self.data, PreparedColumns):
+            raise ValueError(
+                f"The data of this task must be examples in columns. Received: {self.data.directory}, a text. Set "
+                "DATA_DIR to what lmscale.prepare made with --format=histories or --format=table."
+            )
+        return self.data
 
     @property
     def per_replica_batch_size(self):
@@ -69,10 +94,12 @@ class Task(abc.ABC):
       vocabularies: {name of a table: the vocabulary of its rows}.
       heads: {name: `Head`}, each over one of the tables.
       layers: {name: Keras layer}, built: all that `forward` reads.
+      measures: {head: names of what evaluations tell of the ranks of its labels}, see `lmscale.measures`.
     """
 
     heads: Mapping[str, Head]
     layers: Mapping[str, keras.layers.Layer]
+    measures: Mapping[str, Sequence[str]] = {}
 
     def __init__(self, context: TaskContext, *, tables: Mapping[str, TableConfig]):
         """Raises ValueError for a table whose vocabulary the data has not."""

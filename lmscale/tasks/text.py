@@ -55,7 +55,7 @@ class TextTask(Task):
 
     def evaluation_batches(self, split, *, limit=None):
         """The text in eval_batch_size lanes, each of which starts without context."""
-        tokens = self.context.data.split(split)
+        tokens = self.context.text.split(split)
         if not len(tokens):
             raise ValueError(
                 f"The split to evaluate must have tokens. Received: {split}, empty. Prepare data with such a split."
@@ -64,7 +64,7 @@ class TextTask(Task):
             tokens[:limit],
             batch_size=self.context.eval_batch_size,
             window=self.eval_window,
-            eos_id=self.context.data.eos_id,
+            eos_id=self.context.text.eos_id,
             lookahead=self.lookahead,
         )
 

@@ -9,11 +9,18 @@ import tensorflow as tf
 
 from lmscale.bodies.body import Body, keras_body, write_at
 from lmscale.bodies.encoder import Encoder
+from lmscale.bodies.gru import GruBody
 from lmscale.bodies.lstm import lstm_body
+from lmscale.bodies.transformer import transformer_body
 
 BATCH, LENGTH, DIM = 3, 11, 8
 BODIES = {
     "lstm": functools.partial(lstm_body, num_layers=2, hidden_dim=6),
+    "lstm_with_projection": functools.partial(
+        lstm_body, num_layers=1, hidden_dim=6, recurrent_projection_dim=4
+    ),
+    "gru": functools.partial(GruBody, num_layers=1, hidden_dim=6),
+    "transformer": functools.partial(transformer_body, num_layers=2, hidden_dim=DIM, num_heads=2),
     "convolution": functools.partial(
         keras_body, layer=lambda: keras.layers.Conv1D(6, 4, padding="causal", activation="tanh")
     ),
