@@ -38,9 +38,8 @@ COMMANDS = {
 
 def defined_flags(command):
     source = (ROOT / "lmscale" / f"{command}.py").read_text(encoding="utf-8")
-    for module in re.findall(r"adopt_module_key_flags\((\w+)\)", source):
-        source += (ROOT / "lmscale" / f"{module}.py").read_text(encoding="utf-8")
-    return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source))
+    adopted = map(defined_flags, re.findall(r"adopt_module_key_flags\((\w+)\)", source))
+    return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)).union(*adopted)
 
 
 def shell_commands():
