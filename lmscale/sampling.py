@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+_LEAST_TEMPERATURE = 1e-6
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -24,10 +26,14 @@ class Sampling:
     with_unk: bool = False
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        # Of logits divided by less, float32 would have infinities.
+        if not (
+            math.isfinite(self.temperature)
+            and (self.temperature == 0 or self.temperature >= _LEAST_TEMPERATURE)
+        ):
             raise ValueError(
-                f"temperature must be a number from 0 on. Received: {self.temperature}. Give 0 for the most probable "
-                "token, 1 for the model's own probabilities."
+                f"temperature must be 0 or a number from {_LEAST_TEMPERATURE} on. Received: {self.temperature}. Give 0 "
+                "for the most probable token, 1 for the model's own probabilities."
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Texts against numpy: which token each rule chooses, what is carried, and that devices and batches do not matter."""
 
+import functools
 import types
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny_experiments import Text, experiment, identity, language_model, one_rul
 
 from lmscale.assembly import make_task
 from lmscale.bodies.lstm import lstm_body
+from lmscale.bodies.transformer import transformer_body
 from lmscale.generation import Generator
 from lmscale.model import Model
 from lmscale.sampling import Sampling
@@ -128,7 +130,17 @@ def on_one_device(recurrent):
 
 
 def test_log_probabilities_are_those_of_the_scorer(on_one_device):
-    restored, texts = on_one_device
+    assert_scored_alike(*on_one_device)
+
+
+def test_a_body_that_keeps_keys_and_values(mirrored):
+    """Prompts of several lengths side by side, the longest read in windows."""
+    body = functools.partial(transformer_body, num_layers=2, hidden_dim=EMBED_DIM, num_heads=1, dropout=0.1)
+    restored = make_restored(mirrored(2), body=body)
+    assert_scored_alike(restored, write(restored, Sampling(top_k=9), num_samples=1))
+
+
+def assert_scored_alike(restored, texts):
     lines = [np.concatenate([PROMPTS[text.prompt], text.ids]).astype(np.int32) for text in texts]
     scored = list(Scorer(restored, batch_size=3).score_lines(lines))
     for text, line in zip(texts, scored, strict=True):
@@ -166,6 +178,7 @@ def test_a_model_that_is_not_finite_is_refused(bigram):
     ("settings", "message"),
     [
         ({"temperature": -0.1}, r"temperature must be .* Received: -0.1"),
+        ({"temperature": 1e-9}, r"temperature must be 0 or a number from 1e-06 on. Received: 1e-09"),
         ({"temperature": float("nan")}, r"temperature must be .* Received: nan"),
         ({"top_k": 0}, r"top_k must be at least 1. Received: 0"),
         ({"top_p": 0.0}, r"top_p must be above 0 and at most 1. Received: 0.0"),
