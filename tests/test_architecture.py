@@ -9,13 +9,14 @@ PACKAGE = Path(__file__).parents[1] / "lmscale"
 
 # From top to bottom. A module may import those of layers below its own, and those of its own layer.
 LAYERS = [
-    {"train", "evaluate", "prepare", "bench", "plot", "plan"},
+    {"train", "evaluate", "prepare", "bench", "plot", "plan", "score", "generate", "neighbors"},
     {"run_flags"},
     {"machine_flags"},
     {"benchmarks"},
     {"run", "dry_run", "follow"},
     {"reports", "planning"},
-    {"evaluation", "start"},
+    {"scoring"},
+    {"evaluation", "generation", "nearest", "start"},
     {"trainer", "restored"},
     {"configuration", "assembly", "micro_batches"},
     {"gin_text", "experiment", "model", "communication"},
@@ -26,6 +27,7 @@ LAYERS = [
     {"data", "distribution", "metrics", "hparams_tab", "event_files", "profiling"},
     {
         "command_line",
+        "sampling",
         "user_errors",
         "workdir",
         "storage",

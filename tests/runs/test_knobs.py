@@ -17,7 +17,9 @@ from tensorflow.python.framework import config as framework_config
 
 from lmscale import configuration, factories
 from lmscale.bodies.body import keras_body
+from lmscale.bodies.gru import GruBody
 from lmscale.bodies.lstm import lstm_body
+from lmscale.bodies.transformer import transformer_body
 from lmscale.experiment import Experiment
 from lmscale.parameters.activity import Activity, Every
 from lmscale.parameters.averages import Averaged
@@ -28,6 +30,7 @@ from lmscale.softmax.full import FullSoftmax
 from lmscale.softmax.sampled import SampledSoftmax
 from lmscale.softmax.samplers import LogUniformSampler, UniformSampler, UnigramSampler
 from lmscale.tables.table_config import TableConfig
+from lmscale.tasks.both_directions import BothDirections
 from lmscale.tasks.next_token import NextToken
 
 CONFIGS = sorted((tiny_runs.REPOSITORY / "configs").glob("*.gin"))
@@ -43,6 +46,12 @@ MACROS = {
         "EVAL_EVERY",
         "SAVE_EVERY",
     ),
+}
+# A setting of the body that a configuration leaves as it is by default.
+BODY_SETTINGS = {
+    "quickstart_gru": "gru.GruBody.dropout_over_time",
+    "quickstart_transformer": "transformer.transformer_body.feed_forward_dim",
+    "wikitext2_transformer": "transformer.transformer_body.feed_forward_dim",
 }
 # What the run passes when it calls a factory.
 GIVEN_BY_THE_RUN = {"context", "table", "vocab_size", "counts"}
@@ -129,7 +138,7 @@ def test_every_setting_changes_the_experiment_or_is_refused(path):
             changed.append(name)
     assert set(changed) >= MACROS
     assert "experiment.Experiment.keep_checkpoints" in changed
-    assert "lstm.lstm_body.dropout_over_time" in changed
+    assert BODY_SETTINGS.get(path.stem, "lstm.lstm_body.dropout_over_time") in changed
     # A macro's own parameter set directly leaves the macro without effect; a reference is no number.
     for name, reason in refused.items():
         # And what becomes of new rows depends on how rows are matched.
@@ -192,6 +201,20 @@ VARIANTS = {
         "layer_rule": (SGD, {"learning_rate": 0.1}),
     },
     "averaged": {"row_rule": (Averaged, {"update": Adam(learning_rate=0.02), "decay": 0.5})},
+    # The simple RNN has the parameters of the GRU, and takes them the same way.
+    "gru": {"body": (GruBody, {"num_layers": 2, "hidden_dim": 6, "dropout": 0.3})},
+    "transformer": {
+        "body": (
+            transformer_body,
+            {"num_layers": 2, "hidden_dim": 4, "num_heads": 1, "feed_forward_dim": 6, "dropout": 0.3},
+        )
+    },
+    "both_directions": {
+        "task": (
+            BothDirections,
+            {"inputs": "words", "outputs": "words", "window": 3, "eval_window": 13},
+        )
+    },
 }
 # Another value for each parameter, which four steps must show.
 OTHER_VALUES = {
@@ -234,6 +257,9 @@ OTHER_VALUES = {
     "num_layers": 1,
     "hidden_dim": 7,
     "last_hidden_dim": 4,
+    "recurrent_projection_dim": 3,
+    "num_heads": 2,
+    "feed_forward_dim": 5,
     "dropout": 0.4,
     "embedding_dropout": 0.0,
     "output_dropout": 0.0,
@@ -272,8 +298,13 @@ def knobs():
     found = []
     for variant, replaced in VARIANTS.items():
         for part, (function, _) in (replaced or PARTS).items():
+            elsewhere = GIVEN_BY_THE_RUN | ELSEWHERE
+            if function is transformer_body:
+                elsewhere |= {
+                    "hidden_dim"
+                }  # It must be the width of what it reads: tests/bodies/test_transformer.py.
             for parameter in inspect.signature(function).parameters:
-                if parameter not in GIVEN_BY_THE_RUN | ELSEWHERE:
+                if parameter not in elsewhere:
                     # There must be averages.
                     base = "averaged" if parameter == "evaluate_averages" else variant
                     found.append((base, part, parameter))
