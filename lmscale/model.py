@@ -257,6 +257,7 @@ class Model:
                     candidate_rows=reading.rows.candidates.get(name),
                     candidates=reading.candidates.get(name),
                     table=self.tables[head.table],
+                    **_reach_of(reading.labels[name]),
                 )
                 for name, head in self.task.heads.items()
             }
@@ -406,6 +407,11 @@ class Model:
                 for slot, variable in slots.items()
             ]
         return found
+
+
+def _reach_of(labels):
+    """The argument that says which labels a hidden state has, of heads that are given several."""
+    return {} if labels.reach is None else {"reach": labels.reach}
 
 
 def _make_slots(variable, rule):

@@ -13,19 +13,25 @@ import keras
 import tensorflow as tf
 
 from lmscale.data.token_files import PreparedData
+from lmscale.softmax.bands import Reach
 from lmscale.softmax.head import Head
 from lmscale.tables.table_config import TableConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What a head has to predict: `ids` [n] int32, in the order of the examples and as many for each of them.
+    """What a head has to predict, in the order of the examples and as much for each of them.
 
-    `weights` [n] float32 are 1, or 0 for padding: losses are means over them, of the whole batch.
+    Attributes:
+      ids: [n] int32, the label of each hidden state.
+      weights: [n] float32, 1, or 0 for padding: losses are means over them, of the whole batch.
+      reach: None; or each hidden state has several labels, those around its place: then there are more `ids`, with
+        `window` before and after the hidden states of each example, and `weights` are how many labels a state has.
     """
 
     ids: tf.Tensor
     weights: tf.Tensor
+    reach: Reach | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
