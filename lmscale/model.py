@@ -257,7 +257,7 @@ class Model:
                     candidate_rows=reading.rows.candidates.get(name),
                     candidates=reading.candidates.get(name),
                     table=self.tables[head.table],
-                    **_reach_of(reading.labels[name]),
+                    **_neighbours_of(reading.labels[name]),
                 )
                 for name, head in self.task.heads.items()
             }
@@ -409,9 +409,9 @@ class Model:
         return found
 
 
-def _reach_of(labels):
-    """The argument that says which labels a hidden state has, of heads that are given several."""
-    return {} if labels.reach is None else {"reach": labels.reach}
+def _neighbours_of(labels):
+    """The argument that says which labels a hidden state has, where it has several."""
+    return {} if labels.neighbours is None else {"neighbours": labels.neighbours}
 
 
 def _make_slots(variable, rule):

@@ -54,6 +54,7 @@ class Head(abc.ABC):
         a replica's labels are taken from those of the candidates, and none is asked for twice.
       communicates: whether `value_and_gradients` uses collectives, for which no loop of TensorFlow has a place, even
         where it is given the rows of the candidates.
+      takes_neighbours: whether `value_and_gradients` has the argument `neighbours`: a hidden state may have several labels.
       exchange: what brings tokens and candidates together. "rows": the rows of the candidates go to every replica.
         "hidden": the hidden states of every replica go to the shards, each of which compares them with the candidates
         that it holds. "auto": whichever suits a batch, see `StepTraffic.chosen`.
@@ -64,6 +65,7 @@ class Head(abc.ABC):
     needs_label_rows = True
     candidates_are_labels = False
     communicates = True
+    takes_neighbours = False
     exchange: Literal["auto", "rows", "hidden"] = "rows"
 
     def __init__(self, *, table: str, vocab_size: int, counts: np.ndarray | None):
@@ -121,6 +123,9 @@ class Head(abc.ABC):
             or where they stay on their shards and the hidden states are to travel.
           candidates: as `candidates` returned it.
           table: the `ShardedTable`.
+
+        A head that takes them is also given `neighbours`, `bands.Neighbours`, where hidden states have several labels:
+        `labels` and `label_rows` are those of whole examples, and a state's loss is the mean over its labels.
 
         Returns:
           `HeadGradients`.

@@ -6,16 +6,17 @@ of a batch share, each with the weight k / S: the same in expectation as k words
 product instead of many short ones.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import tensorflow as tf
 
-from lmscale.softmax.bands import Band
+from lmscale.softmax.bands import band_mask
 from lmscale.softmax.candidates import true_logits
 from lmscale.softmax.head import Head, HeadGradients
-from lmscale.softmax.products import float32_product, resolved_compute_dtype
+from lmscale.softmax.products import compiled, float32_product, resolved_compute_dtype
 from lmscale.softmax.samplers import Sampler
 from lmscale.tables.rows import Rows
 
@@ -25,7 +26,7 @@ class NegativeSampling(Head):
 
     name = "negative_sampling"
     communicates = False
-    takes_reach = True
+    takes_neighbours = True
 
     def __init__(
         self,
@@ -67,62 +68,105 @@ class NegativeSampling(Head):
         return self.sampler.candidates(seed=seed, labels=labels)
 
     def value_and_gradients(
-        self, hidden, *, labels, loss_weights, label_rows, candidate_rows, candidates, table, reach=None
+        self, hidden, *, labels, loss_weights, label_rows, candidate_rows, candidates, table, neighbours=None
     ):
         hidden = tf.cast(hidden, self.compute_dtype)
         rows = tf.cast(label_rows.embedding, self.compute_dtype)
-        noise = tf.cast(candidate_rows.embedding, self.compute_dtype)
-        share = loss_weights * (self.num_negatives / noise.shape[0])
-
-        noise_logits = float32_product(hidden, noise, transpose_b=True)
-        if candidate_rows.bias is not None:
-            noise_logits = tf.nn.bias_add(noise_logits, candidate_rows.bias)
-        noise_loss = tf.reduce_mean(tf.nn.softplus(noise_logits), axis=1) * self.num_negatives
-        d_noise_logits = share[:, tf.newaxis] * tf.sigmoid(noise_logits)
-        narrow = tf.cast(d_noise_logits, self.compute_dtype)
-        d_hidden = tf.cast(tf.matmul(narrow, noise), tf.float32)
-        d_noise = tf.cast(tf.matmul(narrow, hidden, transpose_a=True), tf.float32)
-
-        positive = _one_label if reach is None else _neighbours
-        label_loss, d_hidden_of_labels, d_rows, d_bias = positive(
-            hidden, rows, label_rows.bias, loss_weights, reach
-        )
+        noise = Rows(tf.cast(candidate_rows.embedding, self.compute_dtype), candidate_rows.bias)
+        if neighbours is None or table.static_shapes:
+            noise_loss, d_hidden, d_noise = self._noise(hidden, loss_weights, noise)
+        else:
+            # The noise of a state depends on nothing else: it is computed once for all states that are equal.
+            ids, places = tf.unique(neighbours.state_ids)
+            first = tf.math.unsorted_segment_min(tf.range(hidden.shape[0]), places, tf.size(ids))
+            weights = tf.math.unsorted_segment_sum(loss_weights, places, tf.size(ids))
+            noise_loss, d_distinct, d_noise = self._noise(tf.gather(hidden, first), weights, noise)
+            noise_loss = tf.gather(noise_loss, places)
+            d_hidden = None
+        if neighbours is None:
+            label_loss, d_of_labels, d_rows, d_bias = _one_label(hidden, rows, label_rows.bias, loss_weights)
+        else:
+            num_examples = neighbours.examples(labels.shape[0])
+            in_examples = functools.partial(_in_examples, num_examples=num_examples)
+            found = compiled(_of_neighbours)(
+                *map(in_examples, (hidden, rows, label_rows.bias, loss_weights)),
+                *map(in_examples, (neighbours.before, neighbours.after)),
+                window=neighbours.window,
+            )
+            label_loss, d_of_labels, d_rows, d_bias = map(_flat, found)
+        if d_hidden is None:
+            d_hidden = tf.tensor_scatter_nd_add(d_of_labels, first[:, tf.newaxis], d_distinct)
+        else:
+            d_hidden += d_of_labels
         return HeadGradients(
             loss=label_loss + noise_loss,
-            d_hidden=d_hidden + d_hidden_of_labels,
-            d_label_rows=Rows(d_rows, None if label_rows.bias is None else d_bias),
-            d_candidate_rows=Rows(
-                d_noise, None if candidate_rows.bias is None else tf.reduce_sum(d_noise_logits, axis=0)
-            ),
+            d_hidden=d_hidden,
+            d_label_rows=Rows(d_rows, d_bias),
+            d_candidate_rows=d_noise,
         )
 
+    def _noise(self, hidden, loss_weights, noise):
+        """Loss of the noise at each of [n] states, gradient of the states, and `Rows` of those of the noise."""
+        logits = float32_product(hidden, noise.embedding, transpose_b=True)
+        if noise.bias is not None:
+            logits = tf.nn.bias_add(logits, noise.bias)
+        loss, probabilities = _softplus_and_sigmoid(logits)
+        share = self.num_negatives / noise.embedding.shape[0]
+        d_logits = (share * loss_weights)[:, tf.newaxis] * probabilities
+        narrow = tf.cast(d_logits, hidden.dtype)
+        d_hidden = tf.cast(tf.matmul(narrow, noise.embedding), tf.float32)
+        d_noise = tf.cast(tf.matmul(narrow, hidden, transpose_a=True), tf.float32)
+        d_bias = None if noise.bias is None else tf.reduce_sum(d_logits, axis=0)
+        return share * tf.reduce_sum(loss, axis=1), d_hidden, Rows(d_noise, d_bias)
 
-def _one_label(hidden, rows, bias, loss_weights, reach):
-    """Loss [n] of each state's label, and gradients: of the state, of the label's row and bias."""
-    del reach
-    logits = true_logits(hidden, rows, 0.0 if bias is None else bias)
-    d_logits = -loss_weights * tf.sigmoid(-logits)
-    d_hidden = d_logits[:, tf.newaxis] * tf.cast(rows, tf.float32)
+
+def _in_examples(x, *, num_examples):
+    """[n, ...] to [examples, n / examples, ...]; None stays."""
+    return None if x is None else tf.reshape(x, [num_examples, -1, *x.shape[1:]])
+
+
+def _flat(x):
+    """The inverse of `_in_examples`."""
+    return None if x is None else tf.reshape(x, [-1, *x.shape[2:]])
+
+
+def _softplus_and_sigmoid(x):
+    """log(1 + exp(x)) and its derivative, with one exponential for both, which cannot overflow."""
+    small = tf.exp(-tf.abs(x))
+    return tf.maximum(x, 0.0) + tf.math.log(1.0 + small), tf.where(x > 0, 1.0, small) / (1.0 + small)
+
+
+def _one_label(hidden, rows, bias, loss_weights):
+    """Loss [n] of each state's label, and gradients: of the states, of the rows and the biases of the labels."""
+    loss, probabilities = _softplus_and_sigmoid(-true_logits(hidden, rows, 0.0 if bias is None else bias))
+    d_logits = -loss_weights * probabilities
     d_rows = d_logits[:, tf.newaxis] * tf.cast(hidden, tf.float32)
-    return tf.nn.softplus(-logits), d_hidden, d_rows, d_logits
+    d_hidden = d_logits[:, tf.newaxis] * tf.cast(rows, tf.float32)
+    return loss, d_hidden, d_rows, None if bias is None else d_logits
 
 
-def _neighbours(hidden, rows, bias, loss_weights, reach):
-    """The same of each state's neighbours: the loss is the mean over them, 0 without any."""
-    band = Band.of(reach, num_labels=rows.shape[0])
-    tiles, row_tiles = band.tiles_of_states(hidden), band.tiles_of_rows(rows)
-    logits = float32_product(tiles, row_tiles, transpose_b=True)
+def _of_neighbours(hidden, rows, bias, loss_weights, before, after, *, window):
+    """The same of each state's neighbours: the loss is the mean over them, 0 without any.
+
+    The states of an example are compared with all its labels, one small product an example, of which those stay that
+    lie along the diagonal.
+
+    Args:
+      hidden: [examples, chunk, dim].
+      rows: [examples, chunk + 2 * window, dim].
+      bias: [examples, chunk + 2 * window] or None.
+      loss_weights, before, after: [examples, chunk].
+      window: int.
+    """
+    logits = float32_product(hidden, rows, transpose_b=True)
     if bias is not None:
-        logits += tf.squeeze(band.tiles_of_rows(bias[:, tf.newaxis]), 2)[:, tf.newaxis]
-    mask = tf.reshape(band.mask, tf.shape(logits))
-    num_labels = tf.maximum(tf.cast(reach.num_labels(), tf.float32), 1.0)
-    loss = tf.reduce_sum(tf.where(mask, tf.nn.softplus(-logits), 0.0), axis=2, keepdims=True)
-    share = band.tiles_of_states((loss_weights / num_labels)[:, tf.newaxis])
-    d_logits = tf.where(mask, -share * tf.sigmoid(-logits), 0.0)
+        logits += bias[:, tf.newaxis]
+    mask = band_mask(before, after, window=window)
+    num_labels = tf.maximum(tf.cast(before + after, tf.float32), 1.0)
+    loss, probabilities = _softplus_and_sigmoid(-logits)
+    loss = tf.reduce_sum(tf.where(mask, loss, 0.0), axis=2) / num_labels
+    d_logits = tf.where(mask, -(loss_weights / num_labels)[..., tf.newaxis] * probabilities, 0.0)
     narrow = tf.cast(d_logits, hidden.dtype)
-    d_hidden = band.states_of_tiles(tf.cast(tf.matmul(narrow, row_tiles), tf.float32))
-    d_rows = band.rows_of_tiles(tf.cast(tf.matmul(narrow, tiles, transpose_a=True), tf.float32))
-    d_bias = None
-    if bias is not None:
-        d_bias = band.rows_of_tiles(tf.reduce_sum(d_logits, axis=1)[..., tf.newaxis])[:, 0]
-    return band.states_of_tiles(loss)[:, 0] / num_labels, d_hidden, d_rows, d_bias
+    d_hidden = tf.cast(tf.matmul(narrow, rows), tf.float32)
+    d_rows = tf.cast(tf.matmul(narrow, hidden, transpose_a=True), tf.float32)
+    return loss, d_hidden, d_rows, None if bias is None else tf.reduce_sum(d_logits, axis=1)

@@ -69,6 +69,7 @@ class ShardedTable:
     Attributes:
       parameters: {name: per-replica variable [allocated_rows, ...]}, names "embedding" and "bias".
       slots: {name: {slot: per-replica variable}}.
+      static_shapes: whether no shape of a step may depend on ids.
     """
 
     def __init__(
@@ -101,7 +102,8 @@ class ShardedTable:
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
         self._strategy = strategy
-        self._exchange = choose_exchange(strategy, static_shapes=static_shapes)
+        self.static_shapes = static_shapes or isinstance(strategy, tf.distribute.TPUStrategy)
+        self._exchange = choose_exchange(strategy, static_shapes=self.static_shapes)
         names = ["embedding", "bias"] if bias else ["embedding"]
         self.update_rules = (
             {name: update_rule.get(name) for name in names}

@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from lmscale.data.token_files import PreparedData
-from lmscale.softmax.bands import Reach
+from lmscale.softmax.bands import Neighbours
 from lmscale.softmax.head import Head
 from lmscale.tables.table_config import TableConfig
 
@@ -25,13 +25,14 @@ class Labels:
     Attributes:
       ids: [n] int32, the label of each hidden state.
       weights: [n] float32, 1, or 0 for padding: losses are means over them, of the whole batch.
-      reach: None; or each hidden state has several labels, those around its place: then there are more `ids`, with
-        `window` before and after the hidden states of each example, and `weights` are how many labels a state has.
+      neighbours: None; or each hidden state has several labels, those around its place: then there are more `ids`,
+        `window` before and after the places of each example, and `weights` are how many labels a state has. Of heads
+        that take them.
     """
 
     ids: tf.Tensor
     weights: tf.Tensor
-    reach: Reach | None = None
+    neighbours: Neighbours | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

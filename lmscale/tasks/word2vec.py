@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import tensorflow as tf
 
 from lmscale.data.word_chunks import WordChunks
-from lmscale.softmax.bands import Band, Reach
+from lmscale.softmax.bands import Neighbours
 from lmscale.softmax.head import Head
 from lmscale.tables.rows import Lookup
 from lmscale.tables.table_config import TableConfig
@@ -32,7 +32,7 @@ class SkipGram(Task):
         outputs: str,
         head: Callable[..., Head],
         window: int = 5,
-        chunk: int = 512,
+        chunk: int = 32,
         subsampling: float | None = 1e-3,
         dynamic_window: bool = True,
         cross_lines: bool = False,
@@ -81,10 +81,11 @@ class SkipGram(Task):
         return {_ROLE: Lookup(self._inputs, ids[:, self._window : ids.shape[1] - self._window])}
 
     def labels(self, features):
+        ids, window = features["ids"], self._window
         before, after = (tf.reshape(features["reach"][..., i], [-1]) for i in range(2))
-        reach = Reach(before, after, self._window)
-        weights = tf.cast(reach.num_labels(), tf.float32)
-        return {_HEAD: Labels(tf.reshape(features["ids"], [-1]), weights, reach)}
+        centres = tf.reshape(ids[:, window : ids.shape[1] - window], [-1])
+        neighbours = Neighbours(before, after, centres, window)
+        return {_HEAD: Labels(tf.reshape(ids, [-1]), neighbours.num_labels(), neighbours)}
 
     def forward(self, rows, features, state, *, dropout):
         embedding = rows[_ROLE].embedding
