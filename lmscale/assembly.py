@@ -54,14 +54,13 @@ def check_treatments(experiment, treatments):
                 )
 
 
-def step_traffic(experiment, task, batches, *, treatments, vocab_size, num_devices):
+def step_traffic(experiment, task, batches, *, treatments, num_devices):
     """What the first step moves between devices: what exchanges are chosen by, the same in every process.
 
     Args:
       experiment: `Experiment`.
       task: `Task`, and its training `batches`.
       treatments: {path: `Treatment`}.
-      vocab_size: rows of the tables.
       num_devices: devices.
 
     Returns:
@@ -73,7 +72,6 @@ def step_traffic(experiment, task, batches, *, treatments, vocab_size, num_devic
     return communication.StepTraffic(
         task,
         batches.at(0).features,
-        vocab_size=vocab_size,
         num_devices=num_devices,
         seed=experiment.seed,
         frozen_tables=set(task.tables) - updated,

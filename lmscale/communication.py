@@ -80,13 +80,12 @@ class StepTraffic:
       num_devices: N.
     """
 
-    def __init__(self, task, features, *, vocab_size, num_devices, seed, step=0, frozen_tables=()):
+    def __init__(self, task, features, *, num_devices, seed, step=0, frozen_tables=()):
         """Draws the candidates, by operations of TensorFlow.
 
         Args:
           task: `Task`.
           features: {name: [global examples, ...] array}, which num_devices divides.
-          vocab_size: rows of the tables.
           num_devices: N.
           seed, step: what candidates depend on, ints.
           frozen_tables: names of tables whose rows have no update rule: no gradients travel.
@@ -94,7 +93,6 @@ class StepTraffic:
         self._frozen_tables = frozenset(frozen_tables)
         self.num_devices = num_devices
         self._task = task
-        self._placement = Placement(vocab_size=vocab_size, num_shards=num_devices)
         of_devices = [
             {name: np.split(x, num_devices)[i] for name, x in features.items()} for i in range(num_devices)
         ]
@@ -142,7 +140,7 @@ class StepTraffic:
             moved = row_bytes_received(
                 np.concatenate([np.zeros([num_devices, 0], np.int64), *own], axis=1),
                 np.concatenate(shared),
-                placement=self._placement,
+                placement=Placement(vocab_size=task.num_rows(name), num_shards=num_devices),
                 row_bytes=_FLOAT_BYTES * (config.embed_dim + (config.bias != "none")),
             )
             for part, values in moved.items():

@@ -14,6 +14,7 @@ from lmscale.parameters.report import as_table, parameter_lines
 from lmscale.planning.report import memory_table
 from lmscale.planning.step import Step
 from lmscale.start import check_sources
+from lmscale.tables.placement import Placement
 
 _WIDTH = 140
 
@@ -35,12 +36,12 @@ def print_report(experiment, *, num_devices):
     task = make_task(experiment, data=data, num_replicas=num_devices)
     layers, treatments = layers_and_treatments(task, experiment.groups, num_replicas=num_devices)
     check_treatments(experiment, treatments)
-    _check_initializers(treatments, task, layers, vocab_size=data.vocab_size, seed=experiment.seed)
-    lines = parameter_lines(task, layers, treatments, vocab_size=data.vocab_size, num_devices=num_devices)
+    _check_initializers(treatments, task, layers, seed=experiment.seed)
+    lines = parameter_lines(task, layers, treatments, num_devices=num_devices)
     tensors = {line.path: (line.shape, np.dtype(line.dtype)) for line in lines}
-    check_sources(experiment, task, tensors, vocabulary=data.vocabulary)
+    check_sources(experiment, task, tensors)
     batches = task.training_batches()
-    step = Step(experiment, task, layers, treatments, vocab_size=data.vocab_size, num_devices=num_devices)
+    step = Step(experiment, task, layers, treatments, num_devices=num_devices)
     console = Console(width=_WIDTH)
     console.print(as_table(lines))
 
@@ -50,15 +51,20 @@ def print_report(experiment, *, num_devices):
         console.print(communication.as_table(step.traffic, step.traffic.chosen(), layer_values=layer_values))
     # Not the states of random number generators.
     num_parameters = sum(math.prod(line.shape) for line in lines if line.dtype == "float32")
-    padding = step.placement.allocated_rows * num_devices - data.vocab_size
+    sizes = {name: len(words) for name, words in data.vocabularies.items()}
+    padding = sum(
+        Placement(vocab_size=size, num_shards=num_devices).allocated_rows * num_devices - size
+        for size in sizes.values()
+    )
+    rows = ", ".join(f"{name} {size:,}" if len(sizes) > 1 else f"{size:,}" for name, size in sizes.items())
     console.print(
-        f"{num_parameters:,} parameters; vocabulary {data.vocab_size:,} rows, {padding:,} more as padding over all "
-        f"devices; {batches.labels_per_step:,} tokens a step, {batches.steps_per_epoch:,} steps an epoch, "
+        f"{num_parameters:,} parameters; vocabulary {rows} rows, {padding:,} more as padding over "
+        f"all devices; {batches.labels_per_step:,} tokens a step, {batches.steps_per_epoch:,} steps an epoch, "
         f"{experiment.train_steps / batches.steps_per_epoch:.2f} epochs"
     )
 
 
-def _check_initializers(treatments, task, layers, *, vocab_size, seed):
+def _check_initializers(treatments, task, layers, *, seed):
     """Raises ValueError for an initialiser of a group that cannot fill what it is for."""
     for path, treatment in treatments.items():
         initializer, drawn = treatment.initializer, {"seed": seed, "path": path}
@@ -67,7 +73,8 @@ def _check_initializers(treatments, task, layers, *, vocab_size, seed):
         if path in layers.trainable_variables:
             initial_values(initializer, layers.trainable_variables[path].shape, **drawn)
         elif path.endswith("/bias"):
-            initial_values(initializer, [vocab_size], **drawn)
+            initial_values(initializer, [task.num_rows(path.split("/")[1])], **drawn)
         else:
-            embed_dim = task.tables[path.split("/")[1]].embed_dim
-            next(initial_rows(initializer, vocab_size=vocab_size, embed_dim=embed_dim, **drawn))
+            table = path.split("/")[1]
+            shape = {"vocab_size": task.num_rows(table), "embed_dim": task.tables[table].embed_dim}
+            next(initial_rows(initializer, **shape, **drawn))

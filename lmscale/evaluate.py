@@ -10,17 +10,12 @@ import math
 
 from absl import flags, logging
 
-from lmscale import machine_flags
-from lmscale.command_line import DEFINE_path, run_main
+from lmscale import machine_flags, run_flags
+from lmscale.command_line import run_main
 
-flags.adopt_module_key_flags(machine_flags)
+flags.adopt_module_key_flags(run_flags)
 
-_WORKDIR = DEFINE_path("workdir", None, "Work directory of the run.", remote=True)
 _SPLIT = flags.DEFINE_enum("split", "valid", ["train", "valid", "test"], "What to evaluate on.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "A step, `latest` or `best`.")
-_GIN_PARAM = flags.DEFINE_multi_string(
-    "gin_param", [], "Override of the run's configuration, such as DATA_DIR='elsewhere'; may be repeated."
-)
 _FOLLOW = flags.DEFINE_bool(
     "follow", False, "Evaluate each new checkpoint, until the run is finished and its last one is evaluated."
 )
@@ -32,11 +27,7 @@ _POLL_SECS = flags.DEFINE_float(
 def main(argv):
     """Flags to configuration to `evaluate`."""
     del argv
-    if not _WORKDIR.value:
-        raise ValueError("--workdir is required. Received: none. Pass the work directory of a run.")
-    checkpoint = _CHECKPOINT.value
-    if checkpoint not in ("latest", "best") and not checkpoint.isdecimal():
-        raise ValueError(f"--checkpoint must be a step, `latest` or `best`. Received: {checkpoint}.")
+    run_flags.check()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     for name, is_used in (("checkpoint", not _FOLLOW.value), ("poll_secs", _FOLLOW.value)):
@@ -50,7 +41,7 @@ def main(argv):
         if _FOLLOW.value:
             _follow(group)
         else:
-            _print(_evaluate(group, checkpoint), group)
+            _print(_evaluate(group), group)
     return 0
 
 
@@ -64,41 +55,23 @@ def _print(report, group):
 def _follow(group):
     from lmscale.follow import Follower
 
-    with Follower(_WORKDIR.value, split=_SPLIT.value, poll_secs=_POLL_SECS.value, group=group) as follower:
+    path = run_flags.workdir_path()
+    with Follower(path, split=_SPLIT.value, poll_secs=_POLL_SECS.value, group=group) as follower:
         workdir = follower.wait_for_run()
-        experiment, strategy = _prepare(workdir, group)
+        experiment, strategy = run_flags.experiment_and_strategy(workdir, group)
         for report in follower.reports(experiment, workdir=workdir, strategy=strategy):
             _print(report, group)
 
 
-def _evaluate(group, checkpoint):
+def _evaluate(group):
     # TensorFlow takes seconds to import: mistakes in flags come before.
-    from lmscale.evaluation import evaluate_checkpoint
+    from lmscale.evaluation import CheckpointEvaluator
     from lmscale.workdir import Workdir
 
-    with Workdir(_WORKDIR.value, readonly=True) as workdir:
-        experiment, strategy = _prepare(workdir, group)
-        return evaluate_checkpoint(
-            experiment,
-            workdir=workdir,
-            strategy=strategy,
-            split=_SPLIT.value,
-            checkpoint=checkpoint,
-            group=group,
-        )
-
-
-def _prepare(workdir, group):
-    """(experiment of the run, strategy)."""
-    from lmscale import configuration
-
-    if not workdir.config_path.exists():
-        raise ValueError(
-            f"No run has started in {workdir.path}: it has no config.gin. Start one with lmscale.train."
-        )
-    config = configuration.load([str(workdir.config_path)], _GIN_PARAM.value)
-    group.check_same("The configuration", config.text)
-    return config.experiment, machine_flags.strategy(group)
+    with Workdir(run_flags.workdir_path(), readonly=True) as workdir:
+        restored = run_flags.restored_model(workdir, group)
+        evaluator = CheckpointEvaluator(restored, split=_SPLIT.value)
+        return evaluator.evaluate(restored.step_of(run_flags.checkpoint()))
 
 
 def run():

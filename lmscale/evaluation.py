@@ -1,6 +1,5 @@
 """Exact loss of a model over a piece of text: the full softmax, every token once."""
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -8,17 +7,10 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from lmscale.assembly import make_task
-from lmscale.checkpoints import format_1
-from lmscale.checkpoints.directory import Checkpoints
-from lmscale.data.token_files import PreparedData
 from lmscale.distribution import collectives
-from lmscale.distribution.process_group import ProcessGroup
 from lmscale.distribution.strategies import first_local_replica
 from lmscale.doing import doing
 from lmscale.metrics import progress
-from lmscale.model import Model
-from lmscale.parameters import averages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,60 +149,23 @@ def _sum_of_labels(losses, labels):
     )
 
 
-def evaluated_weights(experiment, model, *, step):
-    """A context in which the parameters hold what the experiment evaluates: its weights, or averages of them."""
-    if not experiment.evaluate_averages:
-        return contextlib.nullcontext()
-    return averages.in_place_of_weights(model, step=step)
-
-
 class CheckpointEvaluator:
     """Evaluates checkpoints of a run exactly. Data, model and graph are there once, for any number of them."""
 
-    def __init__(self, experiment, *, workdir, strategy, split, group=None):
-        """Reads the data and builds the model.
-
-        Args:
-          experiment: `Experiment` of the run.
-          workdir: its `Workdir`; only read.
-          strategy: `tf.distribute.Strategy`, of any number of devices.
+    def __init__(self, restored, *, split):
+        """Args:
+          restored: `RestoredModel` of the run.
           split: "train", "valid" or "test".
-          group: `ProcessGroup`, all of which do the same; None for one process.
 
         Raises:
-          ValueError: if the data or the split do not fit the experiment; if averages are to be evaluated and no group
-            keeps any.
+          ValueError: if the split does not fit the experiment.
         """
-        self._experiment = experiment
-        self._workdir = workdir
+        self._restored = restored
         self._split = split
-        self._strategy = strategy
-        self._group = group = group or ProcessGroup()
-        self.checkpoints = Checkpoints(
-            workdir.checkpoints_dir, keep=experiment.keep_checkpoints, readonly=True, group=group
+        self._batches = restored.task.evaluation_batches(split)
+        self._evaluator = Evaluator.of_experiment(
+            restored.experiment, restored.model, strategy=restored.strategy
         )
-        with doing(f"reading the data of {experiment.data_dir}"):
-            self._data = data = PreparedData.open(experiment.data_dir)
-        group.check_same("The data", data.fingerprint)
-        rows = f"{data.vocab_size:,} rows"
-        with doing(f"building the model, with tables of {rows}"), strategy.scope():
-            self._task = make_task(
-                experiment, data=data, num_replicas=strategy.num_replicas_in_sync, training=False
-            )
-            # No update rules: an evaluation holds the parameters alone.
-            self._model = Model(
-                self._task,
-                groups=experiment.groups,
-                vocab_size=data.vocab_size,
-                counts=data.counts,
-                seed=experiment.seed,
-                # Averages are slots.
-                training=experiment.evaluate_averages,
-            )
-        if experiment.evaluate_averages:
-            averages.check_any(self._model.treatments)
-        self._batches = self._task.evaluation_batches(split)
-        self._evaluator = Evaluator.of_experiment(experiment, self._model, strategy=strategy)
 
     def evaluate(self, step=None):
         """Restores a checkpoint and evaluates it.
@@ -219,41 +174,22 @@ class CheckpointEvaluator:
           step: int; None for the newest.
 
         Returns:
-          As `evaluate_checkpoint`.
+          {"split", "step", "loss_nats", "perplexity", "tokens", "vocab_size", "num_devices", "seconds"}.
 
         Raises:
-          UnavailableError: if `step` has no checkpoint, or a damaged one; if it is removed while it is read.
-          ValueError: if there is none at all, or it does not fit the experiment or its data.
+          As `RestoredModel.restore`.
         """
-        experiment, model = self._experiment, self._model
-        with doing("restoring the checkpoint"):
-            parameters = model.parameters()
-            metadata = self.checkpoints.restore(
-                parameters,
-                step=step,
-                subset=True,
-                format_1_names=format_1.names([p.path for p in parameters], self._task.layers),
-            )
-        if metadata is None:
-            raise ValueError(
-                f"{self._workdir.path} has no checkpoint yet. Wait for the run's first, or shorten SAVE_EVERY."
-            )
-        if metadata["vocabulary_sha256"] != self._data.vocabulary_sha256:
-            raise ValueError(
-                "A model must be evaluated with the vocabulary it was trained with. Received: "
-                f"{experiment.data_dir}, whose vocab.txt is another one. Set DATA_DIR to data of the same vocabulary."
-            )
-        if experiment.evaluate_averages:
-            model.restore_clocks(metadata.get("updates"), step=metadata["step"])
+        restored = self._restored
+        metadata = restored.restore(step)
         with (
             doing(f"evaluating {self._split}"),
             progress(
                 total=self._batches.num_steps,
                 initial=0,
                 description=f"evaluating {self._split}",
-                is_shown=self._group.is_chief,
+                is_shown=restored.group.is_chief,
             ) as show_step,
-            evaluated_weights(experiment, model, step=metadata["step"]),
+            restored.weights(metadata),
         ):
             result = self._evaluator.evaluate(self._batches, on_step=show_step)
         return {
@@ -262,34 +198,7 @@ class CheckpointEvaluator:
             "loss_nats": result.loss_nats,
             "perplexity": result.perplexity,
             "tokens": result.tokens,
-            "vocab_size": self._data.vocab_size,
-            "num_devices": self._strategy.num_replicas_in_sync,
+            "vocab_size": max(restored.task.num_rows(head.table) for head in restored.task.heads.values()),
+            "num_devices": restored.strategy.num_replicas_in_sync,
             "seconds": result.seconds,
         }
-
-
-def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint, group=None):
-    """Restores a checkpoint of a run and evaluates it exactly.
-
-    Args:
-      experiment, workdir, strategy, split, group: as of `CheckpointEvaluator`.
-      checkpoint: a step as a string, "latest" or "best".
-
-    Returns:
-      {"split", "step", "loss_nats", "perplexity", "tokens", "vocab_size", "num_devices", "seconds"}.
-
-    Raises:
-      ValueError: if there is no such checkpoint or split, or it does not fit the experiment; if averages are to be
-        evaluated and no group keeps any.
-    """
-    group = group or ProcessGroup()
-    step = {"latest": None}.get(checkpoint, checkpoint)
-    if checkpoint == "best":
-        checkpoints = Checkpoints(workdir.checkpoints_dir, readonly=True)
-        step = group.of_chief(checkpoints.best_step() if group.is_chief else None)
-        if step is None:
-            raise ValueError(
-                f"No checkpoint of {workdir.path} has a validation loss. Pass --checkpoint=latest."
-            )
-    evaluator = CheckpointEvaluator(experiment, workdir=workdir, strategy=strategy, split=split, group=group)
-    return evaluator.evaluate(None if step is None else int(step))

@@ -14,6 +14,7 @@ from lmscale.checkpoints.directory import Checkpoints, UnavailableError
 from lmscale.distribution.process_group import ProcessGroup
 from lmscale.evaluation import CheckpointEvaluator
 from lmscale.metrics import MetricsWriter, format_log_line, read_metrics
+from lmscale.restored import RestoredModel
 from lmscale.storage import as_path
 from lmscale.workdir import Workdir, locked
 
@@ -100,17 +101,16 @@ class Follower:
           strategy: `tf.distribute.Strategy`, of any number of devices.
 
         Yields:
-          As `evaluate_checkpoint` returns, when it has been reported.
+          As `CheckpointEvaluator.evaluate` returns, when it has been reported.
 
         Raises:
           ValueError: if a checkpoint does not fit the experiment or its data; if the run is finished and its last
             checkpoint cannot be had.
         """
-        evaluator = CheckpointEvaluator(
-            experiment, workdir=workdir, strategy=strategy, split=self._split, group=self._group
-        )
+        restored = RestoredModel(experiment, workdir=workdir, strategy=strategy, group=self._group)
+        evaluator = CheckpointEvaluator(restored, split=self._split)
         with _Metrics(workdir.followed_dir(self._split), is_written=self._group.is_chief) as metrics:
-            while (step := self._next_step(workdir, evaluator.checkpoints, metrics)) is not None:
+            while (step := self._next_step(workdir, restored.checkpoints, metrics)) is not None:
                 try:
                     report = evaluator.evaluate(step)
                 except UnavailableError as error:

@@ -54,12 +54,10 @@ class Model:
       exchanges: {head: "rows" or "hidden"} of the heads with candidates: what travels. Set it before the first step.
     """
 
-    def __init__(self, task, *, groups, vocab_size, counts, seed, training=True, static_shapes=False):
+    def __init__(self, task, *, groups, seed, training=True, static_shapes=False):
         """Args:
           task: `Task`, built.
           groups: sequence of `Group`.
-          vocab_size: rows of the tables.
-          counts: [vocab_size] int, how often each row occurs in the training data.
           seed: of initial values.
           training: whether to make optimizer slots, and initial values that are not about to be restored.
           static_shapes: as of `ShardedTable`.
@@ -73,15 +71,13 @@ class Model:
             task, groups if training else None, num_replicas=self._strategy.num_replicas_in_sync
         )
         self.tables = {
-            name: self._make_table(
-                name, config, vocab_size=vocab_size, seed=seed, static_shapes=static_shapes
-            )
+            name: self._make_table(name, config, seed=seed, static_shapes=static_shapes)
             for name, config in task.tables.items()
         }
         if training:
             for name, config in task.tables.items():
                 if config.bias != "none":
-                    self._initialise_bias(name, config, counts=counts, seed=seed)
+                    self._initialise_bias(name, config, seed=seed)
             self._initialise_layers(seed)
         self.layer_slots = {
             path: _make_slots(variable, self.treatments[path].update)
@@ -104,11 +100,11 @@ class Model:
             path: updates[path] - number for path, number in counted.items() if updates[path] != number
         }
 
-    def _make_table(self, name, config, *, vocab_size, seed, static_shapes):
+    def _make_table(self, name, config, *, seed, static_shapes):
         path = f"tables/{name}"
         treatments = {k.rpartition("/")[2]: t for k, t in self.treatments.items() if k.startswith(f"{path}/")}
         return ShardedTable(
-            vocab_size=vocab_size,
+            vocab_size=self.task.num_rows(name),
             embed_dim=config.embed_dim,
             bias=config.bias != "none",
             update_rule={parameter: t.update for parameter, t in treatments.items()},
@@ -118,14 +114,14 @@ class Model:
             static_shapes=static_shapes,
         )
 
-    def _initialise_bias(self, name, config, *, counts, seed):
+    def _initialise_bias(self, name, config, *, seed):
         path, table = f"tables/{name}/bias", self.tables[name]
         initializer = self.treatments[path].initializer
         if initializer is not None:
             values = initial_values(initializer, [table.vocab_size], seed=seed, path=path)
             table.write_rows("bias", 0, values.numpy())
         elif config.bias == "log_frequency":
-            table.write_rows("bias", 0, _log_frequency(counts))
+            table.write_rows("bias", 0, _log_frequency(self.task.vocabularies[name].counts))
 
     def _initialise_layers(self, seed):
         for path, variable in self.layers.trainable_variables.items():

@@ -14,12 +14,12 @@ _logger = logging.getLogger(__name__)
 class NoReports:
     """Those of a process that is not the chief: nothing. Use it as a context manager."""
 
-    def start(self, *, config_text, vocabulary, texts, hparams):
+    def start(self, *, config_text, vocabulary_files, texts, hparams):
         """Writes what a start has to tell.
 
         Args:
           config_text: the resolved configuration.
-          vocabulary: path of the vocabulary.
+          vocabulary_files: paths of the vocabularies.
           texts: {name: text, or None to remove what an earlier start has written}.
           hparams: {name: value}, for TensorBoard's HParams tab.
         """
@@ -60,11 +60,12 @@ class Reports(NoReports):
         self._writers: dict[str, MetricsWriter] = {}
         self._open_files = contextlib.ExitStack()
 
-    def start(self, *, config_text, vocabulary, texts, hparams):
+    def start(self, *, config_text, vocabulary_files, texts, hparams):
         # From here on it is another run than the one that finished.
         self._workdir.clear_finished()
         self._workdir.write_config(config_text)
-        self._workdir.write_vocabulary(vocabulary)
+        for path in vocabulary_files:
+            self._workdir.write_vocabulary(path)
         for name, text in texts.items():
             self._workdir.write_report(name, text=text)
         try:

@@ -11,14 +11,15 @@ import numpy as np
 from lmscale import communication
 from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import Checkpoints
-from lmscale.data.token_files import VOCAB_FILE, PreparedData
+from lmscale.data.token_files import PreparedData
 from lmscale.distribution.process_group import ProcessGroup
 from lmscale.doing import doing
-from lmscale.evaluation import Evaluator, evaluated_weights
+from lmscale.evaluation import Evaluator
 from lmscale.metrics import device_memory_mib, format_log_line, progress, read_metrics
 from lmscale.parameters.report import as_table, as_text, parameter_lines
 from lmscale.profiling import Profiler
 from lmscale.reports import NoReports, Reports
+from lmscale.restored import evaluated_weights
 from lmscale.start import report_names, start_from_elsewhere
 from lmscale.stop_signals import collect_stop_signals
 from lmscale.trainer import Trainer
@@ -73,7 +74,7 @@ def train(experiment, *, workdir, strategy, config_text, hparams, group=None, pr
     with doing(f"reading the data of {experiment.data_dir}"):
         data = PreparedData.open(experiment.data_dir)
     group.check_same("The data", f"{experiment.data_dir} with the fingerprint {data.fingerprint[:12]}")
-    with doing(f"building the model, with tables of {data.vocab_size:,} rows"):
+    with doing(f"building the model, with tables of {data.rows_text} rows"):
         trainer = Trainer(experiment, data=data, strategy=strategy)
     _logger.info("%s", _parameter_table(trainer))
     if trainer.traffic is not None:
@@ -115,7 +116,10 @@ def train(experiment, *, workdir, strategy, config_text, hparams, group=None, pr
         ) as show_step,
     ):
         reports.start(
-            config_text=config_text, vocabulary=data.directory / VOCAB_FILE, texts=texts, hparams=hparams
+            config_text=config_text,
+            vocabulary_files=sorted(set(data.vocabulary_files.values())),
+            texts=texts,
+            hparams=hparams,
         )
         run.loop(reports=reports, stop=stop, show_step=show_step)
     # When all others have done their part as well.
@@ -131,7 +135,6 @@ def _parameter_table(trainer):
         trainer.task,
         model.layers,
         model.treatments,
-        vocab_size=trainer.data.vocab_size,
         num_devices=trainer.strategy.num_replicas_in_sync,
     )
     return as_text(as_table(lines))
@@ -269,8 +272,13 @@ class _Run:
             metadata={
                 "step": self.trainer.step,
                 "data_fingerprint": self.trainer.data.fingerprint,
-                "vocabulary_sha256": self.trainer.data.vocabulary_sha256,
-                "vocabularies": {"words": self.trainer.data.vocabulary_sha256},
+                "vocabularies": {
+                    name: vocabulary.sha256 for name, vocabulary in self.trainer.task.vocabularies.items()
+                },
+                "vocabulary_files": {
+                    name: self.trainer.data.vocabulary_files[config.vocabulary].name
+                    for name, config in self.trainer.task.tables.items()
+                },
                 # Fewer than the steps where a group rests; more where its slots are of another run.
                 "updates": {
                     path: int(self.trainer.model.num_updates(path, self.trainer.step))

@@ -11,20 +11,19 @@ def report_names(task):
     return [*map(_pretrained, task.tables), _WARM_START]
 
 
-def check_sources(experiment, task, tensors, *, vocabulary):
+def check_sources(experiment, task, tensors):
     """Raises ValueError unless what `start_from_elsewhere` would read is there, and fits, as far as that shows at once.
 
     Args:
       experiment: `Experiment`.
       task: its `Task`.
       tensors: {path: (shape, numpy dtype)} of the run's parameters.
-      vocabulary: `Vocabulary` of the tables.
     """
     for config in task.tables.values():
         if config.pretrained is not None:
             config.pretrained.describe(dim=config.embed_dim)
     if experiment.warm_start is not None:
-        loaded = experiment.warm_start.check(tensors, vocabulary=vocabulary)
+        loaded = experiment.warm_start.check(tensors, vocabularies=task.vocabularies)
         _check_vectors_remain(experiment.warm_start, loaded, task)
 
 
@@ -44,23 +43,22 @@ def start_from_elsewhere(experiment, trainer):
     reports = {}
     parameters = trainer.parameters()
     by_path = {parameter.path: parameter for parameter in parameters}
-    vocabulary = trainer.data.vocabulary
     tensors = {path: (parameter.shape, parameter.dtype) for path, parameter in by_path.items()}
-    check_sources(experiment, trainer.task, tensors, vocabulary=vocabulary)
+    check_sources(experiment, trainer.task, tensors)
     for name, config in trainer.task.tables.items():
         if config.pretrained is None:
             continue
         rows = by_path[_embedding(name)]
         sample = rows.read(0, min(_SAMPLE_ROWS, rows.shape[0])).astype(np.float64)
         coverage = config.pretrained.fill(
-            vocabulary=vocabulary,
+            vocabulary=trainer.task.vocabularies[name],
             dim=config.embed_dim,
             write=rows.scatter,
             initial_stddev=float(np.sqrt(np.mean(np.square(sample)))),
         )
         reports[_pretrained(name)] = coverage.text()
     if experiment.warm_start is not None:
-        report = experiment.warm_start.apply(parameters, vocabulary=vocabulary)
+        report = experiment.warm_start.apply(parameters, vocabularies=trainer.task.vocabularies)
         trainer.model.earlier_updates = dict(report.updates)
         reports[_WARM_START] = report.text()
     return reports

@@ -51,8 +51,6 @@ class Trainer:
             self.model = Model(
                 self.task,
                 groups=experiment.groups,
-                vocab_size=data.vocab_size,
-                counts=data.counts,
                 seed=experiment.seed,
                 static_shapes=static_shapes,
             )
@@ -64,7 +62,6 @@ class Trainer:
                     self.task,
                     self.batches,
                     treatments=self.model.treatments,
-                    vocab_size=data.vocab_size,
                     num_devices=num_replicas,
                 )
                 no_dynamic_shapes = static_shapes or isinstance(strategy, tf.distribute.TPUStrategy)

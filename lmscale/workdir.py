@@ -136,10 +136,10 @@ class Workdir:
         replace_file(self.config_path, text=text)
 
     def write_vocabulary(self, source) -> None:
-        """Copies the vocab.txt at `source`, for those who read the checkpoints later; in one piece or not at all."""
+        """Copies the vocabulary at `source`, for those who read the checkpoints later; in one piece or not at all."""
         self._check_writer()
-        target = self.path / "vocab.txt"
         source = as_path(source)
+        target = self.path / source.name
         if is_remote(target):
             target.write_bytes(source.read_bytes())
             return

@@ -10,12 +10,13 @@ PACKAGE = Path(__file__).parents[1] / "lmscale"
 # From top to bottom. A module may import those of layers below its own, and those of its own layer.
 LAYERS = [
     {"train", "evaluate", "prepare", "bench", "plot", "plan"},
+    {"run_flags"},
     {"machine_flags"},
     {"benchmarks"},
     {"run", "dry_run", "follow"},
     {"reports", "planning"},
     {"evaluation", "start"},
-    {"trainer"},
+    {"trainer", "restored"},
     {"configuration", "assembly", "micro_batches"},
     {"gin_text", "experiment", "model", "communication"},
     {"reading"},

@@ -161,7 +161,6 @@ def test_a_step_moves_what_its_ids_say(mirrored, num_replicas, exchange, setting
     traffic = StepTraffic(
         trainer.task,
         trainer.batches.at(1).features,
-        vocab_size=trainer.data.vocab_size,
         num_devices=num_replicas,
         seed=trainer.experiment.seed,
         step=1,
@@ -333,7 +332,7 @@ def test_auto_has_rows_travel_where_little_is_won(mirrored, batch_size):
         )
     task = FakeTask(head)
     ids = Text().ids[: batch_size * (WINDOW + 1)].reshape(batch_size, WINDOW + 1)
-    traffic = StepTraffic(task, {"ids": ids}, vocab_size=53, num_devices=2, seed=1)
+    traffic = StepTraffic(task, {"ids": ids}, num_devices=2, seed=1)
     rows, hidden = (
         sum(traffic.of_busiest_device({"next": exchange}).values()) for exchange in ("rows", "hidden")
     )
@@ -347,6 +346,10 @@ class FakeTask:
 
     def __init__(self, head):
         self.heads = {"next": head}
+
+    def num_rows(self, table):
+        assert table == "words"
+        return 53
 
     def lookups(self, features):
         return {"inputs": Lookup("words", features["ids"][:, :-1])}

@@ -55,9 +55,7 @@ class _Case:
                 num_replicas=strategy.num_replicas_in_sync,
                 training=False,
             )
-            self.model = Model(
-                self.task, groups=one_rule(), vocab_size=VOCAB_SIZE, counts=None, seed=3, training=False
-            )
+            self.model = Model(self.task, groups=one_rule(), seed=3, training=False)
         self.rows = {}
         for name, table in self.model.tables.items():
             self.rows[name] = rng.normal(size=[VOCAB_SIZE, table.embed_dim]).astype(np.float32)
@@ -182,7 +180,7 @@ def test_a_limit_evaluates_the_first_tokens(mirrored, num_replicas):
 
 def test_an_empty_split_is_refused(mirrored):
     case = _Case(mirrored(1), batch_size=7, window=4)
-    case.task._context.data.ids = TOKENS[:0]
+    case.task.context.data.ids = TOKENS[:0]
     with pytest.raises(ValueError, match=r"must have tokens\. Received: test, empty"):
         case.task.evaluation_batches("test")
 

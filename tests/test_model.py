@@ -39,15 +39,13 @@ def build(strategy, *, training=True, layer_rule=None, seed=3, bias="zeros", **t
     with strategy.scope():
         task = make_task(
             experiment,
-            data=Text(vocab_size=VOCAB_SIZE),
+            data=Text(vocab_size=VOCAB_SIZE, counts=COUNTS),
             num_replicas=strategy.num_replicas_in_sync,
             training=training,
         )
         return Model(
             task,
             groups=groups,
-            vocab_size=VOCAB_SIZE,
-            counts=COUNTS,
             seed=seed,
             training=training,
         )

@@ -36,8 +36,9 @@ def start(tmp_path):
         config = TableConfig(embed_dim=3, pretrained=PretrainedVectors(path=str(vectors)))
         trainer = types.SimpleNamespace(
             parameters=lambda: parameters,
-            task=types.SimpleNamespace(tables={"words": config}),
-            data=types.SimpleNamespace(vocabulary=vocabulary("c", "a", "b")),
+            task=types.SimpleNamespace(
+                tables={"words": config}, vocabularies={"words": vocabulary("c", "a", "b")}
+            ),
             model=types.SimpleNamespace(earlier_updates=None),
         )
         warm_start = WarmStart(checkpoint=str(tmp_path), **settings)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from lmscale.bodies.body import keras_body
+from lmscale.data.vocab import UnnamedVocabulary
 from lmscale.experiment import Experiment
 from lmscale.parameters.groups import Group
 from lmscale.parameters.update_rules import SGD
@@ -21,10 +22,11 @@ VOCAB_SIZE, EMBED_DIM = 53, 6
 class Text:
     """Stands in for `PreparedData`: the same tokens in each split."""
 
-    def __init__(self, *, vocab_size=VOCAB_SIZE, ids=None, eos_id=0):
+    def __init__(self, *, vocab_size=VOCAB_SIZE, ids=None, eos_id=0, counts=None):
         self.vocab_size, self.eos_id = vocab_size, eos_id
         self.ids = np.random.default_rng(0).integers(0, vocab_size, 301) if ids is None else ids
-        self.counts = np.bincount(self.ids, minlength=vocab_size)
+        self.counts = np.bincount(self.ids, minlength=vocab_size) if counts is None else counts
+        self.vocabularies = {"words": UnnamedVocabulary(size=vocab_size, counts=self.counts)}
 
     def split(self, name):
         del name

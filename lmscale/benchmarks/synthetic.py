@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from lmscale.data.vocab import UnnamedVocabulary
+
 _NUM_TOKENS = 200_000
 
 
@@ -13,7 +15,11 @@ class ZipfText:
 
     vocab_size: int
     eos_id = 0
-    counts = None
+
+    @property
+    def vocabularies(self):
+        """Ids without words or counts."""
+        return {"words": UnnamedVocabulary(size=self.vocab_size)}
 
     def split(self, name):
         """[200,000] int64 ids, log-uniform: rank r with probability log((r + 2) / (r + 1)) / log(vocab_size + 1)."""

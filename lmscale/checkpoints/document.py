@@ -85,3 +85,13 @@ def user_metadata(document: dict) -> dict:
 
 def _digest(document: dict) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def vocabulary_sha256(metadata, table):
+    """SHA-256 of the vocabulary whose words are the rows of a table, by a checkpoint's metadata; None if not told."""
+    vocabularies = metadata.get("vocabularies", {})
+    if table in vocabularies:
+        return vocabularies[table]
+    # Earlier versions knew one vocabulary, under a name that need not be a table's, or under none.
+    known = set(vocabularies.values()) or {metadata.get("vocabulary_sha256")}
+    return known.pop() if len(known) == 1 else None

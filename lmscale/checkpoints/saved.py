@@ -40,19 +40,14 @@ class SavedCheckpoint:
         """{path: (logical shape, dtype)}."""
         return {path: (stored.shape, stored.dtype) for path, stored in self.stored.items()}
 
-    @property
-    def vocabulary_path(self) -> Path:
-        """Where the working directory of the run holds a copy of its vocabulary, if it holds one."""
-        return self.directory.absolute().parent.parent / "vocab.txt"
+    def vocabulary_path(self, table: str) -> Path:
+        """Where the working directory of the run holds a copy of the vocabulary of a table, if it holds one."""
+        name = self.metadata.get("vocabulary_files", {}).get(table, "vocab.txt")
+        return self.directory.absolute().parent.parent / name
 
     def vocabulary_sha256(self, table: str) -> str | None:
         """SHA-256 of the vocab.txt whose words are the rows of a table; None where the checkpoint does not tell."""
-        vocabularies = self.metadata.get("vocabularies", {})
-        if table in vocabularies:
-            return vocabularies[table]
-        # Tables of one vocabulary: its name need not be theirs. Format 1 told no name.
-        known = set(vocabularies.values()) or {self.metadata.get("vocabulary_sha256")}
-        return known.pop() if len(known) == 1 else None
+        return documents.vocabulary_sha256(self.metadata, table)
 
     def updates(self, path: str) -> int:
         """What the clock of a parameter's update rule had counted; `step` where the checkpoint does not tell."""

@@ -94,7 +94,7 @@ class ShuffledWindows:
         slack = len(self._tokens) - 1 - self._num_windows * self._window
         offset = _random_below(slack + 1, seed=self._seed, epoch=epoch)
         places = step_in_epoch * len(self._rows) + self._rows[examples]
-        windows = _permuted(places, self._num_windows, seed=self._seed, epoch=epoch)
+        windows = permuted(places, self._num_windows, seed=self._seed, epoch=epoch)
         ids = _windows(self._tokens, (offset + windows * self._window)[:, None], self._window)
         return Batch({"ids": ids}, starts_epoch=True, epoch=epoch)
 
@@ -244,7 +244,7 @@ def _random_below(bound, *, seed, epoch):
     return int(_mix(_key(seed=seed, epoch=epoch) + _GOLDEN)[0]) * int(bound) >> 64
 
 
-def _permuted(places, size, *, seed, epoch):
+def permuted(places, size, *, seed, epoch):
     """Where a pseudorandom permutation of 0 .. size - 1, keyed by (seed, epoch), sends `places`.
 
     A Feistel network permutes the numbers of an even count of bits, the least that holds `size`; a

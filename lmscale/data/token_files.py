@@ -119,16 +119,26 @@ class PreparedData:
         return self.vocabulary.counts
 
     @property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """{name: `Vocabulary`} that tables can have rows of (`TableConfig.vocabulary`): that of the text, "words"."""
+        return {"words": self.vocabulary}
+
+    @property
+    def vocabulary_files(self) -> dict[str, Path]:
+        """{name: path} of the files of `vocabularies`."""
+        return {"words": self.directory / VOCAB_FILE}
+
+    @property
+    def rows_text(self) -> str:
+        """Rows of its tables, as messages tell them."""
+        return " and ".join(f"{len(words):,}" for words in self.vocabularies.values())
+
+    @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the vocabulary's and the token files' checksums: equal for equal ids and tokens."""
         files = _described_files(self.manifest)
         lines = [f"{name} {files[name]['sha256']}\n" for name in (VOCAB_FILE, *map(token_file_name, SPLITS))]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-    @property
-    def vocabulary_sha256(self) -> str:
-        """Hex SHA-256 of the vocabulary: equal where ids mean the same tokens."""
-        return self.manifest["vocabulary"]["sha256"]
 
     def split(self, name: str) -> np.ndarray:
         """The ids of a split, [tokens], as a read-only memory map; of a store, in memory.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -42,6 +43,11 @@ class Vocabulary:
     def eos_id(self) -> int:
         return self.ids[EOS]
 
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hex SHA-256 of `to_text`: equal where ids mean the same tokens."""
+        return hashlib.sha256(self.to_text().encode()).hexdigest()
+
     def to_text(self) -> str:
         """One `token<TAB>count` per line, in id order."""
         return "".join(map("{}\t{}\n".format, self.tokens, self.counts.tolist()))
@@ -73,6 +79,27 @@ class Vocabulary:
         if not known >= {UNK, EOS}:
             raise ValueError(f"{UNK} and {EOS} must be in it.")
         return vocabulary
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class UnnamedVocabulary:
+    """Ids without words: buckets that words are hashed into, say.
+
+    Attributes:
+      size: ids.
+      counts: [size] int64, how often each occurs in the training split, in any order; None if nobody counted.
+    """
+
+    size: int
+    counts: np.ndarray | None = None
+
+    def __len__(self):
+        return self.size
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the size: equal where the ids are the same."""
+        return hashlib.sha256(f"{self.size} ids".encode()).hexdigest()
 
 
 class _IdsOrUnk(dict):

@@ -12,7 +12,7 @@ import dataclasses
 
 import numpy as np
 
-from lmscale.data.batches import ALL, Batch, _permuted
+from lmscale.data.batches import ALL, Batch, permuted
 
 # Tokens that are subsampled together: what is beside the stream in memory.
 _BLOCK = 1 << 20
@@ -119,7 +119,7 @@ class WordChunks:
         stream = self.stream(epoch)
         num_chunks = self.steps_per_epoch * len(self._examples)
         places = step_in_epoch * len(self._examples) + self._examples[examples]
-        numbers = _permuted(places, num_chunks, seed=self._seed, epoch=epoch)
+        numbers = permuted(places, num_chunks, seed=self._seed, epoch=epoch)
         slack = max(0, len(stream.ids) - self._chunk)
         starts = numbers * slack // max(1, num_chunks - 1)
         return Batch(
@@ -217,3 +217,31 @@ def _draws(count, *, seed, epoch, purpose, start):
     generator.advance(start // 8)
     raw = generator.random_raw((start % 8 + count + 1) // 2)
     return raw.astype("<u8", copy=False).view("<u4")[start % 8 : start % 8 + count]
+
+
+class ConsecutiveChunks:
+    """Batches of evaluation: a stream in consecutive chunks, every word once.
+
+    Attributes:
+      num_steps: batches.
+      num_labels: what the losses are a mean over.
+    """
+
+    def __init__(self, stream, *, batch_size, chunk, window, num_labels):
+        """Args:
+        stream: `WordStream`.
+        batch_size: chunks of a batch; any number.
+        chunk, window: as of `WordChunks`.
+        num_labels: int, labels that the task makes of the stream.
+        """
+        self._stream, self._chunk, self._window = stream, chunk, window
+        self._examples = np.arange(batch_size, dtype=np.int64)
+        self.num_steps = -(-len(stream.ids) // (batch_size * chunk))
+        self.num_labels = num_labels
+
+    def at(self, step, examples=ALL):
+        """The batch of a step in 0 .. num_steps - 1, or some of its examples; features as of `WordChunks.at`."""
+        if not 0 <= step < self.num_steps:
+            raise ValueError(f"step must be in 0 .. {self.num_steps - 1}. Received: step={step}.")
+        starts = (step * len(self._examples) + self._examples[examples]) * self._chunk
+        return Batch(chunks_at(self._stream, starts, chunk=self._chunk, window=self._window))

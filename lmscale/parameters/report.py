@@ -50,23 +50,23 @@ class ParameterLine:
         return self.bytes_per_device + self.slot_bytes_per_device
 
 
-def parameter_lines(task, layers, treatments, *, vocab_size, num_devices):
+def parameter_lines(task, layers, treatments, *, num_devices):
     """A line for each parameter, without making any of the tables.
 
     Args:
       task: `Task`.
       layers: `Layers` of the task.
       treatments: {path: `Treatment`}.
-      vocab_size: rows of the tables.
       num_devices: devices that share them.
 
     Returns:
       List of `ParameterLine`.
     """
-    placement = Placement(vocab_size=vocab_size, num_shards=num_devices)
     lines = []
-    for path, config in ((path, task.tables[path.split("/")[1]]) for path in table_paths(task.tables)):
-        parameter = path.rpartition("/")[2]
+    for path in table_paths(task.tables):
+        _, table, parameter = path.split("/")
+        config, vocab_size = task.tables[table], task.num_rows(table)
+        placement = Placement(vocab_size=vocab_size, num_shards=num_devices)
         entry, *slots = table_layout(
             vocab_size=vocab_size,
             embed_dim=config.embed_dim,

@@ -101,7 +101,7 @@ class WarmStart:
             )
 
     def apply(
-        self, parameters: Sequence[Parameter], *, vocabulary: Vocabulary | None = None
+        self, parameters: Sequence[Parameter], *, vocabularies: Mapping[str, Vocabulary] | None = None
     ) -> WarmStartReport:
         """Writes values of the checkpoint into a new run's parameters.
 
@@ -110,7 +110,7 @@ class WarmStart:
 
         Args:
           parameters: all of the new run's, slots and state included, with their initial values.
-          vocabulary: of the new run's tables; None where there is none, or it does not matter.
+          vocabularies: {table of the new run: its words}; tables may be missing where they do not matter.
 
         Raises:
           ValueError: if there is no whole checkpoint; if a pattern decides nothing, or all together load nothing; if
@@ -122,39 +122,43 @@ class WarmStart:
         new = {parameter.path: parameter for parameter in parameters}
         tensors = {path: (parameter.shape, parameter.dtype) for path, parameter in new.items()}
         targets, skipped = self._targets(saved)
-        moves = self._moves(saved, tensors, targets, vocabulary)
+        vocabularies = vocabularies or {}
+        moves = self._moves(saved, tensors, targets, vocabularies)
         skipped += self._add_slots(saved, tensors, targets, moves)
-        rows = None
-        if any(move.by_word for move in moves.values()):
-            assert vocabulary is not None  # `_moves` has asked for it.
-            rows = self._match_rows(saved, moves, vocabulary)
+        matches = self._matches(saved, moves, vocabularies)
         loaded = [
-            self._load(saved, moves[path], parameter, rows)
+            self._load(saved, moves[path], parameter, matches.get(_table_name(path)))
             for path, parameter in new.items()
             if path in moves
         ]
+        removed_words = dict.fromkeys(word for rows in matches.values() for word in rows.removed_words)
         return WarmStartReport(
             checkpoint=str(saved.directory),
             step=saved.step,
             loaded=tuple(loaded),
             skipped=tuple(sorted(skipped, key=lambda entry: entry.from_path)),
             fresh=tuple(path for path in new if path not in moves),
-            removed_words=() if rows is None else rows.removed_words,
+            removed_words=tuple(removed_words)[:_NAMED_WORDS],
             updates=_updates(saved, moves),
         )
 
-    def check(self, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], *, vocabulary: Vocabulary):
+    def check(
+        self,
+        tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+        *,
+        vocabularies: Mapping[str, Vocabulary],
+    ):
         """Raises ValueError as `apply` does, but for what is read later: the old vocabulary.
 
         Args:
           tensors: {path: (shape, dtype)} of the new run's parameters; slots need not be there.
-          vocabulary: as of `apply`.
+          vocabularies: as of `apply`.
 
         Returns:
           The paths of the new run that it would load.
         """
         saved = open_checkpoint(self.checkpoint, best=self.best)
-        return set(self._moves(saved, tensors, self._targets(saved)[0], vocabulary))
+        return set(self._moves(saved, tensors, self._targets(saved)[0], vocabularies))
 
     # What goes where.
 
@@ -202,13 +206,10 @@ class WarmStart:
         ]
         return targets, skipped
 
-    def _moves(self, saved, new, targets, vocabulary):
+    def _moves(self, saved, new, targets, vocabularies):
         """{path of the new run: `_Move`} of the parameters; ValueError that names each that cannot be."""
         moves: dict[str, _Move] = {}
         problems = []
-        new_sha256 = None
-        if vocabulary is not None:
-            new_sha256 = hashlib.sha256(vocabulary.to_text().encode()).hexdigest()
         loadable = [path for path in new if not (SLOT_PATH.fullmatch(path) or RUN_STATE_PATH.fullmatch(path))]
         for from_path, path in targets.items():
             what = from_path if path == from_path else f"{from_path}, renamed to {path},"
@@ -226,6 +227,8 @@ class WarmStart:
                 continue
             old_table = _table_name(from_path)
             is_table = bool(old_table and _table_name(path))
+            vocabulary = vocabularies.get(_table_name(path))
+            new_sha256 = None if vocabulary is None else vocabulary.sha256
             old_sha256 = saved.vocabulary_sha256(old_table) if old_table else None
             same_words = old_sha256 == new_sha256 if old_sha256 and new_sha256 else None
             by_word = self.rows_by_word and is_table and not same_words
@@ -275,8 +278,26 @@ class WarmStart:
                 skipped.append(Skipped(from_path=from_path, reason=reason))
         return skipped
 
-    def _match_rows(self, saved, moves, vocabulary) -> _RowsByWord:
-        path = Path(expand(self.vocabulary)) if self.vocabulary else saved.vocabulary_path
+    def _matches(self, saved, moves, vocabularies) -> dict[str, _RowsByWord]:
+        """{table of the new run: where its rows come from}, of those whose rows are brought by word."""
+        by_tables: dict = {}  # Those of one vocabulary on both sides are matched once.
+        matches = {}
+        for path, move in moves.items():
+            table = _table_name(path)
+            if move.by_word and table not in matches:
+                new = vocabularies[table]  # `_moves` has asked for it.
+                old_path = self._old_vocabulary_path(saved, move)
+                if (id(new), old_path) not in by_tables:
+                    by_tables[id(new), old_path] = self._match_rows(saved, old_path, moves, new)
+                matches[table] = by_tables[id(new), old_path]
+        return matches
+
+    def _old_vocabulary_path(self, saved, move) -> Path:
+        if self.vocabulary:
+            return Path(expand(self.vocabulary))
+        return saved.vocabulary_path(_table_name(move.from_path))
+
+    def _match_rows(self, saved, path, moves, vocabulary) -> _RowsByWord:
         try:
             content = path.read_bytes()
             old = Vocabulary.from_text(content.decode())
@@ -293,7 +314,7 @@ class WarmStart:
             ) from error
         digest = hashlib.sha256(content).hexdigest()
         for move in moves.values():
-            if not move.by_word:
+            if not move.by_word or self._old_vocabulary_path(saved, move) != path:
                 continue
             num_rows = saved.tensors[move.from_path][0][0]
             known = saved.vocabulary_sha256(_table_name(move.from_path))

@@ -42,7 +42,7 @@ def _head_specs(step, head, *, tokens, all_labels):
         "labels": tf.TensorSpec([counted], tf.int32),
         "all_labels": tf.TensorSpec(all_labels.shape, tf.int32),
         "loss_weights": tf.TensorSpec([counted], tf.float32),
-        "shard": _rows_spec(step, head.table, [step.placement.allocated_rows]),
+        "shard": _shard_spec(step, head),
     }
     if head.needs_label_rows:
         specs["label_rows"] = _rows_spec(step, head.table, [counted])
@@ -50,6 +50,10 @@ def _head_specs(step, head, *, tokens, all_labels):
         number = head.num_candidates(global_tokens=all_labels.shape[0])
         specs["candidate_rows"] = _rows_spec(step, head.table, [number])
     return specs
+
+
+def _shard_spec(step, head):
+    return _rows_spec(step, head.table, [step.table_uses[head.table].held_rows])
 
 
 def _rows_spec(step, table, shape):
@@ -105,7 +109,7 @@ def _head_gradients(step, head, hidden, specs):
         label_rows=rows("label_rows"),
         candidate_rows=rows("candidate_rows"),
         candidates=head.candidates(seed=tf.constant([0, 0]), labels=specs["all_labels"]),
-        table=_Shard(specs["shard"], num_valid_rows=step.placement.rows_per_shard),
+        table=_Shard(specs["shard"], num_valid_rows=step.placements[head.table].rows_per_shard),
     )
 
 
@@ -113,7 +117,7 @@ def update_cost(step):
     """`GraphCost` of the update of all rows that a step touches on one device, and of the layers."""
     rules, specs = [], []
     for name, use in step.table_uses.items():
-        number = step.placement.allocated_rows if use.is_dense else use.num_touched
+        number = use.held_rows if use.is_dense else use.num_touched
         its_rules, its_specs = _row_updates(step, name, number=number, is_dense=use.is_dense)
         rules += its_rules
         specs += its_specs
@@ -135,7 +139,7 @@ def _row_updates(step, table, *, number, is_dense):
         if rule is not None:
             row_shape = [step.task.tables[table].embed_dim] if parameter == "embedding" else []
             rules.append((rule, not is_dense))
-            specs.append(_update_specs(rule, number, row_shape, held_rows=step.placement.allocated_rows))
+            specs.append(_update_specs(rule, number, row_shape, held_rows=step.table_uses[table].held_rows))
     return rules, specs
 
 
@@ -149,7 +153,7 @@ def evaluation_cost(step):
         {
             name: (
                 tf.TensorSpec([label.ids.shape[0] * step.num_devices], tf.int32),
-                _rows_spec(step, step.task.heads[name].table, [step.placement.allocated_rows]),
+                _shard_spec(step, step.task.heads[name]),
             )
             for name, label in labels.items()
         },
@@ -174,7 +178,7 @@ def evaluation_cost(step):
                     labels=labels,
                     rows=shard["embedding"],
                     bias=shard.get("bias"),
-                    num_valid_rows=step.placement.rows_per_shard,
+                    num_valid_rows=step.placements[step.task.heads[name].table].rows_per_shard,
                     compute_dtype=experiment.compute_dtype,
                 )
                 for name, (labels, shard) in heads.items()

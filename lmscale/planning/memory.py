@@ -126,9 +126,7 @@ def _phases(step):
         sum(getattr(use, number) * use.row_values for use in updated) * FLOAT_BYTES
         for number in ("num_distinct", "num_answered", "num_touched")
     )
-    dense = (
-        sum(step.placement.allocated_rows * use.row_values for use in updated if use.is_dense) * FLOAT_BYTES
-    )
+    dense = sum(use.held_rows * use.row_values for use in updated if use.is_dense) * FLOAT_BYTES
     answers = sum(use.num_answered * use.row_values for use in uses) * FLOAT_BYTES
     # What is sent is padded and stacked, and as much is received.
     stacked, stacked_home = (

@@ -21,7 +21,7 @@ def make_step(experiment, *, data, num_devices):
     task = make_task(experiment, data=data, num_replicas=num_devices)
     layers, treatments = layers_and_treatments(task, experiment.groups, num_replicas=num_devices)
     check_treatments(experiment, treatments)
-    return Step(experiment, task, layers, treatments, vocab_size=data.vocab_size, num_devices=num_devices)
+    return Step(experiment, task, layers, treatments, num_devices=num_devices)
 
 
 def make_plan(experiment, *, num_devices, device_memory_gib, rates):
@@ -51,6 +51,7 @@ def make_plan(experiment, *, num_devices, device_memory_gib, rates):
     limit = device_memory_gib * 2**30
     heads = {
         name: {
+            "vocab_size": comparison.vocab_size,
             "sampled": vars(comparison.sampled),
             "full": vars(comparison.full),
             "turns_at_rows_by_flops": comparison.turns_at_by_flops,
@@ -61,7 +62,7 @@ def make_plan(experiment, *, num_devices, device_memory_gib, rates):
     }
     plan = {
         "devices": num_devices,
-        "vocab_size": data.vocab_size,
+        "vocab_sizes": {name: len(words) for name, words in data.vocabularies.items()},
         "device_memory_gib": device_memory_gib,
         "fits": memory.peak_bytes <= limit,
         "fewest_devices": _fewest_devices(experiment, data=data, step=step, limit=limit),
@@ -97,7 +98,7 @@ def _fewest_devices(experiment, *, data, step, limit):
         if experiment.global_batch_size % (num_devices * experiment.gradient_accumulation_steps):
             continue
         # Rows that no device has twice, before their padding: with fewer devices there is no need to look further.
-        rows = sharded * data.vocab_size / (step.placement.allocated_rows * step.num_devices)
+        rows = sharded * min(_share_of_rows(placement) for placement in step.placements.values())
         if replicated + rows / num_devices > limit:
             continue
         other = step
@@ -106,3 +107,8 @@ def _fewest_devices(experiment, *, data, step, limit):
         if other.memory.peak_bytes <= limit:
             return num_devices
     return None
+
+
+def _share_of_rows(placement):
+    """How much of what all devices hold of a table is no padding."""
+    return placement.vocab_size / (placement.allocated_rows * placement.num_shards)

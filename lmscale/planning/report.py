@@ -58,7 +58,7 @@ def print_plan(plan, memory):
     for name, head in plan["heads"].items():
         better = "full" if head["full_is_better"] else "sampled"
         console.print(
-            f"Head {name}, {plan['vocab_size']:,} rows: the {better} softmax is the better choice. A full "
+            f"Head {name}, {head['vocab_size']:,} rows: the {better} softmax is the better choice. A full "
             f"softmax takes no more time up to {head['turns_at_rows']:,} rows; no more operations up to "
             f"{head['turns_at_rows_by_flops']:,}."
         )

@@ -26,6 +26,7 @@ class TableUse:
       is_dense: whether every row gets one.
       row_values: numbers of a row.
       piece_bytes: of the rows that a device asks of one shard, as they travel between processes: padded.
+      held_rows: rows of a shard, padding included.
       is_updated: whether any parameter of the table has an update rule.
     """
 
@@ -37,6 +38,7 @@ class TableUse:
     is_dense: bool
     row_values: int
     piece_bytes: int
+    held_rows: int
     is_updated: bool
 
 
@@ -48,7 +50,7 @@ class Step:
       task, layers, treatments: what the model is made of.
       num_devices: N.
       num_parts, part_size: parts in which the examples of a device are computed, and examples of one.
-      vocab_size, placement: rows of the tables, and where they are.
+      placements: {table: `Placement` of its rows}.
       features: of the first batch, of all devices.
       tokens: {head: labels of a device}.
       ids: {table: ([num_devices, n] ids that each device needs, [s] ids that all need)} of the first batch.
@@ -56,7 +58,7 @@ class Step:
       table_uses: {table: `TableUse`}, of the device or shard that has most, by the first batch.
     """
 
-    def __init__(self, experiment, task, layers, treatments, *, vocab_size, num_devices):
+    def __init__(self, experiment, task, layers, treatments, *, num_devices):
         """Reads the first batch and draws its candidates.
 
         Args:
@@ -64,16 +66,16 @@ class Step:
           task: `Task`, made for `num_devices`.
           layers: `Layers`.
           treatments: {path: `Treatment`}.
-          vocab_size: rows of the tables.
           num_devices: devices that share them.
         """
         self.task, self.layers, self.treatments = task, layers, treatments
         self.num_devices = num_devices
-        self.vocab_size = vocab_size
-        self.placement = Placement(vocab_size=vocab_size, num_shards=num_devices)
+        self.placements = {
+            name: Placement(vocab_size=task.num_rows(name), num_shards=num_devices) for name in task.tables
+        }
         self.experiment = experiment
         self.features = task.training_batches().at(0).features
-        self.lines = parameter_lines(task, layers, treatments, vocab_size=vocab_size, num_devices=num_devices)
+        self.lines = parameter_lines(task, layers, treatments, num_devices=num_devices)
         self.num_parts = experiment.gradient_accumulation_steps
         self.part_size = experiment.global_batch_size // num_devices // self.num_parts
         own = self.examples(experiment.global_batch_size // num_devices)
@@ -94,7 +96,6 @@ class Step:
             self.task,
             self.task.training_batches(),
             treatments=self.treatments,
-            vocab_size=self.vocab_size,
             num_devices=self.num_devices,
         )
 
@@ -128,7 +129,8 @@ class Step:
     def _table_use(self, name):
         own, shared = self.ids[name]
         distinct = [np.union1d(ids, shared) for ids in own]
-        owners = [np.bincount(self.placement.owner(ids), minlength=self.num_devices) for ids in distinct]
+        placement = self.placements[name]
+        owners = [np.bincount(placement.owner(ids), minlength=self.num_devices) for ids in distinct]
         touched = np.unique(np.concatenate(distinct))
         config = self.task.tables[name]
         return TableUse(
@@ -136,19 +138,20 @@ class Step:
             num_shared=len(shared),
             num_distinct=max(map(len, distinct)),
             num_answered=int(np.sum(owners, axis=0).max()),
-            num_touched=int(np.bincount(self.placement.owner(touched), minlength=self.num_devices).max()),
+            num_touched=int(np.bincount(placement.owner(touched), minlength=self.num_devices).max()),
             is_dense=any(
                 head.table == name and not self.has_candidates(head) for head in self.task.heads.values()
             ),
             row_values=config.embed_dim + (config.bias != "none"),
             piece_bytes=self.piece_bytes(name, own, shared),
+            held_rows=placement.allocated_rows,
             is_updated=any(self.rules(name).values()),
         )
 
     def piece_bytes(self, table, ids, shared_ids):
         """Of the rows that a device asks of one shard, padded as all are; ids as in `ids`."""
         config = self.task.tables[table]
-        longest = messages.longest_piece(ids, shared_ids, self.placement)
+        longest = messages.longest_piece(ids, shared_ids, self.placements[table])
         rows = messages.padded_rows(longest, max_size=ids.shape[1] + len(shared_ids))
         return FLOAT_BYTES * (config.embed_dim + (config.bias != "none")) * rows
 

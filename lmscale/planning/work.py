@@ -138,14 +138,14 @@ def _compare(step, name, head, rates):
     # Operations and memory traffic of the full softmax grow with the vocabulary; its network traffic does not.
     per_row = {"compute": full.product_flops, "memory bandwidth": full.memory_bytes}
     secs, full_secs = max(sampled.secs(rates).values()), full.secs(rates)
-    turns_at = 0
+    vocab_size, turns_at = step.task.num_rows(head.table), 0
     if full_secs["network"] <= secs:
-        turns_at = min(int(secs / full_secs[resource] * step.vocab_size) for resource in per_row)
+        turns_at = min(int(secs / full_secs[resource] * vocab_size) for resource in per_row)
     return Comparison(
         sampled=sampled,
         full=full,
-        vocab_size=step.vocab_size,
-        turns_at_by_flops=int(sampled.product_flops / full.product_flops * step.vocab_size),
+        vocab_size=vocab_size,
+        turns_at_by_flops=int(sampled.product_flops / full.product_flops * vocab_size),
         turns_at=turns_at,
     )
 
@@ -156,7 +156,7 @@ def _sampled_work(step, head):
     update = row_update_cost(step, head.table, number=use.num_touched, is_dense=False)
     ids, shared_ids = step.ids[head.table]
     moved = row_bytes_received(
-        ids, shared_ids, placement=step.placement, row_bytes=FLOAT_BYTES * use.row_values
+        ids, shared_ids, placement=step.placements[head.table], row_bytes=FLOAT_BYTES * use.row_values
     )
     cost = step.training_cost
     return Work(
@@ -171,7 +171,7 @@ def _sampled_work(step, head):
 def _full_work(step, name, head):
     """Of a full softmax in the place of the head, and of the update of every row that it asks for."""
     config = step.task.tables[head.table]
-    tokens, rows = step.tokens[name] * step.num_devices, step.placement.allocated_rows
+    tokens, rows = step.tokens[name] * step.num_devices, step.table_uses[head.table].held_rows
     specs = [
         tf.TensorSpec([tokens, config.embed_dim]),
         tf.TensorSpec([tokens], tf.int32),

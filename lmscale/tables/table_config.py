@@ -14,6 +14,7 @@ class TableConfig:
 
     Attributes:
       embed_dim: width of a row.
+      vocabulary: name of the vocabulary whose words its rows are, among those of the prepared data; a text has "words".
       bias: "none"; or each row has a softmax bias, which starts from "zeros", or from the row's "log_frequency" in the
         training data, so that the first thing that training has to find out, how frequent each row is, is known to
         begin with. One that stays fixed is a matter of groups: freeze `tables/NAME/bias`.
@@ -23,6 +24,7 @@ class TableConfig:
     """
 
     embed_dim: int
+    vocabulary: str = "words"
     bias: Literal["none", "zeros", "log_frequency"] = "zeros"
     pretrained: PretrainedVectors | None = None
 
@@ -42,3 +44,22 @@ def table_paths(tables):
         for name, config in tables.items()
         for parameter in (["embedding"] if config.bias == "none" else ["embedding", "bias"])
     ]
+
+
+def check_inputs_and_outputs(tables, *, inputs, outputs):
+    """Raises ValueError unless exactly the tables named are there, with a bias only where one has an effect."""
+    wanted, given = {inputs, outputs}, set(tables)
+    if wanted != given:
+        missing, unused = sorted(wanted - given), sorted(given - wanted)
+        raise ValueError(
+            "The tables must be those that inputs and outputs name. Received: "
+            f"inputs={inputs!r}, outputs={outputs!r}, tables {sorted(given)}"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; not used: {', '.join(unused)}" if unused else "")
+            + ". Name one table twice for a tied model, two for an untied one."
+        )
+    if inputs != outputs and tables[inputs].bias != "none":
+        raise ValueError(
+            "A table whose rows are only read must have no bias, which belongs to the softmax. Received: "
+            f"bias={tables[inputs].bias!r} of the table {inputs!r}. Set its TableConfig.bias = 'none'."
+        )

@@ -10,7 +10,7 @@ from lmscale.bodies.encoder import Encoder
 from lmscale.data.batches import ContiguousBatches, EvaluationBatches, ShuffledWindows
 from lmscale.softmax.head import Head
 from lmscale.tables.rows import Lookup
-from lmscale.tables.table_config import TableConfig
+from lmscale.tables.table_config import TableConfig, check_inputs_and_outputs
 from lmscale.tasks.task import Labels, Task, TaskContext
 
 _ROLE, _HEAD = "inputs", "next"
@@ -54,17 +54,15 @@ class NextToken(Task):
           ValueError: for tables that are not there or not used, a bias without effect, sizes below 1, and what
             `Encoder` refuses.
         """
-        _check_tables(tables, inputs=inputs, outputs=outputs)
+        check_inputs_and_outputs(tables, inputs=inputs, outputs=outputs)
         for name, value in (("window", window), ("eval_window", eval_window), ("input_dim", input_dim)):
             if value is not None and value < 1:
                 raise ValueError(
                     f"{name} must be at least 1. Received: {name}={value}. Give it a whole number from 1 on."
                 )
-        data = context.data
-        self.tables = tables
-        self.heads = {_HEAD: head(table=outputs, vocab_size=data.vocab_size, counts=data.counts)}
+        super().__init__(context, tables=tables)
+        self.heads = {_HEAD: self.make_head(head, table=outputs)}
         self._inputs = inputs
-        self._context = context
         self._window = window
         self._eval_window = eval_window
         self._input_layer = None
@@ -95,24 +93,24 @@ class NextToken(Task):
         """Streams that continue for a body with carried state, shuffled windows for others."""
         make = ContiguousBatches if self.encoder.body.stateful else ShuffledWindows
         return make(
-            self._context.data.split("train"),
-            global_batch_size=self._context.global_batch_size,
+            self.context.data.split("train"),
+            global_batch_size=self.context.global_batch_size,
             window=self._window,
-            seed=self._context.seed,
+            seed=self.context.seed,
         )
 
     def evaluation_batches(self, split, *, limit=None):
         """The text in eval_batch_size lanes, each of which starts without context."""
-        tokens = self._context.data.split(split)
+        tokens = self.context.data.split(split)
         if not len(tokens):
             raise ValueError(
                 f"The split to evaluate must have tokens. Received: {split}, empty. Prepare data with such a split."
             )
         return EvaluationBatches(
             tokens[:limit],
-            batch_size=self._context.eval_batch_size,
+            batch_size=self.context.eval_batch_size,
             window=self._eval_window,
-            eos_id=self._context.data.eos_id,
+            eos_id=self.context.data.eos_id,
         )
 
     def lookups(self, features):
@@ -137,22 +135,3 @@ class NextToken(Task):
             inputs = self._input_layer(inputs)
         hidden, state = self.encoder(inputs, state, dropout=dropout)
         return {_HEAD: tf.reshape(tf.cast(hidden, tf.float32), [-1, hidden.shape[-1]])}, state
-
-
-def _check_tables(tables, *, inputs, outputs):
-    """Raises ValueError unless exactly the tables named are there, with a bias only where one has an effect."""
-    wanted, given = {inputs, outputs}, set(tables)
-    if wanted != given:
-        missing, unused = sorted(wanted - given), sorted(given - wanted)
-        raise ValueError(
-            "The tables must be those that inputs and outputs name. Received: "
-            f"inputs={inputs!r}, outputs={outputs!r}, tables {sorted(given)}"
-            + (f"; missing: {', '.join(missing)}" if missing else "")
-            + (f"; not used: {', '.join(unused)}" if unused else "")
-            + ". Name one table twice for a tied model, two for an untied one."
-        )
-    if inputs != outputs and tables[inputs].bias != "none":
-        raise ValueError(
-            "A table whose rows only the body reads must have no bias, which belongs to the softmax. Received: "
-            f"bias={tables[inputs].bias!r} of the table {inputs!r}. Set its TableConfig.bias = 'none'."
-        )

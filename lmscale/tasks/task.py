@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from lmscale.data.token_files import PreparedData
+from lmscale.data.vocab import UnnamedVocabulary, Vocabulary
 from lmscale.softmax.bands import Neighbours
 from lmscale.softmax.head import Head
 from lmscale.tables.table_config import TableConfig
@@ -70,14 +71,38 @@ class Task(abc.ABC):
     """Base of the tasks. Build it inside `strategy.scope()`.
 
     Attributes:
+      context: `TaskContext`.
       tables: {name: `TableConfig`}.
+      vocabularies: {name of a table: the vocabulary of its rows}.
       heads: {name: `Head`}, each over one of the tables.
       layers: {name: Keras layer}, built: all that `forward` reads.
     """
 
-    tables: Mapping[str, TableConfig]
     heads: Mapping[str, Head]
     layers: Mapping[str, keras.layers.Layer]
+
+    def __init__(self, context: TaskContext, *, tables: Mapping[str, TableConfig]):
+        """Raises ValueError for a table whose vocabulary the data has not."""
+        self.context = context
+        self.tables = tables
+        self.vocabularies: dict[str, Vocabulary | UnnamedVocabulary] = {}
+        known = context.data.vocabularies
+        for name, config in tables.items():
+            if config.vocabulary not in known:
+                raise ValueError(
+                    f"The vocabulary of a table must be one of the data's, {', '.join(sorted(known))}. Received: "
+                    f"vocabulary={config.vocabulary!r} of the table {name!r}. Set its TableConfig.vocabulary."
+                )
+            self.vocabularies[name] = known[config.vocabulary]
+
+    def make_head(self, factory, *, table):
+        """The `Head` that a factory (table=, vocab_size=, counts=) makes over the rows of the table named `table`."""
+        vocabulary = self.vocabularies[table]
+        return factory(table=table, vocab_size=len(vocabulary), counts=vocabulary.counts)
+
+    def num_rows(self, table):
+        """Rows of the table named `table`."""
+        return len(self.vocabularies[table])
 
     @abc.abstractmethod
     def training_batches(self):

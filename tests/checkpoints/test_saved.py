@@ -58,7 +58,7 @@ def test_the_newest_the_best_or_a_given_step(workdir):
     saved = open_checkpoint(checkpoints / "step_00000010")
     assert saved.step == 10
     np.testing.assert_array_equal(saved.read("rows"), np.full((50, 3), 10, np.float32))
-    assert saved.vocabulary_path == workdir / "vocab.txt"
+    assert saved.vocabulary_path("words") == workdir / "vocab.txt"
     with pytest.raises(ValueError, match=r"step_00000010, which is one step\. Pass the working directory"):
         open_checkpoint(checkpoints / "step_00000010", best=True)
     # Taken out of its run, under another name.
@@ -69,7 +69,7 @@ def test_the_newest_the_best_or_a_given_step(workdir):
 def test_a_step_is_opened_from_inside_its_folder(workdir, monkeypatch):
     monkeypatch.chdir(workdir / "checkpoints" / "step_00000010")
     saved = open_checkpoint(".")
-    assert (saved.step, saved.vocabulary_path) == (10, workdir / "vocab.txt")
+    assert (saved.step, saved.vocabulary_path("words")) == (10, workdir / "vocab.txt")
 
 
 def test_a_run_that_goes_on_writing_is_left_alone(workdir):

@@ -52,7 +52,6 @@ def build(strategy, tables, groups):
         run.task,
         model.layers,
         model.treatments,
-        vocab_size=VOCAB_SIZE,
         num_devices=strategy.num_replicas_in_sync,
     )
     return run, {line.path: line for line in lines}
@@ -147,7 +146,7 @@ def test_vectors_are_named_where_rows_start_from_them():
         task = make_task(experiment, data=Text(vocab_size=VOCAB_SIZE), num_replicas=1)
         layers = Layers(task.layers, num_replicas=1)
         treatments = treat(experiment.groups, [*table_paths(task.tables), *layers.trainable_variables])
-        lines = parameter_lines(task, layers, treatments, vocab_size=VOCAB_SIZE, num_devices=1)
+        lines = parameter_lines(task, layers, treatments, num_devices=1)
         starts.append({line.path: line.initializer for line in lines})
     plain, with_vectors = starts
     path = "tables/words/embedding"

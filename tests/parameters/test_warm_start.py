@@ -76,10 +76,15 @@ def copies(arrays):
     return {path: array.copy() for path, array in arrays.items()}
 
 
+def by_table(arrays, words):
+    tables = {path.split("/")[1] for path in arrays if path.startswith("tables/")}
+    return {} if words is None else dict.fromkeys(tables, words)
+
+
 def apply(arrays, *, words=OLD, **settings):
     """What arrays become, and the report."""
     after = copies(arrays)
-    report = WarmStart(**settings).apply(array_parameters(after), vocabulary=words)
+    report = WarmStart(**settings).apply(array_parameters(after), vocabularies=by_table(after, words))
     return after, report
 
 
@@ -145,7 +150,7 @@ def test_rows_go_where_their_words_are(tmp_path, mirrored, num_devices, slots, n
     warm_start = WarmStart(
         checkpoint=save_run(tmp_path, old), rows_by_word=True, slots=slots, new_rows=new_rows
     )
-    report = warm_start.apply(parameters, vocabulary=NEW)
+    report = warm_start.apply(parameters, vocabularies={"words": NEW})
     if num_devices:
         after |= {parameter.path: parameter.read(0, NEW_ROWS) for parameter in sharded}
     expected = {}
@@ -304,7 +309,7 @@ def refused(match, arrays, *, words=OLD, **settings):
     """Checks the error, and that nothing is written."""
     after = copies(arrays)
     with pytest.raises(ValueError, match=match) as error:
-        WarmStart(**settings).apply(array_parameters(after), vocabulary=words)
+        WarmStart(**settings).apply(array_parameters(after), vocabularies=by_table(after, words))
     assert_equal(after, arrays)
     return str(error.value)
 

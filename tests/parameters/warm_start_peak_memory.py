@@ -111,7 +111,7 @@ def main(num_old, num_new, embed_dim, num_devices, what, folder):
     before, _ = machine.resident_mib()
     machine.reset_peak()
     start = time.perf_counter()
-    report = warm_start.apply(parameters, vocabulary=vocabulary)
+    report = warm_start.apply(parameters, vocabularies={"words": vocabulary})
     secs = time.perf_counter() - start
     _, peak = machine.resident_mib()
     (embedding,) = (entry for entry in report.loaded if entry.path == "tables/words/embedding")

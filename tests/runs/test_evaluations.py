@@ -11,7 +11,7 @@ from lmscale import dry_run
 from lmscale.bodies.lstm import lstm_body
 from lmscale.data.batches import EvaluationBatches
 from lmscale.data.token_files import PreparedData
-from lmscale.evaluation import Evaluator, evaluate_checkpoint
+from lmscale.evaluation import Evaluator
 from lmscale.parameters.averages import Averaged
 from lmscale.parameters.update_rules import Adam
 from lmscale.trainer import Trainer
@@ -84,7 +84,7 @@ def test_eval_tokens_bound_the_evaluation(data_dir, mirrored, tmp_path, eval_tok
     assert line["valid/exact_loss_nats"] == pytest.approx(expected, rel=1e-6)
     # Evaluated by itself, it is the whole split.
     with Workdir(tmp_path / "run", readonly=True) as workdir:
-        report = evaluate_checkpoint(
+        report = tiny_runs.evaluate_checkpoint(
             experiment, workdir=workdir, strategy=mirrored(1), split="valid", checkpoint="latest"
         )
     assert report["tokens"] == len(valid)
@@ -157,8 +157,8 @@ def test_the_evaluation_of_a_checkpoint_gives_the_last_value_of_the_run(
     experiment = make_experiment(data_dir, evaluate_averages=True)
     with Workdir(averaged_run, readonly=True) as workdir:
         arguments = {"workdir": workdir, "strategy": mirrored(devices), "split": "valid"}
-        report = evaluate_checkpoint(experiment, checkpoint="latest", **arguments)
-        early = evaluate_checkpoint(experiment, checkpoint="2", **arguments)
+        report = tiny_runs.evaluate_checkpoint(experiment, checkpoint="latest", **arguments)
+        early = tiny_runs.evaluate_checkpoint(experiment, checkpoint="2", **arguments)
     assert (report["step"], early["step"]) == (6, 2)
     assert report["loss_nats"] == pytest.approx(losses(averaged_run)[-1], rel=1e-6)
     assert early["loss_nats"] == pytest.approx(losses(averaged_run)[0], rel=1e-6)
@@ -180,6 +180,6 @@ def test_there_must_be_averages_in_an_evaluation_of_them(averaged_run, data_dir,
         Workdir(averaged_run, readonly=True) as workdir,
         pytest.raises(ValueError, match="evaluate_averages needs"),
     ):
-        evaluate_checkpoint(
+        tiny_runs.evaluate_checkpoint(
             experiment, workdir=workdir, strategy=mirrored(1), split="valid", checkpoint="latest"
         )

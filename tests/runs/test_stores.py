@@ -20,7 +20,6 @@ from lmscale.checkpoints import directory as checkpoints_directory
 from lmscale.checkpoints.directory import Checkpoints
 from lmscale.checkpoints.saved import open_checkpoint
 from lmscale.data.token_files import PreparedData
-from lmscale.evaluation import evaluate_checkpoint
 from lmscale.follow import Follower
 from lmscale.metrics import MetricsWriter, read_metrics
 from lmscale.parameters.update_rules import Adam
@@ -137,7 +136,7 @@ def test_a_run_in_a_store_is_the_run(stored_data, local_run, mirrored, store):
     np.testing.assert_allclose([loss for _, loss in shown], losses, rtol=1e-6)
     with Workdir(store, readonly=True) as workdir:
         assert workdir.has_saved()
-        report = evaluate_checkpoint(
+        report = tiny_runs.evaluate_checkpoint(
             make_experiment(stored_data),
             workdir=workdir,
             strategy=mirrored(1),
@@ -149,7 +148,7 @@ def test_a_run_in_a_store_is_the_run(stored_data, local_run, mirrored, store):
     np.testing.assert_array_equal(
         saved.read("tables/words/embedding"), stored_tensors(store, NUM_STEPS)["tables/words/embedding"]
     )
-    assert saved.vocabulary_path.read_text() == (local_run / "vocab.txt").read_text()
+    assert saved.vocabulary_path("words").read_text() == (local_run / "vocab.txt").read_text()
 
 
 def test_following_a_run_in_a_store(stored_data, mirrored, store):

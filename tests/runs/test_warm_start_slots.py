@@ -11,7 +11,6 @@ from tiny_experiments import language_model, tied
 
 from lmscale.bodies.lstm import lstm_body
 from lmscale.data.batches import ContiguousBatches
-from lmscale.evaluation import evaluate_checkpoint
 from lmscale.parameters.activity import Always, From
 from lmscale.parameters.averages import Averaged
 from lmscale.parameters.groups import Group
@@ -99,14 +98,14 @@ def test_an_evaluation_knows_the_clocks(new):
     """Of averages, which are corrected by what the clock has counted."""
     workdir, run, strategy = new
     with Workdir(workdir, readonly=True) as opened:
-        result = evaluate_checkpoint(
+        result = tiny_runs.evaluate_checkpoint(
             run, workdir=opened, strategy=strategy, split="valid", checkpoint="latest"
         )
     expected = tiny_runs.metrics(workdir, "eval")[-1]["valid/exact_loss_nats"]
     np.testing.assert_allclose(result["loss_nats"], expected, rtol=1e-6)
     without = dataclasses.replace(run, evaluate_averages=False)
     with Workdir(workdir, readonly=True) as opened:
-        other = evaluate_checkpoint(
+        other = tiny_runs.evaluate_checkpoint(
             without, workdir=opened, strategy=strategy, split="valid", checkpoint="latest"
         )
     assert abs(other["loss_nats"] - expected) > 1e-4

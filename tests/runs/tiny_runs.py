@@ -21,6 +21,8 @@ from lmscale import run
 from lmscale.data.prepared_directory import PreparedDirectoryWriter
 from lmscale.data.token_files import SPLITS
 from lmscale.data.vocab import EOS, UNK, Vocabulary
+from lmscale.evaluation import CheckpointEvaluator
+from lmscale.restored import RestoredModel
 from lmscale.workdir import Workdir
 
 REPOSITORY = Path(__file__).parents[2]
@@ -267,6 +269,12 @@ def train_here(experiment, *, workdir, strategy, config_text="", hparams=None):
             config_text=config_text,
             hparams=hparams or {},
         )
+
+
+def evaluate_checkpoint(experiment, *, workdir, strategy, split, checkpoint):
+    """What `lmscale.evaluate` tells of a checkpoint of the run in the open `workdir`, in this process."""
+    restored = RestoredModel(experiment, workdir=workdir, strategy=strategy)
+    return CheckpointEvaluator(restored, split=split).evaluate(restored.step_of(checkpoint))
 
 
 def evaluate(workdir, *flags, log):
