@@ -12,32 +12,38 @@ class Neighbours:
     Attributes:
       before, after: [n] int32, how many labels before and after, 0 to `window`.
       state_ids: [n] int32; states of the same id are equal. What depends on a state alone is computed once for each id.
+      num_examples: int; each has `window` labels more at either end than it has hidden states.
       window: int.
     """
 
     before: tf.Tensor
     after: tf.Tensor
     state_ids: tf.Tensor
+    num_examples: int
     window: int
 
     def num_labels(self):
         """[n] float32, of each hidden state."""
         return tf.cast(self.before + self.after, tf.float32)
 
-    def examples(self, num_labels):
-        """How many examples hold so many labels: each has `window` labels more at either end than hidden states.
+    def part(self, cut, *, num_parts):
+        """Those of one of `num_parts` equal parts of the examples, which `cut` takes out of a tensor."""
+        return Neighbours(
+            cut(self.before),
+            cut(self.after),
+            cut(self.state_ids),
+            num_examples=self.num_examples // num_parts,
+            window=self.window,
+        )
 
-        Raises:
-          ValueError: if these are not whole examples.
-        """
-        num_states = self.before.shape[0]
-        num_examples, rest = divmod(num_labels - num_states, 2 * self.window)
-        if num_examples < 1 or rest or num_states % num_examples:
-            raise ValueError(
-                "An example must have as many labels as hidden states, and `window` more at either end. Received: "
-                f"{num_states} hidden states, {num_labels} labels, window={self.window}. Repeat none, leave none out."
-            )
-        return num_examples
+    def in_examples(self, x):
+        """[n, ...] of hidden states or labels to [examples, n / examples, ...]."""
+        return tf.reshape(x, [self.num_examples, -1, *x.shape[1:]])
+
+
+def flat(x):
+    """The inverse of `Neighbours.in_examples`."""
+    return tf.reshape(x, [-1, *x.shape[2:]])
 
 
 def band_mask(before, after, *, window):

@@ -6,15 +6,14 @@ of a batch share, each with the weight k / S: the same in expectation as k words
 product instead of many short ones.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import tensorflow as tf
 
-from lmscale.softmax.bands import band_mask
-from lmscale.softmax.candidates import true_logits
+from lmscale.softmax.bands import band_mask, flat
+from lmscale.softmax.candidates import softplus_and_sigmoid, true_logits
 from lmscale.softmax.head import Head, HeadGradients
 from lmscale.softmax.products import compiled, float32_product, resolved_compute_dtype
 from lmscale.softmax.samplers import Sampler
@@ -86,14 +85,17 @@ class NegativeSampling(Head):
         if neighbours is None:
             label_loss, d_of_labels, d_rows, d_bias = _one_label(hidden, rows, label_rows.bias, loss_weights)
         else:
-            num_examples = neighbours.examples(labels.shape[0])
-            in_examples = functools.partial(_in_examples, num_examples=num_examples)
+            split = neighbours.in_examples
             found = compiled(_of_neighbours)(
-                *map(in_examples, (hidden, rows, label_rows.bias, loss_weights)),
-                *map(in_examples, (neighbours.before, neighbours.after)),
+                split(hidden),
+                split(rows),
+                None if label_rows.bias is None else split(label_rows.bias),
+                split(loss_weights),
+                split(neighbours.before),
+                split(neighbours.after),
                 window=neighbours.window,
             )
-            label_loss, d_of_labels, d_rows, d_bias = map(_flat, found)
+            label_loss, d_of_labels, d_rows, d_bias = (None if x is None else flat(x) for x in found)
         if d_hidden is None:
             d_hidden = tf.tensor_scatter_nd_add(d_of_labels, first[:, tf.newaxis], d_distinct)
         else:
@@ -110,7 +112,7 @@ class NegativeSampling(Head):
         logits = float32_product(hidden, noise.embedding, transpose_b=True)
         if noise.bias is not None:
             logits = tf.nn.bias_add(logits, noise.bias)
-        loss, probabilities = _softplus_and_sigmoid(logits)
+        loss, probabilities = softplus_and_sigmoid(logits)
         share = self.num_negatives / noise.embedding.shape[0]
         d_logits = (share * loss_weights)[:, tf.newaxis] * probabilities
         narrow = tf.cast(d_logits, hidden.dtype)
@@ -120,25 +122,9 @@ class NegativeSampling(Head):
         return share * tf.reduce_sum(loss, axis=1), d_hidden, Rows(d_noise, d_bias)
 
 
-def _in_examples(x, *, num_examples):
-    """[n, ...] to [examples, n / examples, ...]; None stays."""
-    return None if x is None else tf.reshape(x, [num_examples, -1, *x.shape[1:]])
-
-
-def _flat(x):
-    """The inverse of `_in_examples`."""
-    return None if x is None else tf.reshape(x, [-1, *x.shape[2:]])
-
-
-def _softplus_and_sigmoid(x):
-    """log(1 + exp(x)) and its derivative, with one exponential for both, which cannot overflow."""
-    small = tf.exp(-tf.abs(x))
-    return tf.maximum(x, 0.0) + tf.math.log(1.0 + small), tf.where(x > 0, 1.0, small) / (1.0 + small)
-
-
 def _one_label(hidden, rows, bias, loss_weights):
     """Loss [n] of each state's label, and gradients: of the states, of the rows and the biases of the labels."""
-    loss, probabilities = _softplus_and_sigmoid(-true_logits(hidden, rows, 0.0 if bias is None else bias))
+    loss, probabilities = softplus_and_sigmoid(-true_logits(hidden, rows, 0.0 if bias is None else bias))
     d_logits = -loss_weights * probabilities
     d_rows = d_logits[:, tf.newaxis] * tf.cast(hidden, tf.float32)
     d_hidden = d_logits[:, tf.newaxis] * tf.cast(rows, tf.float32)
@@ -163,7 +149,7 @@ def _of_neighbours(hidden, rows, bias, loss_weights, before, after, *, window):
         logits += bias[:, tf.newaxis]
     mask = band_mask(before, after, window=window)
     num_labels = tf.maximum(tf.cast(before + after, tf.float32), 1.0)
-    loss, probabilities = _softplus_and_sigmoid(-logits)
+    loss, probabilities = softplus_and_sigmoid(-logits)
     loss = tf.reduce_sum(tf.where(mask, loss, 0.0), axis=2) / num_labels
     d_logits = tf.where(mask, -(loss_weights / num_labels)[..., tf.newaxis] * probabilities, 0.0)
     narrow = tf.cast(d_logits, hidden.dtype)

@@ -35,6 +35,14 @@ class Labels:
     weights: tf.Tensor
     neighbours: Neighbours | None = None
 
+    def part(self, cut, *, num_parts):
+        """Those of some of the examples: `cut` maps a tensor of all of them to one of `num_parts` equal parts."""
+        return Labels(
+            cut(self.ids),
+            cut(self.weights),
+            None if self.neighbours is None else self.neighbours.part(cut, num_parts=num_parts),
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskContext:

@@ -166,7 +166,9 @@ class SkipGram(Word2Vec):
         """The words around each word, as far as it reaches."""
         before, after = (tf.reshape(features["reach"][..., i], [-1]) for i in range(2))
         words = tf.reshape(self._centres(features), [-1])
-        neighbours = Neighbours(before, after, words, self._window)
+        neighbours = Neighbours(
+            before, after, words, num_examples=features["ids"].shape[0], window=self._window
+        )
         return {_HEAD: Labels(tf.reshape(features["ids"], [-1]), neighbours.num_labels(), neighbours)}
 
     def forward(self, rows, features, state, *, dropout):
