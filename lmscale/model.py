@@ -12,7 +12,7 @@ from lmscale.parameters.initializers import initial_values
 from lmscale.parameters.layers import Layers
 from lmscale.parameters.tree import Parameter
 from lmscale.reading import OwnLabels, Reading, Receipt, StepRows, joined, parted, stacked
-from lmscale.softmax.full import full_softmax_loss
+from lmscale.softmax.full import full_softmax_loss, full_softmax_loss_of_neighbours
 from lmscale.softmax.head import candidates_seed
 from lmscale.tables.rows import Rows
 from lmscale.tables.table import RowGradients, ShardedTable
@@ -149,8 +149,8 @@ class Model:
           features: {name: [examples, ...] tensor} of this replica's examples; as many on every replica.
           first: number of the first of them in the global batch.
           num_examples: how many examples of the global batch, the first ones, are no padding; None for all.
-          seed, step: what the heads' candidates depend on, int and int32 scalar tensor; without a step, neither
-            candidates nor the rows of labels are read.
+          seed, step: what the heads' candidates depend on, int and int32 scalar tensor; without a step, no candidates
+            are read, and rows of labels only where a state has several.
 
         Returns:
           `Reading`.
@@ -190,6 +190,13 @@ class Model:
                 candidates[name] = found
                 if found is not None and rows_travel:
                     shared.append(("candidates", name, head.table, found.sampled_ids))
+        else:
+            # Exact losses of states with several labels need their rows, too.
+            own += [
+                ("labels", name, head.table, labels[name].ids)
+                for name, head in heads.items()
+                if labels[name].neighbours is not None
+            ]
         rows: dict[str, dict[str, Rows]] = {"roles": {}, "labels": {}, "candidates": {}}
         receipts = {}
         for name, table in self.tables.items():
@@ -261,19 +268,30 @@ class Model:
     def exact_losses(self, hidden, reading, *, compute_dtype):
         """{head: [n] float32}, nats: the full softmax over the head's table; arguments as of `head_gradients`.
 
+        Where a state has several labels, the mean over them.
+
         Communication: `full_softmax_loss` of each head.
         """
-        return {
-            name: full_softmax_loss(
-                hidden[name],
-                labels=reading.labels[name].ids,
-                rows=self.tables[head.table].local_parameter("embedding"),
-                bias=self.tables[head.table].local_parameter("bias"),
-                num_valid_rows=self.tables[head.table].num_valid_rows,
-                compute_dtype=compute_dtype,
-            )
-            for name, head in self.task.heads.items()
-        }
+        losses = {}
+        for name, head in self.task.heads.items():
+            labels, table = reading.labels[name], self.tables[head.table]
+            full = {
+                "labels": labels.ids,
+                "rows": table.local_parameter("embedding"),
+                "bias": table.local_parameter("bias"),
+                "num_valid_rows": table.num_valid_rows,
+                "compute_dtype": compute_dtype,
+            }
+            if labels.neighbours is None:
+                losses[name] = full_softmax_loss(hidden[name], **full)
+            else:
+                losses[name] = full_softmax_loss_of_neighbours(
+                    hidden[name],
+                    label_rows=reading.rows.labels[name],
+                    neighbours=labels.neighbours,
+                    **full,
+                )
+        return losses
 
     def collect(self, reading, d_rows, *, d_shards, d_shard_rows=None):
         """Brings the gradients of a step's rows home, with one push a table.

@@ -46,7 +46,8 @@ class Word2Vec(Task):
             it compares a word with more others that are none of its labels.
 
         Raises:
-          ValueError: for tables that are not there or not used or differ in width, and what `WordChunks` refuses.
+          ValueError: for tables that are not there or not used or differ in width, a head that does not fit, and what
+            `WordChunks` refuses.
         """
         check_inputs_and_outputs(tables, inputs=inputs, outputs=outputs)
         widths = {name: config.embed_dim for name, config in tables.items()}
@@ -57,6 +58,7 @@ class Word2Vec(Task):
             )
         super().__init__(context, tables=tables)
         self.heads = {_HEAD: self.make_head(head, table=outputs)}
+        self._check_head(self.heads[_HEAD])
         self._inputs, self._window, self._chunk = inputs, window, chunk
         self._cross_lines = cross_lines
         self._subsampling, self._dynamic_window = subsampling, dynamic_window
@@ -107,6 +109,9 @@ class Word2Vec(Task):
             num_labels=num_labels,
         )
 
+    def _check_head(self, head):
+        """Raises ValueError for a head that the model cannot have."""
+
     def _no_words(self):
         return {self.context.data.unk_id, self.context.data.eos_id}
 
@@ -124,38 +129,11 @@ class Word2Vec(Task):
 class SkipGram(Word2Vec):
     """Each word's neighbours from the word alone."""
 
-    def __init__(
-        self,
-        context: TaskContext,
-        *,
-        tables: Mapping[str, TableConfig],
-        inputs: str,
-        outputs: str,
-        head: Callable[..., Head],
-        window: int = 5,
-        chunk: int = 32,
-        subsampling: float | None = 1e-3,
-        dynamic_window: bool = True,
-        cross_lines: bool = False,
-    ):
-        """Args, and Raises: as of `Word2Vec`; also ValueError for a head that takes one label a state only."""
-        super().__init__(
-            context,
-            tables=tables,
-            inputs=inputs,
-            outputs=outputs,
-            head=head,
-            window=window,
-            chunk=chunk,
-            subsampling=subsampling,
-            dynamic_window=dynamic_window,
-            cross_lines=cross_lines,
-        )
-        made = self.heads[_HEAD]
-        if not made.takes_neighbours:
+    def _check_head(self, head):
+        if not head.takes_neighbours:
             raise ValueError(
                 "The head of SkipGram must take several labels a word. Received: "
-                f"{type(made).__name__}, which takes one. Use NegativeSampling or SampledSoftmax, or the task CBOW."
+                f"{type(head).__name__}, which takes one. Use NegativeSampling or SampledSoftmax, or the task CBOW."
             )
 
     def lookups(self, features):
