@@ -57,7 +57,9 @@ def _number(field):
     return value if np.isfinite(value) else None
 
 
-def similarity_report(pairs: Pairs, id_of: Callable[[str], int | None], vectors: dict[int, np.ndarray]) -> dict:
+def similarity_report(
+    pairs: Pairs, id_of: Callable[[str], int | None], vectors: dict[int, np.ndarray]
+) -> dict:
     """How well cosines order pairs of words.
 
     Args:

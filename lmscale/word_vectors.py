@@ -30,7 +30,9 @@ def main(argv):
         raise ValueError(f"Pass either --workdir or --vectors. Received: {received}.")
     for name in ("table", "best", "export"):
         if _VECTORS.value is not None and flags.FLAGS[name].present:
-            raise ValueError(f"--{name} goes with --workdir. Received: --{name} with --vectors. Leave it out.")
+            raise ValueError(
+                f"--{name} goes with --workdir. Received: --{name} with --vectors. Leave it out."
+            )
     if not (_SIMILARITY.value or _ANALOGIES.value or _EXPORT.value):
         raise ValueError(
             "There must be something to do. Received: none of --similarity, --analogies and --export. Pass one."
@@ -73,7 +75,9 @@ def _export(rows, path):
 
     form = "word2vec_binary" if path.suffix == ".bin" else "word2vec_text"
     pairs = (
-        (rows.words[i], row) for ids, block in rows.blocks() for i, row in zip(ids.tolist(), block, strict=True)
+        (rows.words[i], row)
+        for ids, block in rows.blocks()
+        for i, row in zip(ids.tolist(), block, strict=True)
     )
     write_vectors(path, pairs, num_rows=len(rows.words), dim=rows.dim, format=form)
     _print(str(path), {"words": len(rows.words), "dim": rows.dim, "format": form, "source": rows.source})

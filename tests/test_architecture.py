@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "lmscale"
 
 # From top to bottom. A module may import those of layers below its own, and those of its own layer.
 LAYERS = [
-    {"train", "evaluate", "prepare", "bench", "plot", "plan"},
+    {"train", "evaluate", "prepare", "bench", "plot", "plan", "word_vectors"},
     {"run_flags"},
     {"machine_flags"},
     {"benchmarks"},
@@ -21,6 +21,7 @@ LAYERS = [
     {"gin_text", "experiment", "model", "communication"},
     {"reading"},
     {"tasks", "parameters.warm_start", "parameters.report", "loss_scaling", "carried_state"},
+    {"word_rows"},
     {"checkpoints", "bodies", "softmax"},
     {"tables", "parameters"},
     {"data", "distribution", "metrics", "hparams_tab", "event_files", "profiling"},
@@ -35,6 +36,8 @@ LAYERS = [
         "doing",
         "paths",
         "keras_settings",
+        "analogies",
+        "word_similarity",
     },
 ]
 

@@ -60,7 +60,5 @@ def band_mask(before, after, *, window):
     offsets = [[column - row - window for column in range(chunk + 2 * window)] for row in range(chunk)]
     offsets = tf.constant(offsets, tf.int32)
     return (
-        (offsets >= -before[..., tf.newaxis])
-        & (offsets <= after[..., tf.newaxis])
-        & tf.not_equal(offsets, 0)
+        (offsets >= -before[..., tf.newaxis]) & (offsets <= after[..., tf.newaxis]) & tf.not_equal(offsets, 0)
     )

@@ -387,7 +387,18 @@ class SampledSoftmax(Head):
 
 
 def _band_value_and_gradients(
-    hidden, rows, offset, sampled_rows, sampled_offset, loss_weights, before, after, labels, sampled_ids, *, window
+    hidden,
+    rows,
+    offset,
+    sampled_rows,
+    sampled_offset,
+    loss_weights,
+    before,
+    after,
+    labels,
+    sampled_ids,
+    *,
+    window,
 ):
     """Loss of tokens with several labels, the mean over them, and its gradients.
 

@@ -77,7 +77,16 @@ def test_words_stay_as_often_as_word2vec_keeps_them():
     counts = np.array([700_000, 0, 200_000, 0, 99_000, 1000])
     keep = keep_probabilities(counts, subsampling=0.01)
     ratio = 0.01 / (counts[[0, 2, 4]] / 1e6)
-    np.testing.assert_allclose(keep, [*(np.sqrt(ratio) + ratio)[:1], 0, (np.sqrt(ratio) + ratio)[1], 0, *([(np.sqrt(ratio) + ratio)[2], 1])])
+    np.testing.assert_allclose(
+        keep,
+        [
+            *(np.sqrt(ratio) + ratio)[:1],
+            0,
+            (np.sqrt(ratio) + ratio)[1],
+            0,
+            *([(np.sqrt(ratio) + ratio)[2], 1]),
+        ],
+    )
     tokens = np.repeat(np.arange(6), counts)
     found = stream(tokens, keep=keep, cross_lines=True)
     kept = np.bincount(found.ids, minlength=6)
@@ -123,7 +132,9 @@ def test_an_epoch_reads_every_word_about_once_and_each_with_its_own_window():
     made = batches(tokens, subsampling=None)
     whole = made.stream(1)
     padded = np.concatenate([np.zeros([3], np.int32), whole.ids, np.zeros([3], np.int32)])
-    examples = {padded[i : i + 13].tobytes() + whole.reach[i : i + 7].tobytes() for i in range(len(whole.ids) - 6)}
+    examples = {
+        padded[i : i + 13].tobytes() + whole.reach[i : i + 7].tobytes() for i in range(len(whole.ids) - 6)
+    }
     seen = 0
     for step in range(made.steps_per_epoch, 2 * made.steps_per_epoch):
         features = made.at(step).features
@@ -173,7 +184,10 @@ def test_a_text_shorter_than_a_chunk():
         ({"window": 256}, "window must be in 1 .. 255. Received: window=256"),
         ({"chunk": 0}, "chunk must be at least 1. Received: chunk=0"),
         ({"subsampling": 0.0}, "subsampling must be in .*Received: subsampling=0.0"),
-        ({"no_words": set(range(VOCAB_SIZE))}, "must have words. Received: 2,003 tokens, none of them a word"),
+        (
+            {"no_words": set(range(VOCAB_SIZE))},
+            "must have words. Received: 2,003 tokens, none of them a word",
+        ),
     ],
 )
 def test_refused(changes, message):
@@ -182,5 +196,5 @@ def test_refused(changes, message):
 
 
 def test_negative_step_is_refused():
-    with pytest.raises(ValueError, match="step must be at least 0. Received: step=-1"):
+    with pytest.raises(ValueError, match=r"step must be at least 0. Received: step=-1"):
         batches(text()).at(-1)

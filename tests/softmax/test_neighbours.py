@@ -24,7 +24,9 @@ class _Problem:
     def __init__(self, *, bias=True):
         rng = np.random.default_rng(1)
         self.rows = rng.normal(size=[VOCAB_SIZE, DIM]).astype(np.float32)
-        self.bias = rng.normal(size=[VOCAB_SIZE]).astype(np.float32) if bias else np.zeros([VOCAB_SIZE], np.float32)
+        self.bias = (
+            rng.normal(size=[VOCAB_SIZE]).astype(np.float32) if bias else np.zeros([VOCAB_SIZE], np.float32)
+        )
         self.has_bias = bias
         self.labels = rng.integers(0, 30, [EXAMPLES, CHUNK + 2 * WINDOW]).astype(np.int32)
         self.states = self.labels[:, WINDOW:-WINDOW]
@@ -79,7 +81,9 @@ class _Problem:
             )
             return result.loss, result.d_hidden, vars(result.d_label_rows), vars(result.d_candidate_rows)
 
-        loss, d_hidden, d_labels, d_candidates = compute(tf.constant(self.hidden), tf.constant(self.loss_weights))
+        loss, d_hidden, d_labels, d_candidates = compute(
+            tf.constant(self.hidden), tf.constant(self.loss_weights)
+        )
         # Of states of one id, only the sum matters.
         d_inputs = np.zeros([VOCAB_SIZE, DIM])
         np.add.at(d_inputs, self.states.reshape(-1), d_hidden.numpy())
@@ -194,7 +198,9 @@ def test_sampled_softmax_of_neighbours(bias, remove):
     head = functools.partial(SampledSoftmax, sampler=SAMPLER, remove_accidental_hits=remove)
     *found, sampled_ids = problem.run(head)
     assert any(np.isin(problem.labels.reshape(-1)[places], sampled_ids).any() for places in problem.pairs)
-    log_expected_count = SAMPLER(vocab_size=VOCAB_SIZE, counts=COUNTS).log_expected_count(np.arange(VOCAB_SIZE))
+    log_expected_count = SAMPLER(vocab_size=VOCAB_SIZE, counts=COUNTS).log_expected_count(
+        np.arange(VOCAB_SIZE)
+    )
     loss_of_state = functools.partial(
         _sampled_softmax,
         sampled_ids=sampled_ids,
