@@ -143,7 +143,10 @@ class Evaluator:
 
 
 def _sum_of_labels(losses, labels):
-    """Sum over heads and labels, which a loss may be the mean of several of. Padding may have a non-finite loss of its own: it must not reach the sum."""
+    """Sum over heads and labels; a loss may be the mean of several of these.
+
+    Padding may have a non-finite loss of its own: it must not reach the sum.
+    """
     return tf.add_n(
         [
             tf.reduce_sum(tf.where(labels[name].weights > 0, loss * labels[name].weights, 0.0))

@@ -62,11 +62,11 @@ class TableRows(WordRows):
         """
         self._checkpoint = open_checkpoint(path, best=best)
         self._path = f"tables/{table}/embedding"
-        tables = [
+        tables = sorted(
             name.split("/")[1]
             for name in self._checkpoint.tensors
             if name.startswith("tables/") and name.endswith("/embedding")
-        ]
+        )
         if table not in tables:
             raise ValueError(
                 f"The table must be one of the run's, {', '.join(tables)}. Received: {table}. Pass another --table."
@@ -80,7 +80,8 @@ class TableRows(WordRows):
         vocabulary = Vocabulary.from_text(vocabulary_path.read_bytes().decode())
         if self._checkpoint.vocabulary_sha256(table) != vocabulary.sha256:
             raise ValueError(
-                f"{vocabulary_path} must be the vocabulary of the run. Received: another one. Put back that of its data."
+                f"{vocabulary_path} must be the vocabulary of the run. Received: another one. Put back that of its "
+                "data."
             )
         is_word = np.array([token not in (UNK, EOS) for token in vocabulary.tokens])
         self._row_of = np.flatnonzero(is_word)

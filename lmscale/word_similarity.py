@@ -1,13 +1,13 @@
 """Word similarity: the rank correlation of cosines with what people said of pairs of words."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-_SEPARATORS = re.compile(r"[\t,; ]+")
+# The first that a line has: a field may hold blanks where tabs or commas part them.
+_SEPARATORS = ("\t", ",", ";", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Pairs:
 def read_pairs(path: Path) -> Pairs:
     """Reads a file of word pairs, one a line: two words and, somewhere behind them, a number.
 
-    Fields lie between tabs, blanks, commas or semicolons. The score is the first number behind the words, so that the
+    Fields lie between tabs; in lines without, between commas, then semicolons, then blanks. The score is the first number behind the words, so that the
     files of WordSim-353, SimLex-999, MEN, SimVerb and Rare Words are read as they come. Lines that begin with # are
     comments, and a first line without a number is a header.
 
@@ -31,7 +31,8 @@ def read_pairs(path: Path) -> Pairs:
     words, scores = [], []
     lines = path.read_text(encoding="utf-8-sig").splitlines()
     for number, line in enumerate(lines, start=1):
-        fields = _SEPARATORS.split(line.strip())
+        separator = next(x for x in _SEPARATORS if x is None or x in line)
+        fields = [field.strip() for field in line.split(separator)]
         if not line.strip() or line.startswith("#"):
             continue
         score = next((x for x in map(_number, fields[2:]) if x is not None), None)

@@ -1,4 +1,4 @@
-"""Word vectors of a run, measured and exported: python -m lmscale.word_vectors --workdir=runs/vectors --similarity=wordsim353.tsv
+"""Measures and exports word vectors: python -m lmscale.word_vectors --workdir=runs/vectors --similarity=men.tsv
 
 --similarity: files of word pairs with scores (WordSim-353, SimLex-999, MEN and their like): Spearman's rank correlation
 with the cosines. --analogies: files of questions such as questions-words.txt, by 3CosAdd. --export: a file that

@@ -221,14 +221,14 @@ def test_words_of_a_table_are_read_in_blocks(workdir, table, sign):
 
 def test_a_table_or_vocabulary_that_is_not_there(workdir):
     path, _, _ = workdir
-    with pytest.raises(ValueError, match="must be one of the run's, contexts, words. Received: rows"):
+    with pytest.raises(ValueError, match=r"must be one of the run's, contexts, words. Received: rows"):
         TableRows(path, table="rows")
     vocabulary = (path / "vocab.txt").read_text()
     (path / "vocab.txt").write_text(vocabulary.replace("w1002\t1\n", "other\t1\n"))
-    with pytest.raises(ValueError, match="must be the vocabulary of the run. Received: another one"):
+    with pytest.raises(ValueError, match=r"must be the vocabulary of the run. Received: another one"):
         TableRows(path, table="words")
     (path / "vocab.txt").unlink()
-    with pytest.raises(ValueError, match="must hold its vocabulary. Received: no "):
+    with pytest.raises(ValueError, match=r"must hold its vocabulary. Received: no "):
         TableRows(path, table="words")
 
 

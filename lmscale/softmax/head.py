@@ -54,7 +54,7 @@ class Head(abc.ABC):
         a replica's labels are taken from those of the candidates, and none is asked for twice.
       communicates: whether `value_and_gradients` uses collectives, for which no loop of TensorFlow has a place, even
         where it is given the rows of the candidates.
-      takes_neighbours: whether `value_and_gradients` has the argument `neighbours`: a hidden state may have several labels.
+      takes_neighbours: whether `value_and_gradients` has the argument `neighbours`: a state may have several labels.
       exchange: what brings tokens and candidates together. "rows": the rows of the candidates go to every replica.
         "hidden": the hidden states of every replica go to the shards, each of which compares them with the candidates
         that it holds. "auto": whichever suits a batch, see `StepTraffic.chosen`.

@@ -42,8 +42,8 @@ class Word2Vec(Task):
           outputs: name of the table that holds the softmax rows.
           head: function (table=, vocab_size=, counts=) that returns a `Head`.
           window, subsampling, dynamic_window, cross_lines: as of `WordChunks`.
-          chunk: words of an example. A longer one reads fewer rows, since those at its ends are read twice; of skip-gram
-            it compares a word with more others that are none of its labels.
+          chunk: words of an example. A longer one reads fewer rows, since those at its ends are read twice; skip-gram
+            then compares a word with more others that are none of its labels.
 
         Raises:
           ValueError: for tables that are not there or not used or differ in width, a head that does not fit, and what
