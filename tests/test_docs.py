@@ -30,6 +30,7 @@ COMMANDS = {
     "bench": "docs/measure.md",
     "plot": "docs/tensorboard.md",
     "plan": "docs/plan.md",
+    "word_vectors": "docs/word2vec.md",
 }
 
 
