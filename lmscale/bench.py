@@ -19,7 +19,16 @@ from absl import flags
 from lmscale import paths
 from lmscale.command_line import DEFINE_path, DEFINE_paths, run_main
 
-_SECTIONS = ("step_time", "limits", "startup", "communication", "memory", "time_to_quality", "samples", "word2vec")
+_SECTIONS = (
+    "step_time",
+    "limits",
+    "startup",
+    "communication",
+    "memory",
+    "time_to_quality",
+    "samples",
+    "word2vec",
+)
 
 _FULL = flags.DEFINE_bool("full", False, "Every size and every section.")
 _SECTIONS_FLAG = flags.DEFINE_list(
@@ -44,7 +53,9 @@ _LIMIT_GIB = flags.DEFINE_float(
 )
 _DATA_DIR = DEFINE_path("data_dir", "runs/data/wikitext-2", "Prepared data for time_to_quality and samples.")
 _WORD2VEC_DATA_DIR = DEFINE_path(
-    "word2vec_data_dir", "runs/data/wikitext-2-lower", "Prepared data for word2vec, as its configuration says."
+    "word2vec_data_dir",
+    "runs/data/wikitext-2-lower",
+    "Prepared data for word2vec, as its configuration says.",
 )
 _SIMILARITY = DEFINE_paths("similarity", [], "Files of word pairs with scores, by which word2vec is judged.")
 _ROUNDS = flags.DEFINE_integer("word2vec_rounds", 3, "Turns of each side of word2vec.", lower_bound=1)

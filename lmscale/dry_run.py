@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lmscale import communication
 from lmscale.assembly import check_treatments, make_task
-from lmscale.data.token_files import PreparedData
+from lmscale.data.prepared import open_prepared
 from lmscale.model import layers_and_treatments
 from lmscale.parameters.initializers import initial_rows, initial_values
 from lmscale.parameters.report import as_table, parameter_lines
@@ -32,7 +32,7 @@ def print_report(experiment, *, num_devices):
       ValueError: if the experiment does not fit its data or the devices, or what it would start from is not there.
     """
     experiment.check_devices(num_devices)
-    data = PreparedData.open(experiment.data_dir)
+    data = open_prepared(experiment.data_dir)
     task = make_task(experiment, data=data, num_replicas=num_devices)
     layers, treatments = layers_and_treatments(task, experiment.groups, num_replicas=num_devices)
     check_treatments(experiment, treatments)

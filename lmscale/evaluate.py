@@ -47,9 +47,16 @@ def main(argv):
 
 def _print(report, group):
     if group.is_chief:
-        # JSON has neither NaN nor infinity.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
-        print(json.dumps(finite, allow_nan=False), flush=True)
+        print(json.dumps(_finite(report), allow_nan=False), flush=True)
+
+
+def _finite(value):
+    """JSON has neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(of) for key, of in value.items()}
+    if isinstance(value, list):
+        return [_finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _follow(group):

@@ -10,22 +10,63 @@ import tensorflow as tf
 from lmscale.distribution import collectives
 from lmscale.distribution.strategies import first_local_replica
 from lmscale.doing import doing
+from lmscale.measures import HeadMeasures
 from lmscale.metrics import progress
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
-    """Mean losses over `tokens` tokens, in nats. `training_loss_nats` is None unless it was asked for."""
+    """Mean losses over `tokens` tokens, in nats: sums of those of the heads.
+
+    `heads` {head: as `HeadMeasures.results`}; `training_loss_nats` is None unless it was asked for.
+    """
 
     loss_nats: float
     tokens: int
     seconds: float
+    heads: dict[str, dict]
     training_loss_nats: float | None = None
 
     @property
     def perplexity(self):
         """exp(loss_nats), infinite where that overflows."""
         return math.exp(self.loss_nats) if self.loss_nats < 700 else math.inf
+
+    def report(self):
+        """What JSON can hold of it: {"loss_nats", "perplexity", "tokens", "seconds", "heads"}."""
+        return {
+            "loss_nats": self.loss_nats,
+            "perplexity": self.perplexity,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "heads": self.heads,
+        }
+
+
+def scalars(report, *, prefix):
+    """{TensorBoard tag: number} of a report, as of `EvaluationResult`; the tags of several heads name them."""
+    tags = {
+        "exact_loss_nats": report["loss_nats"],
+        "exact_perplexity": report["perplexity"],
+        "eval_tokens": report["tokens"],
+        "eval_secs": report["seconds"],
+    }
+    for name, of_head in report["heads"].items():
+        own = {
+            tag: value
+            for tag, value in of_head.items()
+            if tag not in ("labels", "loss_nats", "perplexity", "by_frequency", "unknown")
+        }
+        if len(report["heads"]) > 1:
+            own |= {"exact_loss_nats": of_head["loss_nats"], "exact_perplexity": of_head["perplexity"]}
+        groups = {f"decile_{of['decile']:02}": of for of in of_head.get("by_frequency", ())}
+        if "unknown" in of_head:
+            groups["unknown"] = of_head["unknown"]
+        own |= {
+            f"by_frequency/{group}_loss_nats": of["loss_nats"] for group, of in groups.items() if of["labels"]
+        }
+        tags |= {f"{name}/{tag}" if len(report["heads"]) > 1 else tag: value for tag, value in own.items()}
+    return {f"{prefix}/{tag}": value for tag, value in tags.items()}
 
 
 class Evaluator:
@@ -48,6 +89,12 @@ class Evaluator:
         self._batch_size = batch_size
         self._compute_dtype = compute_dtype
         self._seed = seed
+        self._measures = {
+            name: HeadMeasures(
+                vocabulary=model.task.vocabularies[head.table], names=model.task.measures.get(name, ())
+            )
+            for name, head in model.task.heads.items()
+        }
         self._num_replicas = strategy.num_replicas_in_sync
         self._per_replica_batch_size = -(-batch_size // self._num_replicas)
         num_local = len(strategy.extended.worker_devices)
@@ -84,7 +131,7 @@ class Evaluator:
         examples = slice(min(first, self._batch_size), min(stop, self._batch_size))
         padding = stop - first - (examples.stop - examples.start)
         state = self._initial_state()
-        sums = np.zeros([2], np.float64)
+        total: dict = {}
         for i in range(batches.num_steps):
             features = {
                 # Ids of 0, with the weight 0.
@@ -97,15 +144,28 @@ class Evaluator:
                 tf.constant(i),
                 with_training_loss=with_training_loss,
             )
-            sums += self._strategy.experimental_local_results(step_sums)[0].numpy()
+            for name, x in step_sums.items():
+                x = self._strategy.experimental_local_results(x)[0].numpy().astype(np.float64)
+                total[name] = total[name] + x if name in total else x
             if on_step:
                 on_step(i + 1)
-        mean = sums / batches.num_labels
+        heads = {
+            name: measures.results(
+                {key.removeprefix(f"{name}/"): x for key, x in total.items() if key.startswith(f"{name}/")}
+            )
+            for name, measures in self._measures.items()
+        }
+        # Of heads together, as they are trained: each a mean over its own labels.
         return EvaluationResult(
-            loss_nats=float(mean[0]),
+            loss_nats=sum(of_head["loss_nats"] for of_head in heads.values()),
             tokens=batches.num_labels,
             seconds=time.perf_counter() - start,
-            training_loss_nats=float(mean[1]) if with_training_loss else None,
+            heads=heads,
+            training_loss_nats=(
+                sum(total[f"{name}/training_loss"] / total[f"{name}/weight"] for name in heads)
+                if with_training_loss
+                else None
+            ),
         )
 
     @tf.function(autograph=False)
@@ -132,27 +192,22 @@ class Evaluator:
             )
             hidden, new_state = model.forward(reading.rows.roles, reading.features, state, dropout=None)
             exact = model.exact_losses(hidden, reading, compute_dtype=self._compute_dtype)
-            sums = [_sum_of_labels(exact, reading.labels), tf.zeros([])]
+            sums = {}
+            for name, measures in self._measures.items():
+                labels, ranks = reading.labels[name], None
+                if measures.uses_ranks:
+                    ranks = model.ranks(hidden, reading, head=name, compute_dtype=self._compute_dtype)
+                of_head = measures.sums(loss=exact[name], labels=labels, ranks=ranks)
+                sums |= {f"{name}/{key}": x for key, x in of_head.items()}
             if with_training_loss:
                 weights = {name: labels.weights for name, labels in reading.labels.items()}
-                results = model.head_gradients(hidden, reading, loss_weights=weights)
-                sums[1] = _sum_of_labels({name: r.loss for name, r in results.items()}, reading.labels)
-            return collectives.all_reduce_sum(tf.stack(sums)), new_state
+                for name, result in model.head_gradients(hidden, reading, loss_weights=weights).items():
+                    # Padding may have a non-finite loss of its own: it must not reach the sum.
+                    loss = tf.where(weights[name] > 0, result.loss * weights[name], 0.0)
+                    sums[f"{name}/training_loss"] = tf.reduce_sum(loss)
+            return collectives.all_reduce_sum(sums), new_state
 
         return self._strategy.run(replica_step, args=(state,))
-
-
-def _sum_of_labels(losses, labels):
-    """Sum over heads and labels; a loss may be the mean of several of these.
-
-    Padding may have a non-finite loss of its own: it must not reach the sum.
-    """
-    return tf.add_n(
-        [
-            tf.reduce_sum(tf.where(labels[name].weights > 0, loss * labels[name].weights, 0.0))
-            for name, loss in losses.items()
-        ]
-    )
 
 
 class CheckpointEvaluator:
@@ -180,7 +235,8 @@ class CheckpointEvaluator:
           step: int; None for the newest.
 
         Returns:
-          {"split", "step", "loss_nats", "perplexity", "tokens", "vocab_size", "num_devices", "seconds"}.
+          {"split", "step", "loss_nats", "perplexity", "tokens", "seconds", "heads", "vocab_size", "num_devices"}; the
+          vocab_size of several heads is that of the largest.
 
         Raises:
           As `RestoredModel.restore`.
@@ -201,10 +257,7 @@ class CheckpointEvaluator:
         return {
             "split": self._split,
             "step": metadata["step"],
-            "loss_nats": result.loss_nats,
-            "perplexity": result.perplexity,
-            "tokens": result.tokens,
+            **result.report(),
             "vocab_size": max(restored.task.num_rows(head.table) for head in restored.task.heads.values()),
             "num_devices": restored.strategy.num_replicas_in_sync,
-            "seconds": result.seconds,
         }

@@ -10,9 +10,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
+from lmscale import evaluation
 from lmscale.checkpoints.directory import Checkpoints, UnavailableError
 from lmscale.distribution.process_group import ProcessGroup
-from lmscale.evaluation import CheckpointEvaluator
 from lmscale.metrics import MetricsWriter, format_log_line, read_metrics
 from lmscale.restored import RestoredModel
 from lmscale.storage import as_path
@@ -108,7 +108,7 @@ class Follower:
             checkpoint cannot be had.
         """
         restored = RestoredModel(experiment, workdir=workdir, strategy=strategy, group=self._group)
-        evaluator = CheckpointEvaluator(restored, split=self._split)
+        evaluator = evaluation.CheckpointEvaluator(restored, split=self._split)
         with _Metrics(workdir.followed_dir(self._split), is_written=self._group.is_chief) as metrics:
             while (step := self._next_step(workdir, restored.checkpoints, metrics)) is not None:
                 try:
@@ -180,16 +180,11 @@ class _Metrics:
         """Reports an evaluation, the chief's alone."""
         if self._writer is None:
             return
-        split = report["split"]
-        scalars = {
-            f"{split}/exact_loss_nats": report["loss_nats"],
-            f"{split}/exact_perplexity": report["perplexity"],
-            f"{split}/eval_tokens": report["tokens"],
-            f"{split}/eval_secs": report["seconds"],
-        }
+        scalars = evaluation.scalars(report, prefix=report["split"])
         self._writer.scalars(report["step"], scalars)
         self.last_step = report["step"]
-        _logger.info("%s", format_log_line(report["step"], scalars))
+        shown = {tag: value for tag, value in scalars.items() if "/by_frequency/" not in tag}
+        _logger.info("%s", format_log_line(report["step"], shown))
 
     def close(self):
         if self._writer is not None:

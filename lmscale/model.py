@@ -12,8 +12,8 @@ from lmscale.parameters.initializers import initial_values
 from lmscale.parameters.layers import Layers
 from lmscale.parameters.tree import Parameter
 from lmscale.reading import OwnLabels, Reading, Receipt, StepRows, joined, parted, stacked
-from lmscale.softmax.full import full_softmax_loss, full_softmax_loss_of_neighbours
 from lmscale.softmax.head import candidates_seed
+from lmscale.softmax.ranks import label_ranks
 from lmscale.tables.rows import Rows
 from lmscale.tables.table import RowGradients, ShardedTable
 from lmscale.tables.table_config import table_paths
@@ -268,30 +268,38 @@ class Model:
     def exact_losses(self, hidden, reading, *, compute_dtype):
         """{head: [n] float32}, nats: the full softmax over the head's table; arguments as of `head_gradients`.
 
-        Where a state has several labels, the mean over them.
-
-        Communication: `full_softmax_loss` of each head.
+        Communication: `Head.exact_loss` of each.
         """
-        losses = {}
-        for name, head in self.task.heads.items():
-            labels, table = reading.labels[name], self.tables[head.table]
-            full = {
-                "labels": labels.ids,
-                "rows": table.local_parameter("embedding"),
-                "bias": table.local_parameter("bias"),
-                "num_valid_rows": table.num_valid_rows,
-                "compute_dtype": compute_dtype,
-            }
-            if labels.neighbours is None:
-                losses[name] = full_softmax_loss(hidden[name], **full)
-            else:
-                losses[name] = full_softmax_loss_of_neighbours(
-                    hidden[name],
-                    label_rows=reading.rows.labels[name],
-                    neighbours=labels.neighbours,
-                    **full,
-                )
-        return losses
+        return {
+            name: head.exact_loss(
+                hidden[name],
+                labels=reading.labels[name].ids,
+                table=self.tables[head.table],
+                compute_dtype=compute_dtype,
+                **(
+                    {"label_rows": reading.rows.labels[name]} | _neighbours_of(reading.labels[name])
+                    if reading.labels[name].neighbours is not None
+                    else {}
+                ),
+            )
+            for name, head in self.task.heads.items()
+        }
+
+    def ranks(self, hidden, reading, *, head, compute_dtype):
+        """[n] int32: the place of each label of `head` among all rows that compete, 1 for the first.
+
+        Communication: that of `label_ranks`.
+        """
+        table, labels = self.tables[self.task.heads[head].table], reading.labels[head]
+        return label_ranks(
+            hidden[head],
+            labels=labels.ids,
+            excluded=labels.excluded,
+            rows=table.local_parameter("embedding"),
+            bias=table.local_parameter("bias"),
+            num_valid_rows=table.num_valid_rows,
+            compute_dtype=compute_dtype,
+        )
 
     def collect(self, reading, d_rows, *, d_shards, d_shard_rows=None):
         """Brings the gradients of a step's rows home, with one push a table.

@@ -5,7 +5,7 @@ import contextlib
 from lmscale.assembly import make_task
 from lmscale.checkpoints import document, format_1
 from lmscale.checkpoints.directory import Checkpoints
-from lmscale.data.token_files import PreparedData
+from lmscale.data.prepared import open_prepared
 from lmscale.distribution.process_group import ProcessGroup
 from lmscale.doing import doing
 from lmscale.model import Model
@@ -49,7 +49,7 @@ class RestoredModel:
             workdir.checkpoints_dir, keep=experiment.keep_checkpoints, readonly=True, group=group
         )
         with doing(f"reading the data of {experiment.data_dir}"):
-            self.data = PreparedData.open(experiment.data_dir)
+            self.data = open_prepared(experiment.data_dir)
         group.check_same("The data", self.data.fingerprint)
         with doing(f"building the model, with tables of {self.data.rows_text} rows"), strategy.scope():
             self.task = make_task(

@@ -8,13 +8,12 @@ import time
 
 import numpy as np
 
-from lmscale import communication
+from lmscale import communication, evaluation
 from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import Checkpoints
-from lmscale.data.token_files import PreparedData
+from lmscale.data.prepared import open_prepared
 from lmscale.distribution.process_group import ProcessGroup
 from lmscale.doing import doing
-from lmscale.evaluation import Evaluator
 from lmscale.metrics import device_memory_mib, format_log_line, progress, read_metrics
 from lmscale.parameters.report import as_table, as_text, parameter_lines
 from lmscale.profiling import Profiler
@@ -72,7 +71,7 @@ def train(experiment, *, workdir, strategy, config_text, hparams, group=None, pr
     """
     group = group or ProcessGroup()
     with doing(f"reading the data of {experiment.data_dir}"):
-        data = PreparedData.open(experiment.data_dir)
+        data = open_prepared(experiment.data_dir)
     group.check_same("The data", f"{experiment.data_dir} with the fingerprint {data.fingerprint[:12]}")
     with doing(f"building the model, with tables of {data.rows_text} rows"):
         trainer = Trainer(experiment, data=data, strategy=strategy)
@@ -182,7 +181,9 @@ class _Run:
         self.checkpoints = checkpoints
         self.group = group
         self.profiler = profiler
-        self.evaluator = Evaluator.of_experiment(trainer.experiment, trainer.model, strategy=trainer.strategy)
+        self.evaluator = evaluation.Evaluator.of_experiment(
+            trainer.experiment, trainer.model, strategy=trainer.strategy
+        )
         self.best_validation_loss = math.inf
         self.last_validation_loss = None
         self.last_validation_tokens = None
@@ -425,12 +426,7 @@ class _Run:
                 probe_batches = task.evaluation_batches("train", limit=self.experiment.probe_tokens)
                 probe = evaluator.evaluate(probe_batches, with_training_loss=True)
         self.last_validation_tokens = valid.tokens
-        scalars = {
-            "valid/exact_loss_nats": valid.loss_nats,
-            "valid/exact_perplexity": valid.perplexity,
-            "valid/eval_tokens": valid.tokens,
-            "valid/eval_secs": valid.seconds,
-        }
+        scalars = evaluation.scalars(valid.report(), prefix="valid")
         if probe is not None:
             scalars["probe/exact_loss_nats"] = probe.loss_nats
             scalars["probe/exact_perplexity"] = probe.perplexity
@@ -440,7 +436,10 @@ class _Run:
                 scalars[f"probe/{name}_loss_nats"] = probe.training_loss_nats
                 scalars[f"probe/{name}_minus_exact_nats"] = probe.training_loss_nats - probe.loss_nats
         reports.evaluation(self.trainer.step, scalars)
-        shown = ("valid/exact_loss_nats", "valid/exact_perplexity", "valid/eval_tokens", "valid/eval_secs")
+        shown = ["valid/exact_loss_nats", "valid/exact_perplexity", "valid/eval_tokens", "valid/eval_secs"]
+        for name, measures in task.measures.items():
+            own = f"valid/{name}" if len(task.heads) > 1 else "valid"
+            shown += [f"{own}/{measure}" for measure in measures]
         _logger.info("%s", format_log_line(self.trainer.step, {name: scalars[name] for name in shown}))
         # One loss for all: what follows from it, all must do.
         return self.group.of_chief(valid.loss_nats)

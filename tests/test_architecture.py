@@ -20,7 +20,7 @@ LAYERS = [
     {"configuration", "assembly", "micro_batches"},
     {"gin_text", "experiment", "model", "communication"},
     {"reading"},
-    {"tasks", "parameters.warm_start", "parameters.report", "loss_scaling", "carried_state"},
+    {"tasks", "measures", "parameters.warm_start", "parameters.report", "loss_scaling", "carried_state"},
     {"word_rows"},
     {"checkpoints", "bodies", "softmax"},
     {"tables", "parameters"},

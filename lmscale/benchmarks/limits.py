@@ -20,7 +20,7 @@ from lmscale.distribution import collectives
 from lmscale.distribution.strategies import make_strategy
 from lmscale.parameters.update_rules import Adam
 from lmscale.reading import StepRows
-from lmscale.softmax.full import full_softmax_loss
+from lmscale.softmax.exact import full_softmax_loss
 from lmscale.tables.rows import Rows
 from lmscale.tables.table import RowGradients, ShardedTable
 

@@ -99,7 +99,7 @@ def measure_evaluation(*, shape, tokens):
     """Peak of an exact evaluation of `tokens` tokens above the table and what the process was before it, in MiB."""
     import tensorflow as tf
 
-    from lmscale.softmax.full import full_softmax_loss
+    from lmscale.softmax.exact import full_softmax_loss
     from lmscale.tables.table import ShardedTable
 
     shape = ModelShape(**shape)

@@ -61,7 +61,7 @@ class ContiguousBatches:
 
     def at(self, step: int, examples: slice = ALL) -> Batch:
         """The batch of a step, counted from 0 over all epochs; or some of its examples, and no others are read."""
-        epoch, window_in_epoch = divmod(_checked_step(step), self.steps_per_epoch)
+        epoch, window_in_epoch = divmod(checked_step(step), self.steps_per_epoch)
         offset = _random_below(len(self._tokens), seed=self._seed, epoch=epoch)
         positions = self._lane_starts[examples] + offset + window_in_epoch * self._window
         ids = _windows(self._tokens, positions, self._window)
@@ -90,7 +90,7 @@ class ShuffledWindows:
 
     def at(self, step: int, examples: slice = ALL) -> Batch:
         """The batch of a step, as above. Every batch says `starts_epoch`."""
-        epoch, step_in_epoch = divmod(_checked_step(step), self.steps_per_epoch)
+        epoch, step_in_epoch = divmod(checked_step(step), self.steps_per_epoch)
         slack = len(self._tokens) - 1 - self._num_windows * self._window
         offset = _random_below(slack + 1, seed=self._seed, epoch=epoch)
         places = step_in_epoch * len(self._rows) + self._rows[examples]
@@ -202,7 +202,7 @@ def _too_short(tokens, global_batch_size, window, needed):
     )
 
 
-def _checked_step(step):
+def checked_step(step):
     if step < 0:
         raise ValueError(f"step must be at least 0. Received: step={step}.")
     return int(step)

@@ -9,19 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale.data.prepared_directory import (
-    PreparedDirectoryWriter,
-    is_empty,
-    is_replaceable,
-    remove_abandoned_folders,
-)
+from lmscale.data.prepared_directory import PreparedDirectoryWriter
 from lmscale.data.text_files import Block, expand_patterns, read_blocks
-from lmscale.data.token_files import SPLITS, VOCAB_FILE, PreparedData, file_sha256
+from lmscale.data.there_already import Report, describe_files, meter, there_already
+from lmscale.data.token_files import SPLITS, VOCAB_FILE, PreparedData
 from lmscale.data.tokenizers import Tokenizer
 from lmscale.data.vocab import EOS, Vocabulary, build_vocabulary, check_limits
 from lmscale.doing import doing
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,14 +108,7 @@ class Corpus:
 
     def describe(self, *, on_bytes: Callable[[int], None]) -> dict[str, list[dict]]:
         """Names without folders, sizes and SHA-256 of the files, by split or "input"."""
-
-        def entry(path):
-            size = path.stat().st_size
-            digest = file_sha256(path)
-            on_bytes(size)
-            return {"file": path.name, "bytes": size, "sha256": digest}
-
-        return {name: [entry(path) for path in paths] for name, paths in self.files.items()}
+        return describe_files(self.files, on_bytes=on_bytes)
 
     def _dealt(self, rule, on_bytes):
         split_of_blocks = rule.split_of_blocks()
@@ -177,18 +164,20 @@ def prepare(
         "split": dataclasses.asdict(corpus.rule) if corpus.rule else None,
     }
     check_limits(vocab_size=vocab_size, min_count=min_count)
-    if output.exists():
-        _check_replaceable(output)
-        remove_abandoned_folders(output)
-        if not overwrite and not is_empty(output):
-            inputs = corpus.describe(on_bytes=_meter("checking", corpus.num_bytes(SPLITS), report))
-            with doing("reading what is there already"):
-                return _already_prepared(output, options=options, inputs=inputs), False
+    there = there_already(
+        output,
+        open_data=PreparedData.open,
+        options=options,
+        inputs=lambda: corpus.describe(on_bytes=meter("checking", corpus.num_bytes(SPLITS), report)),
+        overwrite=overwrite,
+    )
+    if there is not None:
+        return there, False
 
     with PreparedDirectoryWriter(output, replace=overwrite) as writer:
-        inputs = corpus.describe(on_bytes=_meter("checking", corpus.num_bytes(SPLITS), report))
+        inputs = corpus.describe(on_bytes=meter("checking", corpus.num_bytes(SPLITS), report))
         if tokenizer.learns:
-            text = corpus.blocks(["train"], on_bytes=_meter("learning", corpus.num_bytes(["train"]), report))
+            text = corpus.blocks(["train"], on_bytes=meter("learning", corpus.num_bytes(["train"]), report))
             with doing("learning the tokenizer from the training text"):
                 tokenizer.learn(
                     (block.lines for _, block in text), vocab_size=vocab_size, min_count=min_count
@@ -226,8 +215,8 @@ def prepare(
 def _count(corpus: Corpus, tokenizer: Tokenizer, report: Report) -> Counter[str]:
     """How often each token occurs in the training text."""
     counts: Counter[str] = Counter()
-    meter = _meter("counting", corpus.num_bytes(["train"]), report)
-    for _, block in corpus.blocks(["train"], on_bytes=meter):
+    on_bytes = meter("counting", corpus.num_bytes(["train"]), report)
+    for _, block in corpus.blocks(["train"], on_bytes=on_bytes):
         counts.update(_tokens(block, tokenizer))
     return counts
 
@@ -241,7 +230,7 @@ def _write_splits(
 ) -> dict[str, dict]:
     """Writes the ids of every split. Returns the manifest entries."""
     ids_of_tokens = vocabulary.ids
-    meter = _meter("writing", corpus.num_bytes(SPLITS), report)
+    on_bytes = meter("writing", corpus.num_bytes(SPLITS), report)
     num_lines = dict.fromkeys(SPLITS, 0)
     counts = {split: np.zeros(len(vocabulary), np.int64) for split in SPLITS}
     with contextlib.ExitStack() as stack:
@@ -249,7 +238,7 @@ def _write_splits(
             split: stack.enter_context(writer.token_file(split, vocab_size=len(vocabulary)))
             for split in SPLITS
         }
-        for split, block in corpus.blocks(SPLITS, on_bytes=meter):
+        for split, block in corpus.blocks(SPLITS, on_bytes=on_bytes):
             tokens = _tokens(block, tokenizer)
             ids = np.fromiter(map(ids_of_tokens.__getitem__, tokens), np.int32, len(tokens))
             files[split].append(ids)
@@ -287,51 +276,3 @@ def _tokens(block: Block, tokenizer: Tokenizer) -> list[str]:
     if not block.ends_line:
         tokens.pop()
     return tokens
-
-
-def _check_replaceable(output: Path):
-    if not output.is_dir():
-        raise ValueError(f"output must be a directory. Received: {str(output)!r}, a file. Choose another.")
-    if not is_replaceable(output):
-        raise ValueError(
-            f"output must be new, empty or made by this command. Received: {str(output)!r}, which holds "
-            "other files, or no manifest. They are left alone, also with --overwrite: choose another place."
-        )
-
-
-def _already_prepared(output: Path, *, options: dict, inputs: dict) -> PreparedData:
-    """Opens what is at `output` if it is whole, and of this text with these options."""
-    try:
-        data = PreparedData.open(output)
-    except ValueError as error:
-        raise ValueError(
-            f"{output} exists and is not whole: {error} "
-            "Pass --overwrite to replace it, or choose another output."
-        ) from error
-    there = {"inputs": data.manifest.get("inputs"), **(data.manifest.get("options") or {})}
-    wanted = {"inputs": inputs, **options}
-    differing = sorted(key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key))
-    if differing:
-        shown = [
-            f"{key} is {there.get(key)!r}, wanted {wanted.get(key)!r}"
-            if key != "inputs"
-            else "other input files"
-            for key in differing
-        ]
-        raise ValueError(
-            f"{output} exists and holds other data: {'; '.join(shown)}. "
-            "Pass --overwrite to replace it, or choose another output."
-        )
-    return data
-
-
-def _meter(phase: str, total: int, report: Report) -> Callable[[int], None]:
-    """Adds up bytes for `report`."""
-    done = 0
-
-    def on_bytes(count: int):
-        nonlocal done
-        done += count
-        report(phase, done, total)
-
-    return on_bytes

@@ -34,6 +34,8 @@ _INSIDE = ".lmscale-partial-"
 # In a folder inside: the files of the directory that may be removed while there is no manifest, {name: inodes} of the
 # old file and the new one. It is written before the old manifest goes.
 _MOVING_FILE = "moving.json"
+# Of files that a manifest lists, beside the fixed ones: of tokenizers, columns and their vocabularies.
+_LISTED_PREFIXES = (TOKENIZER_FILE_PREFIX, "column.", "vocab.")
 _FIXED_NAMES = (MANIFEST_FILE, VOCAB_FILE, *map(token_file_name, SPLITS))
 
 _logger = logging.getLogger(__name__)
@@ -284,17 +286,23 @@ def _our_names(directory: Path) -> set[str]:
     manifest = _json_object(directory / MANIFEST_FILE)
     if manifest.get("format") != FORMAT:
         return set().union(*map(_moving_names, filter(_is_inside_folder, _entries(directory))))
-    entries = manifest.get("tokenizer_files")
-    if not isinstance(entries, list):
-        entries = []
-    files: list[Any] = [entry.get("file") for entry in entries if isinstance(entry, dict)]
-    return {*_FIXED_NAMES, *filter(_is_tokenizer_file, files)}
+    return {*_FIXED_NAMES, *filter(_is_listed_file, _listed_files(manifest))}
+
+
+def _listed_files(value) -> list[Any]:
+    """Every "file" in what a manifest holds, however deep."""
+    if isinstance(value, list):
+        return [name for entry in value for name in _listed_files(entry)]
+    if isinstance(value, dict):
+        found = [name for entry in value.values() for name in _listed_files(entry)]
+        return [*found, value["file"]] if "file" in value else found
+    return []
 
 
 def _moving_names(folder: Path) -> set[str]:
     """What a process that was killed while it moved files out of a hidden folder may have left in the directory."""
     moving = _json_object(folder / _MOVING_FILE)
-    names = {name for name in moving if name in _FIXED_NAMES or _is_tokenizer_file(name)}
+    names = {name for name in moving if name in _FIXED_NAMES or _is_listed_file(name)}
     return {
         name
         for name in names & set(os.listdir(folder.parent))
@@ -302,8 +310,9 @@ def _moving_names(folder: Path) -> set[str]:
     }
 
 
-def _is_tokenizer_file(name) -> bool:
-    return isinstance(name, str) and name.startswith(TOKENIZER_FILE_PREFIX) and "/" not in name
+def _is_listed_file(name) -> bool:
+    """Whether it is a name that only this module gives: a manifest could list any."""
+    return isinstance(name, str) and name.startswith(_LISTED_PREFIXES) and "/" not in name
 
 
 def _json_object(path: Path) -> dict:

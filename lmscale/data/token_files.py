@@ -78,7 +78,7 @@ class PreparedData:
           ValueError: saying which file is missing, malformed, or not the one that the manifest describes.
         """
         directory = as_path(directory)
-        manifest = _read_manifest(directory)
+        manifest = _text_manifest(directory)
         data = cls(directory, manifest=manifest)
         for name, entry in _described_files(manifest).items():
             path = directory / name
@@ -181,8 +181,12 @@ def _described_files(manifest: dict) -> dict[str, dict]:
     return {entry["file"]: entry for entry in entries}
 
 
-def _read_manifest(directory: Path) -> dict:
-    """The manifest, with everything that `PreparedData` relies on checked."""
+def read_manifest(directory: Path) -> dict:
+    """The manifest of a prepared directory of any kind.
+
+    Raises:
+      ValueError: if there is none, or it is not one that this version reads.
+    """
     path = directory / MANIFEST_FILE
     if not path.is_file():
         state = "no such file" if directory.is_dir() else "no such directory"
@@ -199,6 +203,16 @@ def _read_manifest(directory: Path) -> dict:
         raise ValueError(
             f"{path}: format_version must be {FORMAT_VERSION}. Received: {manifest.get('format_version')!r}. "
             "It was written by another version of lmscale: prepare the data again."
+        )
+    return manifest
+
+
+def _text_manifest(directory: Path) -> dict:
+    """The manifest of a text, with everything that `PreparedData` relies on checked."""
+    manifest, path = read_manifest(directory), directory / MANIFEST_FILE
+    if "kind" in manifest:
+        raise ValueError(
+            f"{path}: must be of a text. Received: {manifest['kind']}. Prepare a text, with --format=text."
         )
     numbers = {"vocabulary": ("size", "unk_id", "eos_id"), **{f"splits.{s}": ("tokens",) for s in SPLITS}}
     for place, keys in numbers.items():

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,8 +15,8 @@ EOS = "<eos>"
 class Vocabulary:
     """Tokens by id.
 
-    `<unk>` and `<eos>` are ordinary rows at the place that their counts give them. A token of the text that
-    is spelled like one of them is that row.
+    Of a text, `<unk>` and `<eos>` are ordinary rows at the place that their counts give them. A token of the text
+    that is spelled like one of them is that row.
 
     Attributes:
       tokens: the token of each id; no two are equal, none contains white space.
@@ -31,9 +31,9 @@ class Vocabulary:
 
     @functools.cached_property
     def ids(self) -> dict[str, int]:
-        """Id of each token; looking up any other gives the id of `<unk>`."""
+        """Id of each token; looking up any other gives the id of `<unk>`, if there is one."""
         known = {token: token_id for token_id, token in enumerate(self.tokens)}
-        return _IdsOrUnk(known, unk_id=known[UNK])
+        return _IdsOrUnk(known, unk_id=known[UNK]) if UNK in known else known
 
     @property
     def unk_id(self) -> int:
@@ -53,8 +53,8 @@ class Vocabulary:
         return "".join(map("{}\t{}\n".format, self.tokens, self.counts.tolist()))
 
     @classmethod
-    def from_text(cls, text: str) -> "Vocabulary":
-        """Reads what `to_text` wrote.
+    def from_text(cls, text: str, *, required: Sequence[str] = (UNK, EOS)) -> "Vocabulary":
+        """Reads what `to_text` wrote; `required` tokens must be in it.
 
         Raises:
           ValueError: naming the first line that is not a token and a count or is out of order, or if a
@@ -76,8 +76,8 @@ class Vocabulary:
         known = set(tokens)
         if len(known) < len(tokens):
             raise ValueError("a token is in it twice.")
-        if not known >= {UNK, EOS}:
-            raise ValueError(f"{UNK} and {EOS} must be in it.")
+        if not known >= set(required):
+            raise ValueError(f"{' and '.join(required)} must be in it.")
         return vocabulary
 
 

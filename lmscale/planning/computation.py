@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from lmscale.bodies.dropout import DropoutStream
 from lmscale.planning.graphs import cost_of
-from lmscale.softmax.full import full_softmax_loss
+from lmscale.softmax.exact import full_softmax_loss
 from lmscale.tables.rows import Rows
 
 _HEAD_SCOPE, _EVALUATION_SCOPE, _ROWS_SCOPE = "plan_head", "plan_evaluation", "plan_rows"

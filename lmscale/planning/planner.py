@@ -3,7 +3,7 @@
 import math
 
 from lmscale.assembly import check_treatments, make_task
-from lmscale.data.token_files import PreparedData
+from lmscale.data.prepared import open_prepared
 from lmscale.metrics import device_memory_mib
 from lmscale.model import layers_and_treatments
 from lmscale.planning.memory import LASTING, PASSING
@@ -45,7 +45,7 @@ def make_plan(experiment, *, num_devices, device_memory_gib, rates):
             f"device_memory_gib must be positive and finite. Received: {device_memory_gib}. Give the memory of one "
             "device."
         )
-    data = PreparedData.open(experiment.data_dir)
+    data = open_prepared(experiment.data_dir)
     step = make_step(experiment, data=data, num_devices=num_devices)
     memory, work = step.memory, step_work(step)
     limit = device_memory_gib * 2**30

@@ -14,7 +14,7 @@ from lmscale.communication import PARTS, row_bytes_received
 from lmscale.planning.computation import row_update_cost
 from lmscale.planning.graphs import cost_of
 from lmscale.planning.memory import FLOAT_BYTES
-from lmscale.softmax.full import full_softmax_value_and_gradients
+from lmscale.softmax.exact import full_softmax_value_and_gradients
 
 RESOURCES = ("compute", "memory bandwidth", "network")
 

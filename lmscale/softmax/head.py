@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import tensorflow as tf
 
+from lmscale.softmax.exact import full_softmax_loss, full_softmax_loss_of_neighbours
 from lmscale.tables.rows import Rows, ShardRows
 
 EXCHANGES = ("auto", "rows", "hidden")
@@ -107,6 +108,30 @@ class Head(abc.ABC):
           None for a head that needs no candidates.
         """
         del seed, labels
+
+    def exact_loss(self, hidden, *, labels, table, compute_dtype, neighbours=None, label_rows=None):
+        """What an evaluation measures of each token: the loss of the full softmax, of several labels their mean.
+
+        Args:
+          hidden, labels, table: as of `value_and_gradients`.
+          compute_dtype: of the products.
+          neighbours, label_rows: likewise, where hidden states have several labels; else None.
+
+        Returns:
+          [tokens] float32 nats.
+
+        Communication: that of `full_softmax_loss`.
+        """
+        shard = {
+            "labels": labels,
+            "rows": table.local_parameter("embedding"),
+            "bias": table.local_parameter("bias"),
+            "num_valid_rows": table.num_valid_rows,
+            "compute_dtype": compute_dtype,
+        }
+        if neighbours is None:
+            return full_softmax_loss(hidden, **shard)
+        return full_softmax_loss_of_neighbours(hidden, neighbours=neighbours, label_rows=label_rows, **shard)
 
     @abc.abstractmethod
     def value_and_gradients(

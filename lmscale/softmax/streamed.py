@@ -10,7 +10,7 @@ The logits are read once: what is summed is exp(logit - reference), with the lab
 which is known beforehand. Where that fails the sums of a shard are taken again, with a running maximum: where one
 overflows (at 88 nats of loss), is NaN, or is below 1e-20, so that float32 may have lost some of its terms.
 
-Everything here is local to a shard; `full.py` combines the shards.
+Everything here is local to a shard; `exact.py` combines the shards.
 """
 
 import tensorflow as tf
@@ -172,7 +172,7 @@ def checked_block_rows(hidden, *, rows, bias, block_rows):
     return min(int(block_rows), shard_rows)
 
 
-def _read_block(rows, bias, block, block_rows, num_valid_rows):
+def read_block(rows, bias, block, block_rows, num_valid_rows):
     """Rows [block_rows, embed_dim] and bias [block_rows] (or None) of a block, their ids, which are valid.
 
     A gather, not a slice: a slice reads the variable, and reading one that scatter updates have touched
@@ -184,7 +184,7 @@ def _read_block(rows, bias, block, block_rows, num_valid_rows):
     return tf.gather(rows, inside), None if bias is None else tf.gather(bias, inside), local_ids, valid
 
 
-def _with_bias(logits, bias, valid):
+def with_bias(logits, bias, valid):
     """Adds the bias [block_rows], or None, to the products; -inf where not valid, whatever they are there."""
     if bias is not None:
         logits += tf.cast(bias, tf.float32)
@@ -203,14 +203,14 @@ def _sum_over_rows(x):
 @tf.function(jit_compile=True, autograph=False)
 def _add_to_sum(total, logits, bias, valid, reference):
     """Adds a block's exp(logit - reference) to each token's total."""
-    logits = _with_bias(logits, bias, valid)
+    logits = with_bias(logits, bias, valid)
     return total + _sum_over_rows(tf.exp(logits - reference[:, tf.newaxis]))
 
 
 @tf.function(jit_compile=True, autograph=False)
 def _add_to_logsumexp(running_max, running_sum, logits, bias, valid):
     """Adds a block to each token's running (max, sum of exp(logit - max))."""
-    logits = _with_bias(logits, bias, valid)
+    logits = with_bias(logits, bias, valid)
     new_max = tf.maximum(running_max, tf.reduce_max(logits, axis=1))
     # While no valid row has been seen the maximum is -inf, and -inf - -inf would be NaN.
     reference = tf.where(tf.math.is_inf(new_max) & (new_max < 0), 0.0, new_max)
@@ -238,7 +238,7 @@ def _gradients_of_block(
     """
     # Zero where not valid, so that garbage in padding cannot spread as NaN.
     rows = tf.cast(tf.where(valid[:, tf.newaxis], rows, tf.zeros([], rows.dtype)), hidden.dtype)
-    logits = _with_bias(float32_product(hidden, rows, transpose_b=True), bias, valid)
+    logits = with_bias(float32_product(hidden, rows, transpose_b=True), bias, valid)
     is_label = (local_labels[:, tf.newaxis] == local_ids) & valid
     probabilities = tf.exp(logits - logsumexp[:, tf.newaxis])
     d_logits = loss_weights[:, tf.newaxis] * (probabilities - tf.cast(is_label, tf.float32))
@@ -266,9 +266,7 @@ def _shard_logsumexp(hidden, reference, rows, bias, num_valid_rows, *, block_row
             multiply_and_add = tf.function(multiply_and_add, jit_compile=True, autograph=False)
 
         def body(block, *running):
-            block_of_rows, block_of_bias, _, valid = _read_block(
-                rows, bias, block, block_rows, num_valid_rows
-            )
+            block_of_rows, block_of_bias, _, valid = read_block(rows, bias, block, block_rows, num_valid_rows)
             return block + 1, *multiply_and_add(block_of_rows, block_of_bias, valid, *running)
 
         _, *running = tf.while_loop(
@@ -299,7 +297,7 @@ def _shard_gradients(
     num_blocks = -(-shard_rows // block_rows)
 
     def body(block, d_hidden, d_shard):
-        block_of_rows, block_of_bias, local_ids, valid = _read_block(
+        block_of_rows, block_of_bias, local_ids, valid = read_block(
             rows, bias, block, block_rows, num_valid_rows
         )
         d_hidden, (block_of_d_rows, *block_of_d_bias) = _gradients_of_block(

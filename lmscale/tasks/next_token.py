@@ -93,7 +93,7 @@ class NextToken(Task):
         """Streams that continue for a body with carried state, shuffled windows for others."""
         make = ContiguousBatches if self.encoder.body.stateful else ShuffledWindows
         return make(
-            self.context.data.split("train"),
+            self.context.text.split("train"),
             global_batch_size=self.context.global_batch_size,
             window=self._window,
             seed=self.context.seed,
@@ -101,7 +101,7 @@ class NextToken(Task):
 
     def evaluation_batches(self, split, *, limit=None):
         """The text in eval_batch_size lanes, each of which starts without context."""
-        tokens = self.context.data.split(split)
+        tokens = self.context.text.split(split)
         if not len(tokens):
             raise ValueError(
                 f"The split to evaluate must have tokens. Received: {split}, empty. Prepare data with such a split."
@@ -110,7 +110,7 @@ class NextToken(Task):
             tokens[:limit],
             batch_size=self.context.eval_batch_size,
             window=self._eval_window,
-            eos_id=self.context.data.eos_id,
+            eos_id=self.context.text.eos_id,
         )
 
     def lookups(self, features):

@@ -7,11 +7,13 @@ collectives and no optimizer: the step, in `trainer.py`, is the same for all tas
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import keras
 import tensorflow as tf
 
+from lmscale.data.columns import PreparedColumns
+from lmscale.data.prepared import Prepared
 from lmscale.data.token_files import PreparedData
 from lmscale.data.vocab import UnnamedVocabulary, Vocabulary
 from lmscale.softmax.bands import Neighbours
@@ -29,11 +31,19 @@ class Labels:
       neighbours: None; or each hidden state has several labels, those around its place: then there are more `ids`,
         `window` before and after the places of each example, and `weights` are how many labels a state has. Of heads
         that take them.
+      excluded: [n, m] int32, ids that do not compete with the label where an evaluation ranks it, negative for none;
+        None for none at all.
     """
 
     ids: tf.Tensor
     weights: tf.Tensor
     neighbours: Neighbours | None = None
+    excluded: tf.Tensor | None = None
+
+    @property
+    def counted_ids(self):
+        """[n] int32: the id that each loss is counted under: its label, or where it has several, that at its place."""
+        return self.ids if self.neighbours is None else self.neighbours.state_ids
 
     def part(self, cut, *, num_parts):
         """Those of some of the examples: `cut` maps a tensor of all of them to one of `num_parts` equal parts."""
@@ -41,6 +51,7 @@ class Labels:
             cut(self.ids),
             cut(self.weights),
             None if self.neighbours is None else self.neighbours.part(cut, num_parts=num_parts),
+            None if self.excluded is None else cut(self.excluded),
         )
 
 
@@ -49,7 +60,7 @@ class TaskContext:
     """What a task is told of the run.
 
     Attributes:
-      data: `PreparedData`.
+      data: `PreparedData` or `PreparedColumns`; tasks ask for `text` or `columns`.
       seed: the run's.
       global_batch_size: examples of a training batch, over all devices.
       eval_batch_size: examples of an evaluation batch, over all devices.
@@ -57,12 +68,32 @@ class TaskContext:
       training: whether steps of training will follow, rather than evaluations alone.
     """
 
-    data: PreparedData
+    data: Prepared
     seed: int
     global_batch_size: int
     eval_batch_size: int
     num_replicas: int
     training: bool
+
+    @property
+    def text(self) -> PreparedData:
+        """The data of a task that reads a text; ValueError for other data."""
+        if isinstance(self.data, PreparedColumns):
+            raise ValueError(
+                f"The data of this task must be a text. Received: {self.data.directory}, examples in columns. Set "
+                "DATA_DIR to what lmscale.prepare made of a text, or Experiment.task to a task of such examples."
+            )
+        return self.data
+
+    @property
+    def columns(self) -> PreparedColumns:
+        """The data of a task that reads examples in columns; ValueError for other data."""
+        if not isinstance(self.data, PreparedColumns):
+            raise ValueError(
+                f"The data of this task must be examples in columns. Received: {self.data.directory}, a text. Set "
+                "DATA_DIR to what lmscale.prepare made with --format=histories or --format=table."
+            )
+        return self.data
 
     @property
     def per_replica_batch_size(self):
@@ -84,10 +115,12 @@ class Task(abc.ABC):
       vocabularies: {name of a table: the vocabulary of its rows}.
       heads: {name: `Head`}, each over one of the tables.
       layers: {name: Keras layer}, built: all that `forward` reads.
+      measures: {head: names of what evaluations tell of the ranks of its labels}, see `lmscale.measures`.
     """
 
     heads: Mapping[str, Head]
     layers: Mapping[str, keras.layers.Layer]
+    measures: Mapping[str, Sequence[str]] = {}
 
     def __init__(self, context: TaskContext, *, tables: Mapping[str, TableConfig]):
         """Raises ValueError for a table whose vocabulary the data has not."""

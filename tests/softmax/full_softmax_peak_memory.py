@@ -12,7 +12,7 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from lmscale.softmax import full
+from lmscale.softmax import exact
 
 EMBED_DIM = 256
 
@@ -76,7 +76,7 @@ def evaluation(vocab_size, tokens):
     hidden = tf.random.stateless_normal([tokens, EMBED_DIM], [2, 0])
     labels = tf.random.stateless_uniform([tokens], [3, 0], maxval=vocab_size, dtype=tf.int32)
     step = tf.function(
-        lambda hidden, labels: full.full_softmax_loss(
+        lambda hidden, labels: exact.full_softmax_loss(
             hidden, labels=labels, rows=table, bias=None, num_valid_rows=vocab_size
         )
     )
@@ -96,7 +96,7 @@ def training(vocab_size, tokens):
     hidden = tf.random.stateless_normal([tokens, EMBED_DIM], [2, 0])
     labels = tf.random.stateless_uniform([tokens], [3, 0], maxval=vocab_size, dtype=tf.int32)
     step = tf.function(
-        lambda hidden, labels: full.full_softmax_value_and_gradients(
+        lambda hidden, labels: exact.full_softmax_value_and_gradients(
             hidden,
             labels=labels,
             loss_weights=tf.fill([tokens], 1 / tokens),

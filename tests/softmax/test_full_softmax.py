@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from lmscale.distribution import collectives
-from lmscale.softmax import full, streamed
+from lmscale.softmax import exact, streamed
 from lmscale.tables.placement import Placement
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def reference(case):
 
 def run_full_softmax(case, *, rows=None, bias=None, num_valid_rows=None, **options):
     """FullSoftmaxGradients of a case on one device; rows and bias replace the case's, with padding for example."""
-    return full.full_softmax_value_and_gradients(
+    return exact.full_softmax_value_and_gradients(
         tf.constant(case["hidden"]),
         labels=tf.constant(case["labels"]),
         loss_weights=tf.constant(case["loss_weights"]),
@@ -97,7 +97,7 @@ def test_against_the_op_of_tensorflow():
 def test_the_loss_alone_equals_the_loss_with_gradients():
     """But for the rounding of the products, which the two leave to different libraries."""
     case = make_case(vocab_size=101)
-    loss = full.full_softmax_loss(
+    loss = exact.full_softmax_loss(
         tf.constant(case["hidden"]),
         labels=tf.constant(case["labels"], tf.int64),
         rows=tf.Variable(case["rows"]),
@@ -206,9 +206,9 @@ def test_narrow_products_have_float32_logits(dtype):
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16", "float16"])
 def test_compiles_with_xla(compute_dtype, with_bias, with_gradients):
     case = make_case(with_bias=with_bias)
-    function, weights = full.full_softmax_loss, {}
+    function, weights = exact.full_softmax_loss, {}
     if with_gradients:
-        function = full.full_softmax_value_and_gradients
+        function = exact.full_softmax_value_and_gradients
         weights = {"loss_weights": tf.constant(case["loss_weights"])}
 
     def run(hidden, rows, bias):
@@ -262,7 +262,7 @@ def test_shapes_that_disagree_are_errors(shapes, message):
         name: tf.zeros(shape, tf.int32 if name == "labels" else tf.float32) for name, shape in shapes.items()
     }
     with pytest.raises(ValueError, match=message):
-        full.full_softmax_loss(arguments.pop("hidden"), num_valid_rows=9, **arguments)
+        exact.full_softmax_loss(arguments.pop("hidden"), num_valid_rows=9, **arguments)
 
 
 def test_block_rows_must_be_positive():
@@ -298,7 +298,7 @@ def test_independent_of_the_number_of_devices(mirrored, num_shards, vocab_size):
                 "num_valid_rows": placement.num_valid_rows(shard_id),
                 "block_rows": 1000,
             }
-            result = full.full_softmax_value_and_gradients(own.pop("hidden"), **own, **shard)
+            result = exact.full_softmax_value_and_gradients(own.pop("hidden"), **own, **shard)
             return tuple(result)
 
         return strategy.run(replica_step)
@@ -313,7 +313,7 @@ def test_independent_of_the_number_of_devices(mirrored, num_shards, vocab_size):
         return whole
 
     loss, d_hidden, d_rows, d_bias = map(of_replicas, step())
-    whole = full.FullSoftmaxGradients(
+    whole = exact.FullSoftmaxGradients(
         np.concatenate(loss), np.concatenate(d_hidden), in_id_order(d_rows), in_id_order(d_bias)
     )
     assert_equal_to_reference(whole, case)
@@ -327,7 +327,7 @@ def test_a_later_table_of_the_same_shape():
 
         @tf.function
         def step(rows=rows, bias=bias):
-            return full.full_softmax_value_and_gradients(
+            return exact.full_softmax_value_and_gradients(
                 tf.constant(case["hidden"]),
                 labels=tf.constant(case["labels"]),
                 loss_weights=tf.constant(case["loss_weights"]),
