@@ -21,9 +21,9 @@ class Pairs:
 def read_pairs(path: Path) -> Pairs:
     """Reads a file of word pairs, one a line: two words and, somewhere behind them, a number.
 
-    Fields lie between tabs; in lines without, between commas, then semicolons, then blanks. The score is the first number behind the words, so that the
-    files of WordSim-353, SimLex-999, MEN, SimVerb and Rare Words are read as they come. Lines that begin with # are
-    comments, and a first line without a number is a header.
+    Fields lie between tabs; in lines without, between commas, then semicolons, then blanks. The score is the first
+    number behind the words, so that the files of WordSim-353, SimLex-999, MEN, SimVerb and Rare Words are read as they
+    come. Lines that begin with # are comments, and a first line without a number is a header.
 
     Raises:
       ValueError: for another line without a score, and a file without pairs.

@@ -336,9 +336,9 @@ def _word2vec(section):
     return [
         "## Word vectors, beside gensim",
         "",
-        f"Skip-gram, {section['epochs']} epochs of {section['words']:,} words, {section['workers']} workers of gensim, in "
-        f"turns. lmscale does {section['ratio']:.2f} times gensim's words per second, and {section['cpu_ratio']:.2f} times "
-        "its words per second of the processor (medians over the rounds).",
+        f"Skip-gram, {section['epochs']} epochs of {section['words']:,} words, {section['workers']} workers of "
+        f"gensim, in turns. lmscale does {section['ratio']:.2f} times gensim's words per second, and "
+        f"{section['cpu_ratio']:.2f} times its words per second of the processor (medians over the rounds).",
         "",
         *_table(["round", "side", "words/s", "words/s of one core", *files], rows),
     ]
