@@ -37,7 +37,7 @@ class WordRows:
     def vectors_of(self, words) -> dict[int, np.ndarray]:
         """{id: vector} of those of the words that have rows: one reading of all rows, in bounded memory."""
         wanted = np.array(sorted({i for i in map(self.id_of, words) if i is not None}), np.int64)
-        found = {}
+        found: dict[int, np.ndarray] = {}
         for ids, rows in self.blocks():
             places = np.flatnonzero(np.isin(ids, wanted))
             found |= {int(ids[place]): rows[place].copy() for place in places}

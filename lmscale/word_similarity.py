@@ -28,7 +28,8 @@ def read_pairs(path: Path) -> Pairs:
     Raises:
       ValueError: for another line without a score, and a file without pairs.
     """
-    words, scores = [], []
+    words: list[tuple[str, str]] = []
+    scores: list[float] = []
     lines = path.read_text(encoding="utf-8-sig").splitlines()
     for number, line in enumerate(lines, start=1):
         separator = next(x for x in _SEPARATORS if x is None or x in line)
@@ -73,9 +74,9 @@ def similarity_report(
     """
     cosines, scores = [], []
     for (one, other), score in zip(pairs.words, pairs.scores, strict=True):
-        ids = id_of(one), id_of(other)
-        if None not in ids:
-            cosines.append(cosine(*(vectors[i] for i in ids)))
+        one_id, other_id = id_of(one), id_of(other)
+        if one_id is not None and other_id is not None:
+            cosines.append(cosine(vectors[one_id], vectors[other_id]))
             scores.append(score)
     return {
         "spearman": spearman(np.array(cosines), np.array(scores)),

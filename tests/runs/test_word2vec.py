@@ -207,6 +207,29 @@ def test_tied_with_biases_in_micro_batches(data_dir, mirrored):
     np.testing.assert_allclose(losses_of_tied(data_dir, mirrored(3), parts=2), losses, rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize("task", [SkipGram, CBOW])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("window", 2),
+        ("chunk", 8),
+        ("subsampling", None),
+        ("subsampling", 0.01),
+        ("dynamic_window", False),
+        ("cross_lines", True),
+    ],
+)
+def test_every_setting_changes_what_a_step_reads(data_dir, task, name, value):
+    one, other = (
+        make(task, data_dir, **changes).training_batches().at(3).features
+        for changes in ({"chunk": 32}, {"chunk": 32, name: value})
+    )
+    assert any(
+        one[feature].shape != other[feature].shape or np.any(one[feature] != other[feature])
+        for feature in one
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
