@@ -199,7 +199,12 @@ def losses_of_tied(data_dir, strategy, *, parts):
         data_dir=str(data_dir),
     )
     trainer = Trainer(experiment, data=PreparedData.open(data_dir), strategy=strategy)
-    return [float(trainer.train_steps()["loss"][0]) for _ in range(3)]
+    metrics = [trainer.train_steps() for _ in range(3)]
+    if trainer.traffic is not None:
+        counted = trainer.traffic.bytes_received(trainer.model.exchanges)
+        for part in ("rows", "row_gradients"):
+            assert metrics[0][f"bytes_received/{part}"][0] == counted[part][0], part
+    return [float(of_step["loss"][0]) for of_step in metrics]
 
 
 def test_tied_with_biases_in_micro_batches(data_dir, mirrored):
