@@ -17,9 +17,18 @@ from pathlib import Path
 from absl import flags
 
 from lmscale import paths
-from lmscale.command_line import DEFINE_path, run_main
+from lmscale.command_line import DEFINE_path, DEFINE_paths, run_main
 
-_SECTIONS = ("step_time", "limits", "startup", "communication", "memory", "time_to_quality", "samples")
+_SECTIONS = (
+    "step_time",
+    "limits",
+    "startup",
+    "communication",
+    "memory",
+    "time_to_quality",
+    "samples",
+    "word2vec",
+)
 
 _FULL = flags.DEFINE_bool("full", False, "Every size and every section.")
 _SECTIONS_FLAG = flags.DEFINE_list(
@@ -43,6 +52,13 @@ _LIMIT_GIB = flags.DEFINE_float(
     "limit_gib", 20.0, "Memory for the largest vocabulary, which --full measures.", lower_bound=1.0
 )
 _DATA_DIR = DEFINE_path("data_dir", "runs/data/wikitext-2", "Prepared data for time_to_quality and samples.")
+_WORD2VEC_DATA_DIR = DEFINE_path(
+    "word2vec_data_dir",
+    "runs/data/wikitext-2-lower",
+    "Prepared data for word2vec, as its configuration says.",
+)
+_SIMILARITY = DEFINE_paths("similarity", [], "Files of word pairs with scores, by which word2vec is judged.")
+_ROUNDS = flags.DEFINE_integer("word2vec_rounds", 3, "Turns of each side of word2vec.", lower_bound=1)
 
 _QUICK_SIZES, _FULL_SIZES = "10000 33278", "10000 33278 100000 267735 472706 793470 1000000 10000000"
 
@@ -50,7 +66,7 @@ _QUICK_SIZES, _FULL_SIZES = "10000 33278", "10000 33278 100000 267735 472706 793
 def main(argv):
     """Runs the sections one after the other; the report is rewritten after each."""
     del argv
-    from lmscale.benchmarks import machine, report
+    from lmscale.benchmarks import machine, report, word_vectors
     from lmscale.benchmarks.peers.peer import ModelShape
     from lmscale.benchmarks.sides import SIDES
     from lmscale.data.token_files import PreparedData
@@ -67,6 +83,13 @@ def main(argv):
             "time_to_quality needs PyTorch. Received: no module torch. Install the extra 'bench', or leave the section "
             "out of --sections."
         )
+    if "word2vec" in sections:
+        PreparedData.open(_WORD2VEC_DATA_DIR.value)
+        if not word_vectors.gensim_is_installed():
+            raise ValueError(
+                "word2vec needs gensim. Received: no module gensim. Install the extra 'vectors-test', or leave the "
+                "section out of --sections."
+            )
     shape = ModelShape(
         vocab_size=0,
         embed_dim=_EMBED_DIM.value,
@@ -96,7 +119,7 @@ def main(argv):
 
 def _measure(section, shape, vocab_sizes, sides, output):
     """The results of one section; those of a section that cannot run say why."""
-    from lmscale.benchmarks import memory, startup, step_time, time_to_quality
+    from lmscale.benchmarks import memory, startup, step_time, time_to_quality, word_vectors
     from lmscale.benchmarks.sides import SideFailedError
     from lmscale.benchmarks.task import TaskFailedError, run_task
 
@@ -155,6 +178,15 @@ def _measure(section, shape, vocab_sizes, sides, output):
         if section == "time_to_quality":
             return time_to_quality.measure(
                 data_dir=_DATA_DIR.value, config=config, output=output / section, epochs=6, say=_say
+            )
+        if section == "word2vec":
+            return word_vectors.measure(
+                data_dir=_WORD2VEC_DATA_DIR.value,
+                config=config.with_name("wikitext2_word2vec.gin"),
+                similarity=_SIMILARITY.value,
+                rounds=_ROUNDS.value,
+                log_dir=output / "logs",
+                say=_say,
             )
         return time_to_quality.measure_samples(
             data_dir=_DATA_DIR.value,

@@ -65,7 +65,7 @@ class HeadMeasures:
         for name, function in self._functions.items():
             sums[name] = tf.reduce_sum(tf.where(counted, function(ranks) * labels.weights, 0.0))
         if self._starts is not None:
-            group = self._group(labels.ids)
+            group = self._group(labels.counted_ids)
             sums["loss_by_frequency"] = tf.math.unsorted_segment_sum(loss, group, NUM_DECILES + 1)
             sums["weight_by_frequency"] = tf.math.unsorted_segment_sum(labels.weights, group, NUM_DECILES + 1)
         return sums

@@ -150,8 +150,8 @@ class Model:
           features: {name: [examples, ...] tensor} of this replica's examples; as many on every replica.
           first: number of the first of them in the global batch.
           num_examples: how many examples of the global batch, the first ones, are no padding; None for all.
-          seed, step: what the heads' candidates depend on, int and int32 scalar tensor; without a step, neither
-            candidates nor the rows of labels are read.
+          seed, step: what the heads' candidates depend on, int and int32 scalar tensor; without a step, no candidates
+            are read, and rows of labels only where a state has several.
 
         Returns:
           `Reading`.
@@ -191,6 +191,13 @@ class Model:
                 candidates[name] = found
                 if found is not None and rows_travel:
                     shared.append(("candidates", name, head.table, found.sampled_ids))
+        else:
+            # Exact losses of states with several labels need their rows, too.
+            own += [
+                ("labels", name, head.table, labels[name].ids)
+                for name, head in heads.items()
+                if labels[name].neighbours is not None
+            ]
         rows: dict[str, dict[str, Rows]] = {"roles": {}, "labels": {}, "candidates": {}}
         receipts = {}
         for name, table in self.tables.items():
@@ -287,6 +294,7 @@ class Model:
                     candidate_rows=reading.rows.candidates.get(name),
                     candidates=reading.candidates.get(name),
                     table=self.tables[head.table],
+                    **_neighbours_of(reading.labels[name]),
                 )
                 for name, head in self.task.heads.items()
             }
@@ -302,6 +310,11 @@ class Model:
                 labels=reading.labels[name].ids,
                 table=self.tables[head.table],
                 compute_dtype=compute_dtype,
+                **(
+                    {"label_rows": reading.rows.labels[name]} | _neighbours_of(reading.labels[name])
+                    if reading.labels[name].neighbours is not None
+                    else {}
+                ),
             )
             for name, head in self.task.heads.items()
         }
@@ -450,6 +463,11 @@ class Model:
                 for slot, variable in slots.items()
             ]
         return found
+
+
+def _neighbours_of(labels):
+    """The argument that says which labels a hidden state has, where it has several."""
+    return {} if labels.neighbours is None else {"neighbours": labels.neighbours}
 
 
 def _make_slots(variable, rule):

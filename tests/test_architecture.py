@@ -9,7 +9,18 @@ PACKAGE = Path(__file__).parents[1] / "lmscale"
 
 # From top to bottom. A module may import those of layers below its own, and those of its own layer.
 LAYERS = [
-    {"train", "evaluate", "prepare", "bench", "plot", "plan", "score", "generate", "neighbors"},
+    {
+        "train",
+        "evaluate",
+        "prepare",
+        "bench",
+        "plot",
+        "plan",
+        "score",
+        "generate",
+        "neighbors",
+        "word_vectors",
+    },
     {"run_flags"},
     {"machine_flags"},
     {"benchmarks"},
@@ -22,6 +33,7 @@ LAYERS = [
     {"gin_text", "experiment", "model", "communication"},
     {"reading"},
     {"tasks", "measures", "parameters.warm_start", "parameters.report", "loss_scaling", "carried_state"},
+    {"word_rows"},
     {"checkpoints", "bodies", "softmax"},
     {"tables", "parameters"},
     {"data", "distribution", "metrics", "hparams_tab", "event_files", "profiling"},
@@ -37,6 +49,8 @@ LAYERS = [
         "doing",
         "paths",
         "keras_settings",
+        "analogies",
+        "word_similarity",
     },
 ]
 

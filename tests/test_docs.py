@@ -33,6 +33,7 @@ COMMANDS = {
     "score": "docs/use.md#score-a-text#flags-of-all-three",
     "generate": "docs/use.md#generate-text#flags-of-all-three",
     "neighbors": "docs/use.md#find-neighbours#flags-of-all-three",
+    "word_vectors": "docs/word2vec.md",
 }
 
 

@@ -36,3 +36,9 @@ def true_logits(hidden, true_rows, true_offset):
     """[tokens] float32: the logit of each token's label, whose row is [tokens, embed_dim]."""
     products = tf.cast(hidden, tf.float32) * tf.cast(true_rows, tf.float32)
     return true_offset + tf.reduce_sum(products, axis=1)
+
+
+def softplus_and_sigmoid(x):
+    """log(1 + exp(x)) and its derivative, with one exponential for both, which cannot overflow."""
+    small = tf.exp(-tf.abs(x))
+    return tf.maximum(x, 0.0) + tf.math.log1p(small), tf.where(x > 0, 1.0, small) / (1.0 + small)
