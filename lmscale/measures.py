@@ -104,10 +104,14 @@ class HeadMeasures:
         return found
 
 
+def perplexity(loss_nats):
+    """exp(loss_nats), infinite where that overflows."""
+    return math.inf if loss_nats >= 700 else math.exp(loss_nats)
+
+
 def _loss(loss, weight):
     mean = float(loss / weight) if weight else math.nan
-    perplexity = math.exp(mean) if mean < 700 else mean if math.isnan(mean) else math.inf
-    return {"loss_nats": mean, "perplexity": perplexity, "labels": int(weight)}
+    return {"loss_nats": mean, "perplexity": perplexity(mean), "labels": int(weight)}
 
 
 def _decile_starts(counts, unk_id):

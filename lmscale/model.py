@@ -14,6 +14,7 @@ from lmscale.parameters.tree import Parameter
 from lmscale.reading import OwnLabels, Reading, Receipt, StepRows, joined, parted, stacked
 from lmscale.softmax.head import candidates_seed
 from lmscale.softmax.ranks import label_ranks
+from lmscale.softmax.top_k import top_k
 from lmscale.tables.rows import Rows
 from lmscale.tables.table import RowGradients, ShardedTable
 from lmscale.tables.table_config import table_paths
@@ -235,6 +236,39 @@ class Model:
             lambda: self.task.forward(rows, features, state, dropout=dropout),
             {role: r.embedding for role, r in rows.items()},
             training=dropout is not None,
+        )
+
+    def decode(self, rows, state):
+        """The task's `decode`, as one call to Keras; arguments and results as of `LeftToRightTask.decode`.
+
+        Communication: none.
+        """
+        return self.layers.call(
+            lambda: self.task.decode(rows, state),
+            {role: r.embedding for role, r in rows.items()},
+            training=False,
+        )
+
+    def top_k(self, hidden, *, head, **options):
+        """The best rows of a head's table for hidden states: `top_k` of `softmax/top_k.py`.
+
+        Args:
+          hidden: [n, embed_dim].
+          head: name of the head.
+          **options: `k`, `excluded`, and the others there that do not describe the table.
+
+        Returns:
+          `TopK`.
+
+        Communication: that of `top_k`.
+        """
+        table = self.tables[self.task.heads[head].table]
+        return top_k(
+            hidden,
+            rows=table.local_parameter("embedding"),
+            bias=table.local_parameter("bias"),
+            num_valid_rows=table.num_valid_rows,
+            **options,
         )
 
     def head_gradients(self, hidden, reading, *, loss_weights):

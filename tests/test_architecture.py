@@ -9,13 +9,25 @@ PACKAGE = Path(__file__).parents[1] / "lmscale"
 
 # From top to bottom. A module may import those of layers below its own, and those of its own layer.
 LAYERS = [
-    {"train", "evaluate", "prepare", "bench", "plot", "plan", "word_vectors"},
+    {
+        "train",
+        "evaluate",
+        "prepare",
+        "bench",
+        "plot",
+        "plan",
+        "score",
+        "generate",
+        "neighbors",
+        "word_vectors",
+    },
     {"run_flags"},
     {"machine_flags"},
     {"benchmarks"},
     {"run", "dry_run", "follow"},
     {"reports", "planning"},
-    {"evaluation", "start"},
+    {"scoring"},
+    {"evaluation", "generation", "nearest", "start"},
     {"trainer", "restored"},
     {"configuration", "assembly", "micro_batches"},
     {"gin_text", "experiment", "model", "communication"},
@@ -27,6 +39,7 @@ LAYERS = [
     {"data", "distribution", "metrics", "hparams_tab", "event_files", "profiling"},
     {
         "command_line",
+        "sampling",
         "user_errors",
         "workdir",
         "storage",

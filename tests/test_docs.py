@@ -22,7 +22,7 @@ BLOCKS = [block for text in PAGES.values() for block in FENCED.findall(text)]
 PROSE = {page: FENCED.sub("", text) for page, text in PAGES.items()}
 TABLE = re.compile(r"^\|.*\|$", re.MULTILINE)
 ALL_TEXT, ALL_PROSE = "\n".join(PAGES.values()), "\n".join(PROSE.values())
-# Each command, and the page that has the table of its flags.
+# Each command, and the page that has the table of its flags; or sections of a page.
 COMMANDS = {
     "prepare": "docs/prepare.md",
     "train": "docs/train.md",
@@ -30,15 +30,17 @@ COMMANDS = {
     "bench": "docs/measure.md",
     "plot": "docs/tensorboard.md",
     "plan": "docs/plan.md",
+    "score": "docs/use.md#score-a-text#flags-of-all-three",
+    "generate": "docs/use.md#generate-text#flags-of-all-three",
+    "neighbors": "docs/use.md#find-neighbours#flags-of-all-three",
     "word_vectors": "docs/word2vec.md",
 }
 
 
 def defined_flags(command):
     source = (ROOT / "lmscale" / f"{command}.py").read_text(encoding="utf-8")
-    for module in re.findall(r"adopt_module_key_flags\((\w+)\)", source):
-        source += (ROOT / "lmscale" / f"{module}.py").read_text(encoding="utf-8")
-    return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source))
+    adopted = re.findall(r"adopt_module_key_flags\((\w+)\)", source)
+    return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)).union(*map(defined_flags, adopted))
 
 
 def shell_commands():
@@ -153,9 +155,20 @@ def test_flags_of_the_text_exist():
     assert mentioned <= known
 
 
-@pytest.mark.parametrize(("command", "page"), COMMANDS.items())
-def test_all_flags_are_in_the_table(command, page):
-    rows = [line for line in PROSE[page].splitlines() if line.startswith("| `--")]
+def prose_of(place):
+    """The text of a page, or of the sections that are named behind it."""
+    page, *sections = place.split("#")
+    parts = {
+        name: part
+        for part in re.split(r"^(?=## )", PROSE[page], flags=re.MULTILINE)
+        for name in anchors_of(part)
+    }
+    return "\n".join(parts[name] for name in sections) if sections else PROSE[page]
+
+
+@pytest.mark.parametrize(("command", "place"), COMMANDS.items())
+def test_all_flags_are_in_the_table(command, place):
+    rows = [line for line in prose_of(place).splitlines() if line.startswith("| `--")]
     assert set(re.findall(r"`--(\w+)`", "\n".join(rows))) >= defined_flags(command)
     assert set(re.findall(r"--(\w+)", "\n".join(row.split(" | ")[0] for row in rows))) <= defined_flags(
         command
@@ -386,6 +399,18 @@ def test_every_gin_block_is_tried():
     assert sorted(REPLACED) == sorted(part for parts in RUNS for part in parts)
 
 
+def shared_lines():
+    """The lines of the shared files of an LSTM language model, as one file that includes none."""
+    texts = [
+        (ROOT / "configs" / "shared" / f"{name}.gin").read_text(encoding="utf-8")
+        for name in ("training", "language_model", "lstm")
+    ]
+    lines = [line for text in texts for line in text.splitlines(keepends=True)]
+    imports = [line for line in lines if line.startswith("from ")]
+    settings = [line for line in lines if not line.startswith(("from ", "include "))]
+    return [*dict.fromkeys(imports), *settings]
+
+
 def gin_block(part):
     (block,) = [text for language, text in BLOCKS if not language and is_gin(text) and part in text]
     return block
@@ -397,7 +422,7 @@ def test_configurations_of_examples_fit_any_place(tmp_path):
     assert len(alone) == 5
     for part in alone:
         text = "from __gin__ import dynamic_registration\n"
-        shared = (ROOT / "configs" / "shared" / "lstm.gin").read_text(encoding="utf-8")
+        shared = "".join(shared_lines())
         text += "".join(re.findall(r"^from (?:lmscale|keras).*\n", shared, re.MULTILINE))
         text += "".join(re.findall(r"^from .*\n", gin_block(part), re.MULTILINE))
         text += "include 'quickstart.gin'\n"
@@ -415,9 +440,7 @@ def test_extensions_train_from_their_configurations(tmp_path):
     configs = []
     for number, parts in enumerate(RUNS):
         dropped = tuple(prefix for part in parts for prefix in REPLACED[part])
-        shared = (
-            (ROOT / "configs" / "shared" / "lstm.gin").read_text(encoding="utf-8").splitlines(keepends=True)
-        )
+        shared = shared_lines()
         kept = [line for line in shared if not line.startswith(dropped)]
         assert all(any(line.startswith(prefix) for line in shared) for prefix in dropped)
         macros = (ROOT / "configs" / "quickstart.gin").read_text(encoding="utf-8")
@@ -479,6 +502,7 @@ class Text:
     ids = np.random.default_rng(0).integers(0, V, 2003)
     counts = np.bincount(ids, minlength=V)
     vocabulary = Vocabulary(tokens=("<eos>", "<unk>", *(f"w{i}" for i in range(2, V))), counts=counts)
+    vocabularies = {"words": vocabulary}
 
     def split(self, name):
         return self.ids

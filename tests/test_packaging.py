@@ -36,8 +36,8 @@ def test_configurations_beside_you_come_first(tmp_path, monkeypatch):
     Path("quickstart.gin").write_text(shipped.replace("WINDOW = 35", "WINDOW = 9"))
     assert configuration.load(["quickstart.gin"]).macros["WINDOW"] == 9
     Path("shared").mkdir()
-    lstm = Path(paths.CONFIGS, "shared", "lstm.gin").read_text()
-    Path("shared/lstm.gin").write_text(lstm.replace("clip_norm = 1.0", "clip_norm = 0.25"))
+    training = Path(paths.CONFIGS, "shared", "training.gin").read_text()
+    Path("shared/training.gin").write_text(training.replace("clip_norm = 1.0", "clip_norm = 0.25"))
     assert configuration.load(["mine.gin"]).experiment.clip_norm == 0.25
     with pytest.raises(
         ValueError, match=r"'configs/quickstart.gn', which is not a file. Did you mean quickstart.gin"

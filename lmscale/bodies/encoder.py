@@ -34,6 +34,7 @@ class Encoder:
             examples, one that reads variables which its `layers` do not hold, and settings that would have no effect.
         """
         self.body = body
+        body.input_dim = input_dim
         self.input_dim = input_dim
         self.output_dim = output_dim
         keras_layers.check_settings(body.layers.values())  # Before Keras fails at them in its own words.
@@ -65,6 +66,11 @@ class Encoder:
     def __call__(self, inputs, state, *, dropout):
         """[batch, time, input_dim] -> ([batch, time, output_dim], new state); arguments as `Body.__call__`."""
         hidden, new_state = self.body(inputs, state, dropout=dropout)
+        return (self.projection(hidden) if self.projection else hidden), new_state
+
+    def decode(self, inputs, state):
+        """As `Body.decode`, with the projection; `state` is that of the body's `decoding_state`."""
+        hidden, new_state = self.body.decode(inputs, state)
         return (self.projection(hidden) if self.projection else hidden), new_state
 
 

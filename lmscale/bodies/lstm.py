@@ -1,98 +1,100 @@
-"""LSTM stack, the body of the word-level literature."""
+"""LSTM stack, the body of the word-level literature; with a recurrent projection, if asked for."""
 
 from typing import Literal
 
 import keras
-import numpy as np
-import tensorflow as tf
 
-from lmscale.bodies.body import Body
-from lmscale.bodies.dropout import check_rate
 from lmscale.bodies.recurrence import lstm_sequence
+from lmscale.bodies.recurrent import RecurrentBody
 from lmscale.distribution.strategies import runs_on_cpu
-from lmscale.keras_settings import POLICIES, check_compute_dtype
-
-_LEAST_STEPS_OF_A_PART = 11
 
 
-class LstmBody(Body):
-    """`num_layers` Keras LSTM layers; the state is carried across windows."""
+class LstmBody(RecurrentBody):
+    """Keras LSTM layers, or `ProjectedLstm` ones; the state is [h, c] of each layer."""
 
-    stateful = True
+    kind = "lstm"
 
-    def __init__(
-        self, *, hidden_dims, dropout, embedding_dropout, output_dropout, dropout_over_time, compute_dtype
-    ):
-        policy = None if compute_dtype is None else POLICIES[compute_dtype]
-        super().__init__(
-            {
-                f"lstm_{i}": keras.layers.LSTM(dim, return_sequences=True, return_state=True, dtype=policy)
-                for i, dim in enumerate(hidden_dims)
-            }
+    def __init__(self, *, recurrent_projection_dim, **settings):
+        """`settings` are those of `RecurrentBody`."""
+        if recurrent_projection_dim is not None and recurrent_projection_dim < 1:
+            raise ValueError(
+                "recurrent_projection_dim must be at least 1, or None for no projection. Received: "
+                f"recurrent_projection_dim={recurrent_projection_dim}. Set it to EMBED_DIM, say."
+            )
+        self._projection_dim = recurrent_projection_dim
+        super().__init__(**settings)
+
+    def _make_layer(self, dim, policy):
+        if self._projection_dim is not None:
+            return ProjectedLstm(dim, self._projection_dim, dtype=policy)
+        return keras.layers.LSTM(dim, return_sequences=True, return_state=True, dtype=policy)
+
+    def _state_dims(self, dim):
+        return [self._projection_dim or dim, dim]
+
+    def _run_layer(self, layer, inputs, state):
+        if self._projection_dim is not None:
+            return layer(inputs, initial_state=state)
+        if not runs_on_cpu():
+            return super()._run_layer(layer, inputs, state)
+        if not layer.built:
+            layer.build(inputs.shape)
+        weights = (layer.cell.kernel, layer.cell.recurrent_kernel, layer.cell.bias)
+        kernel, recurrent_kernel, bias = (w.value for w in weights)
+        return lstm_sequence(
+            inputs,
+            *state,
+            kernel=kernel,
+            recurrent_kernel=recurrent_kernel,
+            bias=bias,
+            compute_dtype=layer.compute_dtype,
         )
-        self._hidden_dims = hidden_dims
-        self._dropout = dropout
-        self._embedding_dropout = embedding_dropout
-        self._output_dropout = output_dropout
-        self._dropout_over_time = dropout_over_time
-
-    def initial_state(self, batch_size):
-        """[h, c] of each layer, zeros."""
-        return [tf.zeros([batch_size, dim]) for dim in self._hidden_dims for _ in range(2)]
-
-    def __call__(self, inputs, state, *, dropout):
-        def drop(x, rate):
-            return x if dropout is None else dropout.dropout(x, rate, over_time=self._dropout_over_time)
-
-        x, state = self._run_layers(drop(inputs, self._embedding_dropout), state, dropout)
-        return drop(x, self._output_dropout), [tf.cast(s, tf.float32) for s in state]
-
-    def _run_layers(self, inputs, state, dropout):
-        """Takes a window through all layers; returns the last one's outputs and the new state.
-
-        Part of it after part: while a layer is at one part, another core can take the layer below through the next.
-        """
-        batch, time, _ = inputs.shape
-        state, factors, outputs = list(state), {}, []
-        num_parts = max(1, time // _LEAST_STEPS_OF_A_PART) if runs_on_cpu() and len(self.layers) > 1 else 1
-        sizes = [len(steps) for steps in np.array_split(np.arange(time), num_parts)]
-        for part, x in enumerate(tf.split(inputs, sizes, axis=1)):
-            for i, layer in enumerate(self.layers.values()):
-                if i and dropout is not None:
-                    if i not in factors:  # One mask for the whole window.
-                        drawn = dropout.factors(
-                            [batch, time, x.shape[2]],
-                            self._dropout,
-                            dtype=x.dtype,
-                            over_time=self._dropout_over_time,
-                        )
-                        if drawn is None or self._dropout_over_time:
-                            factors[i] = [drawn] * num_parts
-                        else:
-                            factors[i] = tf.split(drawn, sizes, axis=1)
-                    if factors[i][part] is not None:
-                        x *= factors[i][part]
-                x, *state[2 * i : 2 * i + 2] = _run_layer(layer, x, state[2 * i : 2 * i + 2])
-            outputs.append(x)
-        return tf.concat(outputs, axis=1), state
 
 
-def _run_layer(layer, inputs, state):
-    """(outputs, h, c) of a Keras LSTM layer: by Keras, which knows cuDNN, except on CPUs."""
-    if not runs_on_cpu():
-        return layer(inputs, initial_state=[tf.cast(s, inputs.dtype) for s in state])
-    if not layer.built:
-        layer.build(inputs.shape)
-    weights = (layer.cell.kernel, layer.cell.recurrent_kernel, layer.cell.bias)
-    kernel, recurrent_kernel, bias = (w.value for w in weights)
-    return lstm_sequence(
-        inputs,
-        *state,
-        kernel=kernel,
-        recurrent_kernel=recurrent_kernel,
-        bias=bias,
-        compute_dtype=layer.compute_dtype,
-    )
+class ProjectedLstm(keras.layers.Layer):
+    """An LSTM layer whose outputs, also those that it reads itself, are a projection of its hidden state.
+
+    Its products with the outputs are as wide as the projection, however wide the cell: 4 * hidden * (dim + width) +
+    hidden * width weights. Weights start as those of `keras.layers.LSTM`, the projection as that of a Dense layer.
+
+    Source: Sak et al. 2014 (arXiv:1402.1128), the recurrent projection.
+    """
+
+    def __init__(self, units, projection_dim, *, dtype=None):
+        # The state is float32, whatever the products are.
+        super().__init__(dtype=dtype, autocast=False)
+        self._units = units
+        self._projection_dim = projection_dim
+
+    def build(self, shape):
+        """Adds the weights, for inputs [batch, time, dim]."""
+
+        def forget_gate_of_one(shape, dtype=None):
+            i, f, g, o = keras.ops.split(keras.ops.zeros(shape, dtype), 4)
+            return keras.ops.concatenate([i, keras.ops.ones_like(f), g, o])
+
+        width, gates = self._projection_dim, 4 * self._units
+
+        def weight(name, shape, initializer):
+            # Never cast: `lstm_sequence` does that where it takes products.
+            return self.add_weight(shape, initializer=initializer, name=name, autocast=False)
+
+        self.kernel = weight("kernel", [shape[-1], gates], "glorot_uniform")
+        self.recurrent_kernel = weight("recurrent_kernel", [width, gates], "orthogonal")
+        self.bias = weight("bias", [gates], forget_gate_of_one)
+        self.projection = weight("projection", [self._units, width], "glorot_uniform")
+
+    def call(self, inputs, initial_state):
+        """[batch, time, dim] -> (outputs [batch, time, projection_dim], last output, last cell)."""
+        return lstm_sequence(
+            inputs,
+            *initial_state,
+            kernel=self.kernel.value,
+            recurrent_kernel=self.recurrent_kernel.value,
+            bias=self.bias.value,
+            projection=self.projection.value,
+            compute_dtype=self.compute_dtype,
+        )
 
 
 def lstm_body(
@@ -100,38 +102,26 @@ def lstm_body(
     num_layers: int,
     hidden_dim: int,
     last_hidden_dim: int | None = None,
+    recurrent_projection_dim: int | None = None,
     dropout: float = 0.0,
     embedding_dropout: float | None = None,
     output_dropout: float | None = None,
     dropout_over_time: bool = False,
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> LstmBody:
-    """LSTM stack with dropout on the embeddings, between the layers and on the output.
+    """LSTM stack.
 
     Args:
-      num_layers: layers, at least 1.
-      hidden_dim: width of each.
-      last_hidden_dim: width of the last one; None for hidden_dim. embed_dim here saves the projection.
-      dropout: rate between layers.
-      embedding_dropout, output_dropout: rates on the embeddings and on the last layer's output; None for `dropout`.
-      dropout_over_time: keep one mask over the time steps of a window (`DropoutStream.dropout`).
-      compute_dtype: of the layers' products; None for the experiment's.
-
-    Source: Zaremba et al. 2014 (arXiv:1409.2329): dropout on the non-recurrent connections only; windows that continue
-    each other, the state carried and not differentiated through.
+      recurrent_projection_dim: width to which each layer projects its hidden state, for the next time step and for
+        what comes after it (`ProjectedLstm`); embed_dim here saves the projection behind the body. None for none.
+      num_layers, hidden_dim, last_hidden_dim, dropout, embedding_dropout, output_dropout, dropout_over_time,
+      compute_dtype: as of `RecurrentBody`.
     """
-    if num_layers < 1 or hidden_dim < 1 or (last_hidden_dim is not None and last_hidden_dim < 1):
-        raise ValueError(
-            f"num_layers and hidden dims must be at least 1. Received: num_layers={num_layers}, "
-            f"hidden_dim={hidden_dim}, last_hidden_dim={last_hidden_dim}. Set each to 1 or more; the "
-            "shipped configurations have NUM_LAYERS and HIDDEN_DIM for them."
-        )
-    check_compute_dtype(compute_dtype)
-    embedding_dropout = dropout if embedding_dropout is None else embedding_dropout
-    output_dropout = dropout if output_dropout is None else output_dropout
-    check_rate(dropout=dropout, embedding_dropout=embedding_dropout, output_dropout=output_dropout)
     return LstmBody(
-        hidden_dims=[hidden_dim] * (num_layers - 1) + [last_hidden_dim or hidden_dim],
+        num_layers=num_layers,
+        hidden_dim=hidden_dim,
+        last_hidden_dim=last_hidden_dim,
+        recurrent_projection_dim=recurrent_projection_dim,
         dropout=dropout,
         embedding_dropout=embedding_dropout,
         output_dropout=output_dropout,

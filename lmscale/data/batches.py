@@ -18,8 +18,9 @@ class Batch:
 
     Attributes:
       features: {name: [examples, ...] array}. Of text: "ids" [examples, window + 1] int32, whose inputs are all but the
-        last and whose labels all but the first; in evaluations also "weights" [examples, window] float32 of the labels,
-        0 for padding and else 1.
+        last and whose labels all but the first; with a lookahead [examples, window + 2], whose labels are all but the
+        first and the last. In evaluations also "weights" [examples, window] float32 of the labels, 0 for padding and
+        else 1.
       starts_epoch: the carried state must be reset before this batch.
       epoch: how many passes over the data came before.
     """
@@ -72,18 +73,25 @@ class ShuffledWindows:
     """Training batches for bodies without state: consecutive windows, in a new order each epoch.
 
     The (n - 1) // window windows of an epoch overlap by one token, the last label of one and the first
-    input of the next, so that a token is a label at most once. They are dealt in an order permuted by
+    input of the next, so that a token is a label at most once. With a lookahead a window has one more
+    token, the one after its last label. They are dealt in an order permuted by
     (seed, epoch). The windows that do not fill a last batch, and the tokens that do not fill a window,
     are left out, others in each epoch. The permutation is computed entry by entry: it takes no memory.
     """
 
-    def __init__(self, tokens, *, global_batch_size: int, window: int, seed: int):
-        """Checks that one batch fits. Arguments and errors as for `ContiguousBatches`."""
+    def __init__(self, tokens, *, global_batch_size: int, window: int, seed: int, lookahead: bool = False):
+        """Checks that one batch fits. Other arguments and errors as for `ContiguousBatches`.
+
+        Args:
+          lookahead: whether windows have the token after their last label.
+        """
         _check_training_arguments(tokens, global_batch_size, window, seed)
-        self._num_windows = (len(tokens) - 1) // window
+        self._lookahead = int(lookahead)
+        self._num_windows = max(0, len(tokens) - 1 - self._lookahead) // window
         self.steps_per_epoch = self._num_windows // global_batch_size
         if self.steps_per_epoch < 1:
-            raise ValueError(_too_short(tokens, global_batch_size, window, global_batch_size * window + 1))
+            needed = global_batch_size * window + 1 + self._lookahead
+            raise ValueError(_too_short(tokens, global_batch_size, window, needed))
         self.labels_per_step = global_batch_size * window
         self._tokens, self._window, self._seed = tokens, window, seed
         self._rows = np.arange(global_batch_size, dtype=np.int64)
@@ -91,11 +99,12 @@ class ShuffledWindows:
     def at(self, step: int, examples: slice = ALL) -> Batch:
         """The batch of a step, as above. Every batch says `starts_epoch`."""
         epoch, step_in_epoch = divmod(checked_step(step), self.steps_per_epoch)
-        slack = len(self._tokens) - 1 - self._num_windows * self._window
+        slack = len(self._tokens) - 1 - self._lookahead - self._num_windows * self._window
         offset = _random_below(slack + 1, seed=self._seed, epoch=epoch)
         places = step_in_epoch * len(self._rows) + self._rows[examples]
         windows = permuted(places, self._num_windows, seed=self._seed, epoch=epoch)
-        ids = _windows(self._tokens, (offset + windows * self._window)[:, None], self._window)
+        starts = (offset + windows * self._window)[:, None]
+        ids = _windows(self._tokens, starts, self._window + self._lookahead)
         return Batch({"ids": ids}, starts_epoch=True, epoch=epoch)
 
 
@@ -143,14 +152,15 @@ class EvaluationBatches:
     goes on where row b of batch s ended: carry the state, starting from zeros at step 0. The input of a
     label is the token before it, also at the start of a lane; the input of token 0 is `eos_id`. With
     batch_size=1 every token has all the text before it as context; with more lanes the context starts
-    anew batch_size - 1 times.
+    anew batch_size - 1 times. With a lookahead a batch has also the token after its last label, that of the
+    next lane at the end of one, and `eos_id` after the last token.
 
     Attributes:
       num_steps: batches.
       num_labels: tokens.
     """
 
-    def __init__(self, tokens, *, batch_size: int, window: int, eos_id: int):
+    def __init__(self, tokens, *, batch_size: int, window: int, eos_id: int, lookahead: bool = False):
         """Plans the lanes.
 
         Args:
@@ -158,6 +168,7 @@ class EvaluationBatches:
           batch_size: number of lanes; any number, also above n.
           window: labels per lane and step; any number, also one that divides nothing.
           eos_id: the id that stands before token 0, and in the padding.
+          lookahead: whether batches have the token after their last label.
         Raises:
           ValueError: if there are no tokens, or a size is below 1.
         """
@@ -167,6 +178,7 @@ class EvaluationBatches:
                 f"{len(tokens)} tokens, batch_size={batch_size}, window={window}."
             )
         self._tokens, self._window, self._eos_id = tokens, window, eos_id
+        self._lookahead = int(lookahead)
         self._lane_length = -(-len(tokens) // batch_size)
         self._lane_starts = np.arange(batch_size, dtype=np.int64)[:, None] * self._lane_length
         self.num_steps = -(-self._lane_length // window)
@@ -177,11 +189,60 @@ class EvaluationBatches:
         if not 0 <= step < self.num_steps:
             raise ValueError(f"step must be in 0 .. {self.num_steps - 1}. Received: step={step}.")
         # A token of a lane is the label at its place, and the input at the next; before the first stands an input.
-        in_lane = step * self._window + np.arange(-1, self._window, dtype=np.int64)[None, :]
+        stop = self._window + self._lookahead
+        in_lane = step * self._window + np.arange(-1, stop, dtype=np.int64)[None, :]
         positions = self._lane_starts[examples] + in_lane
-        is_token = (in_lane < self._lane_length) & (positions >= 0) & (positions < len(self._tokens))
+        is_in_lane = in_lane < self._lane_length + self._lookahead
+        is_token = is_in_lane & (positions >= 0) & (positions < len(self._tokens))
         ids = np.where(is_token, self._tokens[np.where(is_token, positions, 0)], self._eos_id)
-        return Batch({"ids": ids.astype(np.int32), "weights": is_token[:, 1:].astype(np.float32)})
+        is_label = (is_token & (in_lane < self._lane_length))[:, 1 : 1 + self._window]
+        return Batch({"ids": ids.astype(np.int32), "weights": is_label.astype(np.float32)})
+
+
+class LineBatches:
+    """Batches in which every token of some lines is a label exactly once, each line in a lane of its own.
+
+    Lane b holds line b, and those behind the last line hold padding. Lane b of batch s + 1 goes on where lane b of
+    batch s ended: carry the state, starting from zeros at step 0. The input of a label is the token before it; that of
+    a line's first is `eos_id`.
+
+    Attributes:
+      num_steps: batches.
+      num_labels: tokens.
+    """
+
+    def __init__(self, lines, *, batch_size: int, window: int, eos_id: int):
+        """Plans the lanes.
+
+        Args:
+          lines: at most batch_size arrays [tokens] of integer ids, one of them at least not empty.
+          batch_size: number of lanes.
+          window: labels per lane and step.
+          eos_id: the id that stands before each line, and in the padding.
+        Raises:
+          ValueError: if there are no tokens or too many lines, or a size is below 1.
+        """
+        lengths = [len(line) for line in lines]
+        if not any(lengths) or len(lines) > batch_size or window < 1:
+            raise ValueError(
+                "There must be 1 to batch_size lines with a token at least, and window must be at least 1. Received: "
+                f"{len(lines)} lines of {sum(lengths)} tokens, batch_size={batch_size}, window={window}."
+            )
+        self._window = window
+        self.num_steps = -(-max(lengths) // window)
+        self.num_labels = sum(lengths)
+        self._ids = np.full([batch_size, self.num_steps * window + 1], eos_id, np.int32)
+        self._weights = np.zeros([batch_size, self.num_steps * window], np.float32)
+        for lane, line in enumerate(lines):
+            self._ids[lane, 1 : len(line) + 1] = line
+            self._weights[lane, : len(line)] = 1
+
+    def at(self, step: int, examples: slice = ALL) -> Batch:
+        """The batch of a step in 0 .. num_steps - 1; or some of its examples."""
+        start, stop = step * self._window, (step + 1) * self._window
+        return Batch(
+            {"ids": self._ids[examples, start : stop + 1], "weights": self._weights[examples, start:stop]}
+        )
 
 
 def _check_training_arguments(tokens, global_batch_size, window, seed):

@@ -6,17 +6,18 @@ import keras
 import tensorflow as tf
 
 from lmscale.bodies.body import Body
-from lmscale.bodies.encoder import Encoder
-from lmscale.data.batches import ContiguousBatches, EvaluationBatches, ShuffledWindows
+from lmscale.data.batches import ContiguousBatches, ShuffledWindows
 from lmscale.softmax.head import Head
 from lmscale.tables.rows import Lookup
-from lmscale.tables.table_config import TableConfig, check_inputs_and_outputs
-from lmscale.tasks.task import Labels, Task, TaskContext
+from lmscale.tables.table_config import TableConfig
+from lmscale.tasks.left_to_right import LeftToRightTask
+from lmscale.tasks.task import TaskContext
+from lmscale.tasks.text import check_sizes, flat_hidden, flat_labels
 
 _ROLE, _HEAD = "inputs", "next"
 
 
-class NextToken(Task):
+class NextToken(LeftToRightTask):
     """A body between an input table and an output table. One table for both is tied, two are untied.
 
     Attributes:
@@ -54,17 +55,11 @@ class NextToken(Task):
           ValueError: for tables that are not there or not used, a bias without effect, sizes below 1, and what
             `Encoder` refuses.
         """
-        check_inputs_and_outputs(tables, inputs=inputs, outputs=outputs)
-        for name, value in (("window", window), ("eval_window", eval_window), ("input_dim", input_dim)):
-            if value is not None and value < 1:
-                raise ValueError(
-                    f"{name} must be at least 1. Received: {name}={value}. Give it a whole number from 1 on."
-                )
-        super().__init__(context, tables=tables)
+        super().__init__(
+            context, tables=tables, inputs=inputs, outputs=outputs, window=window, eval_window=eval_window
+        )
+        check_sizes(input_dim=input_dim)
         self.heads = {_HEAD: self.make_head(head, table=outputs)}
-        self._inputs = inputs
-        self._window = window
-        self._eval_window = eval_window
         self._input_layer = None
         embed_dim = tables[inputs].embed_dim
         if input_dim is not None:
@@ -75,17 +70,7 @@ class NextToken(Task):
                 )
             self._input_layer = keras.layers.Dense(input_dim, use_bias=False, name="input_projection")
             self._input_layer.build([None, None, embed_dim])
-        trained = context.per_replica_batch_size, window
-        evaluated = context.per_replica_eval_batch_size, eval_window
-        batch_size, time = trained if context.training else evaluated
-        self.encoder = Encoder(
-            body(),
-            input_dim=input_dim or embed_dim,
-            output_dim=tables[outputs].embed_dim,
-            batch_size=batch_size,
-            window=time,
-            probe_shape=evaluated,
-        )
+        self.encoder = self.make_encoder(body(), input_dim=input_dim or embed_dim)
         first = {"input_projection": self._input_layer} if self._input_layer else {}
         self.layers = first | self.encoder.layers
 
@@ -95,33 +80,17 @@ class NextToken(Task):
         return make(
             self.context.text.split("train"),
             global_batch_size=self.context.global_batch_size,
-            window=self._window,
+            window=self.window,
             seed=self.context.seed,
-        )
-
-    def evaluation_batches(self, split, *, limit=None):
-        """The text in eval_batch_size lanes, each of which starts without context."""
-        tokens = self.context.text.split(split)
-        if not len(tokens):
-            raise ValueError(
-                f"The split to evaluate must have tokens. Received: {split}, empty. Prepare data with such a split."
-            )
-        return EvaluationBatches(
-            tokens[:limit],
-            batch_size=self.context.eval_batch_size,
-            window=self._eval_window,
-            eos_id=self.context.text.eos_id,
         )
 
     def lookups(self, features):
         """The inputs: all tokens of a window but its last."""
-        return {_ROLE: Lookup(self._inputs, features["ids"][:, :-1])}
+        return {_ROLE: Lookup(self.inputs, features["ids"][:, :-1])}
 
     def labels(self, features):
         """All tokens of a window but its first."""
-        ids = tf.reshape(features["ids"][:, 1:], [-1])
-        weights = features.get("weights")
-        return {_HEAD: Labels(ids, tf.ones(ids.shape) if weights is None else tf.reshape(weights, [-1]))}
+        return {_HEAD: flat_labels(features["ids"][:, 1:], features.get("weights"))}
 
     def initial_state(self, batch_size):
         """That of the body."""
@@ -130,8 +99,23 @@ class NextToken(Task):
     def forward(self, rows, features, state, *, dropout):
         """Embeddings of a window to the hidden state before each label."""
         del features
+        hidden, state = self.encoder(self._inputs_of(rows), state, dropout=dropout)
+        return {_HEAD: flat_hidden(hidden)}, state
+
+    def decoding_features(self, ids):
+        """A window whose label is not read."""
+        return {"ids": tf.pad(ids, [[0, 0], [0, 1]])}
+
+    def decoding_state(self, batch_size, length):
+        """That of the body."""
+        return self.encoder.body.decoding_state(batch_size, length)
+
+    def decode(self, rows, state):
+        """As `forward`, by the body's `decode`."""
+        hidden, state = self.encoder.decode(self._inputs_of(rows), state)
+        return tf.cast(hidden, tf.float32), state
+
+    def _inputs_of(self, rows):
+        """What the body reads."""
         inputs = rows[_ROLE].embedding
-        if self._input_layer is not None:
-            inputs = self._input_layer(inputs)
-        hidden, state = self.encoder(inputs, state, dropout=dropout)
-        return {_HEAD: tf.reshape(tf.cast(hidden, tf.float32), [-1, hidden.shape[-1]])}, state
+        return inputs if self._input_layer is None else self._input_layer(inputs)

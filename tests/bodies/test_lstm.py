@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from references import lstm, lstm_weights
 
-from lmscale.bodies import lstm as lstm_module
+from lmscale.bodies import recurrent
 from lmscale.bodies.dropout import DropoutStream
 from lmscale.bodies.encoder import Encoder
 from lmscale.bodies.lstm import lstm_body
@@ -71,7 +71,7 @@ def test_a_window_in_parts_is_the_window(monkeypatch, over_time):
     variables = [v.value for layer in body.layers.values() for v in layer.trainable_variables]
 
     def run(least_steps):
-        monkeypatch.setattr(lstm_module, "_LEAST_STEPS_OF_A_PART", least_steps)
+        monkeypatch.setattr(recurrent, "_LEAST_STEPS_OF_A_PART", least_steps)
         stream = DropoutStream(seed=5, step=tf.constant(2), first_example=0)
         with tf.GradientTape() as tape:
             tape.watch([inputs, state])

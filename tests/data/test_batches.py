@@ -211,3 +211,54 @@ def test_prefetcher_reads_what_the_batches_are_whatever_is_asked_for_next():
             expected = batches.at(first_step + min(i, num_steps - 1))
             np.testing.assert_array_equal(features["ids"][i], expected.features["ids"])
             assert starts_epoch[i] == expected.starts_epoch
+
+
+# ------------------------------------------------------------------------------------------------------- A lookahead
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "global_batch_size", "window"), [(103, 4, 5), (8, 2, 3), (1009, 3, 7)]
+)
+def test_shuffled_windows_with_a_lookahead(num_tokens, global_batch_size, window):
+    settings = {"global_batch_size": global_batch_size, "window": window, "seed": 3}
+    batches = ShuffledWindows(np.arange(num_tokens), lookahead=True, **settings)
+    assert batches.steps_per_epoch == (num_tokens - 2) // window // global_batch_size
+    for epoch in range(3):
+        ids = np.concatenate([batch.features["ids"] for batch in epoch_of(batches, epoch)])
+        # Consecutive tokens, never around the end of the text.
+        np.testing.assert_array_equal(ids, ids[:, :1] + np.arange(window + 2))
+        assert ids.max() < num_tokens
+        labels = ids[:, 1:-1].ravel()
+        assert len(set(labels.tolist())) == len(labels)
+
+
+def test_a_text_too_short_for_a_lookahead_is_refused():
+    settings = {"global_batch_size": 2, "window": 3, "seed": 0}
+    ShuffledWindows(np.arange(7), **settings)
+    with pytest.raises(ValueError, match=r"needs 8 tokens\. Received: 7 tokens"):
+        ShuffledWindows(np.arange(7), lookahead=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "batch_size", "window"), [(31, 1, 7), (31, 4, 3), (5, 8, 2), (24, 3, 8)]
+)
+def test_evaluation_batches_with_a_lookahead(num_tokens, batch_size, window):
+    tokens, eos_id = np.arange(100, 100 + num_tokens), 7
+    settings = {"batch_size": batch_size, "window": window, "eos_id": eos_id}
+    plain = EvaluationBatches(tokens, **settings)
+    batches = EvaluationBatches(tokens, lookahead=True, **settings)
+    assert (batches.num_steps, batches.num_labels) == (plain.num_steps, num_tokens)
+    seen = []
+    for step in range(batches.num_steps):
+        features, expected = batches.at(step).features, plain.at(step).features
+        np.testing.assert_array_equal(features["weights"], expected["weights"])
+        for ids, weights, plain_ids in zip(
+            features["ids"], features["weights"], expected["ids"], strict=True
+        ):
+            labels = np.flatnonzero(weights) + 1
+            np.testing.assert_array_equal(ids[labels], plain_ids[labels])
+            for place in labels:
+                is_last = ids[place] == tokens[-1]
+                assert ids[place + 1] == (eos_id if is_last else ids[place] + 1)
+            seen += ids[labels].tolist()
+    assert sorted(seen) == tokens.tolist()

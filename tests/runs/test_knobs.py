@@ -17,7 +17,9 @@ from tensorflow.python.framework import config as framework_config
 
 from lmscale import configuration, factories
 from lmscale.bodies.body import keras_body
+from lmscale.bodies.gru import GruBody
 from lmscale.bodies.lstm import lstm_body
+from lmscale.bodies.transformer import transformer_body
 from lmscale.experiment import Experiment
 from lmscale.parameters.activity import Activity, Every
 from lmscale.parameters.averages import Averaged
@@ -28,6 +30,7 @@ from lmscale.softmax.full import FullSoftmax
 from lmscale.softmax.sampled import SampledSoftmax
 from lmscale.softmax.samplers import LogUniformSampler, UniformSampler, UnigramSampler
 from lmscale.tables.table_config import TableConfig
+from lmscale.tasks.both_directions import BothDirections
 from lmscale.tasks.next_token import NextToken
 
 CONFIGS = sorted((tiny_runs.REPOSITORY / "configs").glob("*.gin"))
@@ -48,6 +51,18 @@ MACROS = {
 WORD_MACROS = MACROS - {"HIDDEN_DIM", "NUM_LAYERS", "DROPOUT", "LEARNING_RATE"} | {
     "SUBSAMPLING",
     "INITIAL_ACCUMULATOR",
+}
+# Of examples in columns: their widths and windows are of the task.
+EXAMPLE_MACROS = MACROS - {"WINDOW", "EMBED_DIM", "HIDDEN_DIM", "NUM_LAYERS", "DROPOUT"}
+# Settings that a configuration leaves as they are by default, of its body or of a task without one.
+DEFAULTS = {
+    "quickstart_gru": "gru.GruBody.dropout_over_time",
+    "quickstart_transformer": "transformer.transformer_body.feed_forward_dim",
+    "wikitext2_transformer": "transformer.transformer_body.feed_forward_dim",
+    "quickstart_word2vec": "word2vec.SkipGram.cross_lines",
+    "wikitext2_word2vec": "word2vec.SkipGram.cross_lines",
+    "quickstart_cbow": "word2vec.CBOW.cross_lines",
+    "quickstart_classes": "classification.Classification.bag_length",
 }
 # What the run passes when it calls a factory.
 GIVEN_BY_THE_RUN = {"context", "table", "vocab_size", "counts"}
@@ -112,13 +127,11 @@ def settings(config):
                 yield f"{factory.name}.{parameter.name}", another(value, hints.get(parameter.name))
 
 
-def trains_word_vectors(path):
-    return "shared/word2vec.gin" in path.read_text()
-
-
 def macros_of(path):
     """The macros that all configurations of its family have."""
-    return WORD_MACROS if trains_word_vectors(path) else MACROS
+    text = path.read_text()
+    families = {"shared/word2vec.gin": WORD_MACROS, "shared/examples.gin": EXAMPLE_MACROS}
+    return next((macros for shared, macros in families.items() if shared in text), MACROS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -143,8 +156,7 @@ def test_every_setting_changes_the_experiment_or_is_refused(path):
             changed.append(name)
     assert set(changed) >= macros_of(path)
     assert "experiment.Experiment.keep_checkpoints" in changed
-    of_words = {"word2vec.SkipGram.cross_lines", "word2vec.CBOW.cross_lines"} & set(changed)
-    assert of_words if trains_word_vectors(path) else "lstm.lstm_body.dropout_over_time" in changed
+    assert DEFAULTS.get(path.stem, "lstm.lstm_body.dropout_over_time") in changed
     # A macro's own parameter set directly leaves the macro without effect; a reference is no number.
     for name, reason in refused.items():
         # And what becomes of new rows depends on how rows are matched.
@@ -207,6 +219,20 @@ VARIANTS = {
         "layer_rule": (SGD, {"learning_rate": 0.1}),
     },
     "averaged": {"row_rule": (Averaged, {"update": Adam(learning_rate=0.02), "decay": 0.5})},
+    # The simple RNN has the parameters of the GRU, and takes them the same way.
+    "gru": {"body": (GruBody, {"num_layers": 2, "hidden_dim": 6, "dropout": 0.3})},
+    "transformer": {
+        "body": (
+            transformer_body,
+            {"num_layers": 2, "hidden_dim": 4, "num_heads": 1, "feed_forward_dim": 6, "dropout": 0.3},
+        )
+    },
+    "both_directions": {
+        "task": (
+            BothDirections,
+            {"inputs": "words", "outputs": "words", "window": 3, "eval_window": 13},
+        )
+    },
 }
 # Another value for each parameter, which four steps must show.
 OTHER_VALUES = {
@@ -249,6 +275,9 @@ OTHER_VALUES = {
     "num_layers": 1,
     "hidden_dim": 7,
     "last_hidden_dim": 4,
+    "recurrent_projection_dim": 3,
+    "num_heads": 2,
+    "feed_forward_dim": 5,
     "dropout": 0.4,
     "embedding_dropout": 0.0,
     "output_dropout": 0.0,
@@ -287,8 +316,13 @@ def knobs():
     found = []
     for variant, replaced in VARIANTS.items():
         for part, (function, _) in (replaced or PARTS).items():
+            elsewhere = GIVEN_BY_THE_RUN | ELSEWHERE
+            if function is transformer_body:
+                elsewhere |= {
+                    "hidden_dim"
+                }  # It must be the width of what it reads: tests/bodies/test_transformer.py.
             for parameter in inspect.signature(function).parameters:
-                if parameter not in GIVEN_BY_THE_RUN | ELSEWHERE:
+                if parameter not in elsewhere:
                     # There must be averages.
                     base = "averaged" if parameter == "evaluate_averages" else variant
                     found.append((base, part, parameter))

@@ -1,4 +1,4 @@
-"""Shipped configurations at tiny sizes: an untied model, and a run that starts from the layers of another."""
+"""Shipped configurations at tiny sizes: bodies, tasks, an untied model, and a run that starts from another's layers."""
 
 import shutil
 
@@ -19,9 +19,10 @@ TOLERANCE = 1e-5
 
 
 def load(name, *, data_dir, **macros):
-    """The configuration `name`, with tiny sizes and `NUM_STEPS` steps."""
+    """The configuration `name`, with tiny sizes and `NUM_STEPS` steps; `macros` of None leave a setting as it is."""
     settings = tiny_runs.TINY_MACROS | {"DATA_DIR": str(data_dir), "TRAIN_STEPS": NUM_STEPS}
     settings |= {"EVAL_EVERY": NUM_STEPS, "SAVE_EVERY": 1} | macros
+    settings = {key: value for key, value in settings.items() if value is not None}
     return configuration.load(
         [str(CONFIGS / f"{name}.gin")], [f"{key} = {value!r}" for key, value in settings.items()]
     )
@@ -38,12 +39,15 @@ def train(config, *, workdir, strategy):
     return workdir
 
 
-def assert_same_losses(workdirs):
+def assert_same_losses(workdirs, *, train_tags=("sampled_loss_nats",), eval_tags=()):
     """Runs on 1 and on more devices have logged the same losses, of training and of evaluation."""
     first, *others = workdirs
     for name, tags in (
-        ("train", ("sampled_loss_nats", "gradient_norm")),
-        ("eval", ("valid/exact_loss_nats", "probe/exact_loss_nats", "probe/sampled_loss_nats")),
+        ("train", (*train_tags, "gradient_norm")),
+        (
+            "eval",
+            ("valid/exact_loss_nats", "probe/exact_loss_nats", "probe/sampled_loss_nats", *eval_tags),
+        ),
     ):
         expected = tiny_runs.metrics(first, name)
         assert len(expected) == {"train": NUM_STEPS, "eval": 1}[name]
@@ -53,6 +57,34 @@ def assert_same_losses(workdirs):
                     [line[tag] for line in lines] for lines in (tiny_runs.metrics(other, name), expected)
                 ]
                 np.testing.assert_allclose(*values, rtol=TOLERANCE, err_msg=f"{other.name}: {tag}")
+
+
+TRANSFORMER = {"HIDDEN_DIM": tiny_runs.TINY_MACROS["EMBED_DIM"], "NUM_HEADS": 2}
+# {configuration: (other macros, tags of training losses, further ones of evaluations)}.
+BODIES_AND_TASKS = {
+    "quickstart_gru": ({}, ("sampled_loss_nats",), ()),
+    "quickstart_lstmp": ({}, ("sampled_loss_nats",), ()),
+    "quickstart_transformer": (TRANSFORMER, ("sampled_loss_nats",), ()),
+    "quickstart_both_directions": (
+        {"next_token.NextToken.eval_window": None, "both_directions.BothDirections.eval_window": 19},
+        ("loss_nats", "next/sampled_loss_nats", "previous/sampled_loss_nats"),
+        ("valid/next/exact_loss_nats", "valid/previous/exact_loss_nats"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BODIES_AND_TASKS)
+def test_bodies_and_tasks(data_dir, mirrored, tmp_path, name):
+    """Equal losses on any number of devices, dropout included; and what goes on ends as what nothing interrupted."""
+    macros, train_tags, eval_tags = BODIES_AND_TASKS[name]
+    config = load(name, data_dir=data_dir, **macros)
+    workdirs = [train(config, workdir=tmp_path / f"on_{n}", strategy=mirrored(n)) for n in (1, 2, 3, 4)]
+    assert_same_losses(workdirs, train_tags=train_tags, eval_tags=eval_tags)
+    resumed = tiny_runs.go_back(workdirs[1], tmp_path / "resumed", step=1)
+    train(config, workdir=resumed, strategy=mirrored(2))
+    tiny_runs.assert_same_bits(
+        tiny_runs.tensors(resumed, NUM_STEPS), tiny_runs.tensors(workdirs[1], NUM_STEPS)
+    )
 
 
 def test_untied(data_dir, mirrored, tmp_path):
