@@ -40,5 +40,6 @@ def true_logits(hidden, true_rows, true_offset):
 
 def softplus_and_sigmoid(x):
     """log(1 + exp(x)) and its derivative, with one exponential for both, which cannot overflow."""
-    small = tf.exp(-tf.abs(x))
-    return tf.maximum(x, 0.0) + tf.math.log1p(small), tf.where(x > 0, 1.0, small) / (1.0 + small)
+    sigmoid = tf.sigmoid(x)
+    # The logarithm of a number from 0.5 to 1: of the larger of both probabilities.
+    return tf.nn.relu(x) - tf.math.log(tf.maximum(sigmoid, 1.0 - sigmoid)), sigmoid
