@@ -17,9 +17,18 @@ from pathlib import Path
 from absl import flags
 
 from lmscale import paths
-from lmscale.command_line import DEFINE_path, run_main
+from lmscale.command_line import DEFINE_path, DEFINE_paths, run_main
 
-_SECTIONS = ("step_time", "limits", "startup", "communication", "memory", "time_to_quality", "samples")
+_SECTIONS = (
+    "step_time",
+    "limits",
+    "startup",
+    "communication",
+    "memory",
+    "time_to_quality",
+    "samples",
+    "word2vec",
+)
 
 _FULL = flags.DEFINE_bool("full", False, "Every size and every section.")
 _SECTIONS_FLAG = flags.DEFINE_list(
@@ -38,11 +47,23 @@ _NUM_LAYERS = flags.DEFINE_integer("num_layers", 2, "LSTM layers.", lower_bound=
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples a step.", lower_bound=1)
 _WINDOW = flags.DEFINE_integer("window", 35, "Time steps of an example.", lower_bound=1)
 _NUM_SAMPLED = flags.DEFINE_integer("num_sampled", 2048, "Sampled negatives.", lower_bound=1)
+_DEVICES = flags.DEFINE_list(
+    "devices",
+    "1,2,4,8,16",
+    "Numbers of devices that memory measures; communication counts with those above one.",
+)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds of step_time and limits.", lower_bound=1)
 _LIMIT_GIB = flags.DEFINE_float(
     "limit_gib", 20.0, "Memory for the largest vocabulary, which --full measures.", lower_bound=1.0
 )
 _DATA_DIR = DEFINE_path("data_dir", "runs/data/wikitext-2", "Prepared data for time_to_quality and samples.")
+_WORD2VEC_DATA_DIR = DEFINE_path(
+    "word2vec_data_dir",
+    "runs/data/wikitext-2-lower",
+    "Prepared data for word2vec, as its configuration says.",
+)
+_SIMILARITY = DEFINE_paths("similarity", [], "Files of word pairs with scores, by which word2vec is judged.")
+_ROUNDS = flags.DEFINE_integer("word2vec_rounds", 3, "Turns of each side of word2vec.", lower_bound=1)
 
 _QUICK_SIZES, _FULL_SIZES = "10000 33278", "10000 33278 100000 267735 472706 793470 1000000 10000000"
 
@@ -50,7 +71,7 @@ _QUICK_SIZES, _FULL_SIZES = "10000 33278", "10000 33278 100000 267735 472706 793
 def main(argv):
     """Runs the sections one after the other; the report is rewritten after each."""
     del argv
-    from lmscale.benchmarks import machine, report
+    from lmscale.benchmarks import machine, report, word_vectors
     from lmscale.benchmarks.peers.peer import ModelShape
     from lmscale.benchmarks.sides import SIDES
     from lmscale.data.token_files import PreparedData
@@ -67,6 +88,13 @@ def main(argv):
             "time_to_quality needs PyTorch. Received: no module torch. Install the extra 'bench', or leave the section "
             "out of --sections."
         )
+    if "word2vec" in sections:
+        PreparedData.open(_WORD2VEC_DATA_DIR.value)
+        if not word_vectors.gensim_is_installed():
+            raise ValueError(
+                "word2vec needs gensim. Received: no module gensim. Install the extra 'vectors-test', or leave the "
+                "section out of --sections."
+            )
     shape = ModelShape(
         vocab_size=0,
         embed_dim=_EMBED_DIM.value,
@@ -77,6 +105,7 @@ def main(argv):
         num_sampled=_NUM_SAMPLED.value,
     )
     vocab_sizes = sorted({_vocab_size(text) for text in _VOCAB_SIZES.value or _default_sizes().split()})
+    _check_devices()
     output = Path(_OUTPUT.value)
     # Before hours of the other sections, too: there are runs below it.
     paths.check_checkpoint_path(output, what="--output")
@@ -96,7 +125,7 @@ def main(argv):
 
 def _measure(section, shape, vocab_sizes, sides, output):
     """The results of one section; those of a section that cannot run say why."""
-    from lmscale.benchmarks import memory, startup, step_time, time_to_quality
+    from lmscale.benchmarks import memory, startup, step_time, time_to_quality, word_vectors
     from lmscale.benchmarks.sides import SideFailedError
     from lmscale.benchmarks.task import TaskFailedError, run_task
 
@@ -141,7 +170,8 @@ def _measure(section, shape, vocab_sizes, sides, output):
                     {"shape": sized, "num_devices": num_devices},
                     log=output / "logs" / f"communication_{num_devices}.log",
                 )
-                for num_devices in (2, 4, 8, 16)
+                for num_devices in map(int, _DEVICES.value)
+                if num_devices > 1
             ]
             return {"shape": sized, "counts": counts}
         if section == "memory":
@@ -149,12 +179,22 @@ def _measure(section, shape, vocab_sizes, sides, output):
                 shape,
                 vocab_size=793_470 if _FULL.value else vocab_sizes[-1],
                 limit_gib=_LIMIT_GIB.value if _FULL.value else None,
+                nums_devices=[int(text) for text in _DEVICES.value],
                 log_dir=output / "logs",
                 say=_say,
             )
         if section == "time_to_quality":
             return time_to_quality.measure(
                 data_dir=_DATA_DIR.value, config=config, output=output / section, epochs=6, say=_say
+            )
+        if section == "word2vec":
+            return word_vectors.measure(
+                data_dir=_WORD2VEC_DATA_DIR.value,
+                config=config.with_name("wikitext2_word2vec.gin"),
+                similarity=_SIMILARITY.value,
+                rounds=_ROUNDS.value,
+                log_dir=output / "logs",
+                say=_say,
             )
         return time_to_quality.measure_samples(
             data_dir=_DATA_DIR.value,
@@ -195,6 +235,12 @@ def _vocab_size(text):
             f"{text!r}, num_sampled={_NUM_SAMPLED.value}."
         )
     return size
+
+
+def _check_devices():
+    for text in _DEVICES.value:
+        if not text.isdecimal() or int(text) < 1:
+            raise ValueError(f"Each of --devices must be a whole number from 1 on. Received: {text!r}.")
 
 
 def run():

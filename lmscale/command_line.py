@@ -22,7 +22,7 @@ _HELP_ARGUMENTS = ("--help", "-help", "--helpshort", "-helpshort", "-?", "--?", 
 _SEE_HELP = "Pass --help to see the flags."
 
 
-def run_main(main: Callable[[list[str]], int | None]) -> None:
+def run_main(main: Callable[[list[str]], int | None], *, takes_arguments: bool = False) -> None:
     """Parses the flags, calls `main(argv)` and exits with its result. Never returns.
 
     A `ValueError` or `OSError` from `main`, an unknown or malformed flag, or a left-over argument is a
@@ -37,10 +37,11 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     Args:
       main: the entry point; `--help` prints the docstring and the flags of the module that defines it.
         Returns an exit code or None.
+      takes_arguments: whether what is left over beside the flags is for `main`, rather than a mistake.
     """
 
     def guarded(argv: list[str]) -> int | None:
-        if len(argv) > 1:
+        if len(argv) > 1 and not takes_arguments:
             return _fail(f"this command takes flags only. Received also: {' '.join(argv[1:])}. {_SEE_HELP}")
         try:
             with doing(f"running {os.path.basename(argv[0])}"):  # What nothing inside tells more exactly.

@@ -106,6 +106,7 @@ class StepTraffic:
             name: _Reads(head.table, _stacked(own[name].ids for own in labels))
             for name, head in task.heads.items()
         }
+        self._only_rows = {name for name in task.heads if labels[0][name].neighbours is not None}
         self._candidates = {}
         for number, (name, head) in enumerate(task.heads.items()):
             found = head.candidates(
@@ -166,6 +167,17 @@ class StepTraffic:
         device = int(np.argmax(sum(received.values())))
         return {part: int(values[device]) for part, values in received.items()}
 
+    @property
+    def has_choice(self):
+        """Whether hidden states could travel in place of the candidates' rows of some head."""
+        heads = [self._task.heads[name] for name in self._candidates if name not in self._only_rows]
+        return any(
+            head.hidden_bytes_per_token(
+                embed_dim=self._task.tables[head.table].embed_dim, num_devices=self.num_devices
+            )
+            for head in heads
+        )
+
     def everywhere(self, exchange):
         """{head: exchange} of the heads with candidates."""
         return dict.fromkeys(self._candidates, exchange)
@@ -182,6 +194,12 @@ class StepTraffic:
           ValueError: if a head says "hidden" where it cannot be.
         """
         heads = {name: self._task.heads[name] for name in self._candidates}
+        for name in self._only_rows & heads.keys():
+            if heads[name].exchange == "hidden":
+                raise ValueError(
+                    "The exchange of a head must be 'rows' where a word has several labels. Received: "
+                    "exchange='hidden'. Leave out SampledSoftmax.exchange."
+                )
         given = {name: head.exchange for name, head in heads.items() if head.exchange != "auto"}
         if static_shapes and "hidden" in given.values():
             raise ValueError(
@@ -190,7 +208,7 @@ class StepTraffic:
             )
         exchanges = self.everywhere("rows") | given
         if not static_shapes:
-            for name in [name for name in heads if name not in given]:
+            for name in [name for name in heads if name not in given and name not in self._only_rows]:
                 other = exchanges | {name: "hidden"}
                 if _sum(self.of_busiest_device(other)) < _WORTH_IT * _sum(self.of_busiest_device(exchanges)):
                     exchanges = other
@@ -218,7 +236,7 @@ def as_table(traffic, exchanges, *, layer_values):
         exchange: traffic.of_busiest_device(traffic.everywhere(exchange), layer_values=layer_values)
         for exchange in ("rows", "hidden")
     }
-    if not exchanges:
+    if not traffic.has_choice:
         ways = {"": ways["rows"]}
     elif len(set(exchanges.values())) > 1:
         ways["chosen"] = traffic.of_busiest_device(exchanges, layer_values=layer_values)

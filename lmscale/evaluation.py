@@ -1,7 +1,6 @@
 """Exact loss of a model over a piece of text: the full softmax, every token once."""
 
 import dataclasses
-import math
 import time
 
 import numpy as np
@@ -10,7 +9,7 @@ import tensorflow as tf
 from lmscale.distribution import collectives
 from lmscale.distribution.strategies import first_local_replica
 from lmscale.doing import doing
-from lmscale.measures import HeadMeasures
+from lmscale.measures import HeadMeasures, perplexity
 from lmscale.metrics import progress
 
 
@@ -30,7 +29,7 @@ class EvaluationResult:
     @property
     def perplexity(self):
         """exp(loss_nats), infinite where that overflows."""
-        return math.exp(self.loss_nats) if self.loss_nats < 700 else math.inf
+        return perplexity(self.loss_nats)
 
     def report(self):
         """What JSON can hold of it: {"loss_nats", "perplexity", "tokens", "seconds", "heads"}."""
@@ -127,22 +126,11 @@ class Evaluator:
           `EvaluationResult`, of all heads together.
         """
         start = time.perf_counter()
-        first, stop = self._local_examples
-        examples = slice(min(first, self._batch_size), min(stop, self._batch_size))
-        padding = stop - first - (examples.stop - examples.start)
         state = self._initial_state()
         total: dict = {}
         for i in range(batches.num_steps):
-            features = {
-                # Ids of 0, with the weight 0.
-                name: np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-                for name, x in batches.at(i, examples).features.items()
-            }
             step_sums, state = self._step(
-                state,
-                {name: tf.constant(x) for name, x in features.items()},
-                tf.constant(i),
-                with_training_loss=with_training_loss,
+                state, self._local_features(batches, i), tf.constant(i), with_training_loss=with_training_loss
             )
             for name, x in step_sums.items():
                 x = self._strategy.experimental_local_results(x)[0].numpy().astype(np.float64)
@@ -168,6 +156,34 @@ class Evaluator:
             ),
         )
 
+    def label_losses(self, batches, *, head):
+        """The exact loss of each label of one head, batch by batch.
+
+        Args:
+          batches: as of `evaluate`.
+          head: its name.
+
+        Yields:
+          [batch_size, labels of an example] float32 nats, at every process. That of padding has no meaning.
+        """
+        state = self._initial_state()
+        for i in range(batches.num_steps):
+            losses, state = self._label_step(state, self._local_features(batches, i), head=head)
+            losses = self._strategy.experimental_local_results(losses)[0].numpy()
+            examples = self._num_replicas * self._per_replica_batch_size
+            yield losses.reshape([examples, -1])[: self._batch_size]
+
+    def _local_features(self, batches, step):
+        """{name: [examples of this process, ...] tensor} of a batch, filled up with padding."""
+        first, stop = self._local_examples
+        examples = slice(min(first, self._batch_size), min(stop, self._batch_size))
+        padding = stop - first - (examples.stop - examples.start)
+        return {
+            # Ids of 0, with the weight 0.
+            name: tf.constant(np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)))
+            for name, x in batches.at(step, examples).features.items()
+        }
+
     @tf.function(autograph=False)
     def _initial_state(self):
         initial_state = self._model.task.initial_state
@@ -177,19 +193,7 @@ class Evaluator:
     def _step(self, state, features, step, *, with_training_loss):
         def replica_step(state):
             model = self._model
-            first = collectives.replica_id() * self._per_replica_batch_size
-            start = first - self._local_examples[0]
-            reading = model.read(
-                {
-                    name: collectives.block(x, start, self._per_replica_batch_size)
-                    for name, x in features.items()
-                },
-                first,
-                # Without the examples that fill up the devices: candidates must not depend on their number.
-                num_examples=self._batch_size,
-                seed=self._seed,
-                step=step if with_training_loss else None,
-            )
+            reading = self._read(features, step=step if with_training_loss else None)
             hidden, new_state = model.forward(reading.rows.roles, reading.features, state, dropout=None)
             exact = model.exact_losses(hidden, reading, compute_dtype=self._compute_dtype)
             sums = {}
@@ -208,6 +212,30 @@ class Evaluator:
             return collectives.all_reduce_sum(sums), new_state
 
         return self._strategy.run(replica_step, args=(state,))
+
+    @tf.function(autograph=False)
+    def _label_step(self, state, features, *, head):
+        def replica_step(state):
+            model = self._model
+            reading = self._read(features, step=None)
+            hidden, new_state = model.forward(reading.rows.roles, reading.features, state, dropout=None)
+            exact = model.exact_losses(hidden, reading, compute_dtype=self._compute_dtype)
+            return collectives.all_gather(exact[head]), new_state
+
+        return self._strategy.run(replica_step, args=(state,))
+
+    def _read(self, features, *, step):
+        """This replica's `Reading` of {name: [examples of this process, ...]}."""
+        first = collectives.replica_id() * self._per_replica_batch_size
+        start = first - self._local_examples[0]
+        return self._model.read(
+            {name: collectives.block(x, start, self._per_replica_batch_size) for name, x in features.items()},
+            first,
+            # Without the examples that fill up the devices: candidates must not depend on their number.
+            num_examples=self._batch_size,
+            seed=self._seed,
+            step=step,
+        )
 
 
 class CheckpointEvaluator:

@@ -65,7 +65,7 @@ class HeadMeasures:
         for name, function in self._functions.items():
             sums[name] = tf.reduce_sum(tf.where(counted, function(ranks) * labels.weights, 0.0))
         if self._starts is not None:
-            group = self._group(labels.ids)
+            group = self._group(labels.counted_ids)
             sums["loss_by_frequency"] = tf.math.unsorted_segment_sum(loss, group, NUM_DECILES + 1)
             sums["weight_by_frequency"] = tf.math.unsorted_segment_sum(labels.weights, group, NUM_DECILES + 1)
         return sums
@@ -104,10 +104,14 @@ class HeadMeasures:
         return found
 
 
+def perplexity(loss_nats):
+    """exp(loss_nats), infinite where that overflows."""
+    return math.inf if loss_nats >= 700 else math.exp(loss_nats)
+
+
 def _loss(loss, weight):
     mean = float(loss / weight) if weight else math.nan
-    perplexity = math.exp(mean) if mean < 700 else mean if math.isnan(mean) else math.inf
-    return {"loss_nats": mean, "perplexity": perplexity, "labels": int(weight)}
+    return {"loss_nats": mean, "perplexity": perplexity(mean), "labels": int(weight)}
 
 
 def _decile_starts(counts, unk_id):

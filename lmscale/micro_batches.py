@@ -148,7 +148,7 @@ def _part_of(reading, k, *, num_parts):
     return Reading(
         features=cut(dict(reading.features)),
         labels={
-            name: dataclasses.replace(label, ids=cut(label.ids), weights=cut(label.weights))
+            name: label.part(lambda x: _slice(x, k, num_parts), num_parts=num_parts)
             for name, label in reading.labels.items()
         },
         candidates=reading.candidates,

@@ -14,6 +14,7 @@ from lmscale.parameters.tree import Parameter
 from lmscale.reading import OwnLabels, Reading, Receipt, StepRows, joined, parted, stacked
 from lmscale.softmax.head import candidates_seed
 from lmscale.softmax.ranks import label_ranks
+from lmscale.softmax.top_k import top_k
 from lmscale.tables.rows import Rows
 from lmscale.tables.table import RowGradients, ShardedTable
 from lmscale.tables.table_config import table_paths
@@ -149,8 +150,8 @@ class Model:
           features: {name: [examples, ...] tensor} of this replica's examples; as many on every replica.
           first: number of the first of them in the global batch.
           num_examples: how many examples of the global batch, the first ones, are no padding; None for all.
-          seed, step: what the heads' candidates depend on, int and int32 scalar tensor; without a step, neither
-            candidates nor the rows of labels are read.
+          seed, step: what the heads' candidates depend on, int and int32 scalar tensor; without a step, no candidates
+            are read, and rows of labels only where a state has several.
 
         Returns:
           `Reading`.
@@ -190,6 +191,13 @@ class Model:
                 candidates[name] = found
                 if found is not None and rows_travel:
                     shared.append(("candidates", name, head.table, found.sampled_ids))
+        else:
+            # Exact losses of states with several labels need their rows, too.
+            own += [
+                ("labels", name, head.table, labels[name].ids)
+                for name, head in heads.items()
+                if labels[name].neighbours is not None
+            ]
         rows: dict[str, dict[str, Rows]] = {"roles": {}, "labels": {}, "candidates": {}}
         receipts = {}
         for name, table in self.tables.items():
@@ -230,6 +238,39 @@ class Model:
             training=dropout is not None,
         )
 
+    def decode(self, rows, state):
+        """The task's `decode`, as one call to Keras; arguments and results as of `LeftToRightTask.decode`.
+
+        Communication: none.
+        """
+        return self.layers.call(
+            lambda: self.task.decode(rows, state),
+            {role: r.embedding for role, r in rows.items()},
+            training=False,
+        )
+
+    def top_k(self, hidden, *, head, **options):
+        """The best rows of a head's table for hidden states: `top_k` of `softmax/top_k.py`.
+
+        Args:
+          hidden: [n, embed_dim].
+          head: name of the head.
+          **options: `k`, `excluded`, and the others there that do not describe the table.
+
+        Returns:
+          `TopK`.
+
+        Communication: that of `top_k`.
+        """
+        table = self.tables[self.task.heads[head].table]
+        return top_k(
+            hidden,
+            rows=table.local_parameter("embedding"),
+            bias=table.local_parameter("bias"),
+            num_valid_rows=table.num_valid_rows,
+            **options,
+        )
+
     def head_gradients(self, hidden, reading, *, loss_weights):
         """Hidden states to the heads' training losses and gradients.
 
@@ -253,6 +294,7 @@ class Model:
                     candidate_rows=reading.rows.candidates.get(name),
                     candidates=reading.candidates.get(name),
                     table=self.tables[head.table],
+                    **_neighbours_of(reading.labels[name]),
                 )
                 for name, head in self.task.heads.items()
             }
@@ -268,6 +310,11 @@ class Model:
                 labels=reading.labels[name].ids,
                 table=self.tables[head.table],
                 compute_dtype=compute_dtype,
+                **(
+                    {"label_rows": reading.rows.labels[name]} | _neighbours_of(reading.labels[name])
+                    if reading.labels[name].neighbours is not None
+                    else {}
+                ),
             )
             for name, head in self.task.heads.items()
         }
@@ -416,6 +463,11 @@ class Model:
                 for slot, variable in slots.items()
             ]
         return found
+
+
+def _neighbours_of(labels):
+    """The argument that says which labels a hidden state has, where it has several."""
+    return {} if labels.neighbours is None else {"neighbours": labels.neighbours}
 
 
 def _make_slots(variable, rule):

@@ -104,8 +104,9 @@ class Reading:
 
 
 def joined(parts):
-    """The ids of parts as one [n] tensor; of none, [0]."""
-    return tf.concat([tf.zeros([0], tf.int32), *(tf.reshape(ids, [-1]) for *_, ids in parts)], axis=0)
+    """The ids of parts as one [n] int32 tensor; of none, [0]."""
+    flat = [tf.cast(tf.reshape(ids, [-1]), tf.int32) for *_, ids in parts]
+    return tf.concat(flat or [tf.zeros([0], tf.int32)], axis=0)
 
 
 def parted(parts, embedding, bias):
@@ -120,14 +121,23 @@ def parted(parts, embedding, bias):
 
 def stacked(parts, d_rows, *, table):
     """Gradients of parts as one `Rows`, flat, float32, in the order of `joined(parts)`."""
-    embeddings, biases = [tf.zeros([0, table.embed_dim])], [tf.zeros([0])]
+    embeddings, biases = [], []
     for kind, key, _, ids in parts:
         gradient = getattr(d_rows, kind).get(key) or Rows(None)
         count = ids.shape.num_elements()
         embeddings.append(_flat_or_zeros(gradient.embedding, [count, table.embed_dim]))
         biases.append(_flat_or_zeros(gradient.bias, [count]))
     has_bias = "bias" in table.parameters
-    return Rows(tf.concat(embeddings, axis=0), tf.concat(biases, axis=0) if has_bias else None)
+    return Rows(
+        _end_to_end(embeddings, like=[table.embed_dim]), _end_to_end(biases, like=[]) if has_bias else None
+    )
+
+
+def _end_to_end(tensors, *, like):
+    """Tensors along their first axis, as one; of none, [0, *like]. One stays as it is: it is not copied."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return tf.concat(tensors or [tf.zeros([0, *like])], axis=0)
 
 
 def _flat_or_zeros(gradient, shape):

@@ -9,23 +9,37 @@ PACKAGE = Path(__file__).parents[1] / "lmscale"
 
 # From top to bottom. A module may import those of layers below its own, and those of its own layer.
 LAYERS = [
-    {"train", "evaluate", "prepare", "bench", "plot", "plan"},
+    {
+        "train",
+        "evaluate",
+        "prepare",
+        "bench",
+        "plot",
+        "plan",
+        "score",
+        "generate",
+        "neighbors",
+        "word_vectors",
+    },
     {"run_flags"},
     {"machine_flags"},
     {"benchmarks"},
     {"run", "dry_run", "follow"},
     {"reports", "planning"},
-    {"evaluation", "start"},
+    {"scoring"},
+    {"evaluation", "generation", "nearest", "start"},
     {"trainer", "restored"},
     {"configuration", "assembly", "micro_batches"},
     {"gin_text", "experiment", "model", "communication"},
     {"reading"},
     {"tasks", "measures", "parameters.warm_start", "parameters.report", "loss_scaling", "carried_state"},
+    {"word_rows"},
     {"checkpoints", "bodies", "softmax"},
     {"tables", "parameters"},
     {"data", "distribution", "metrics", "hparams_tab", "event_files", "profiling"},
     {
         "command_line",
+        "sampling",
         "user_errors",
         "workdir",
         "storage",
@@ -35,6 +49,8 @@ LAYERS = [
         "doing",
         "paths",
         "keras_settings",
+        "analogies",
+        "word_similarity",
     },
 ]
 

@@ -22,7 +22,7 @@ BLOCKS = [block for text in PAGES.values() for block in FENCED.findall(text)]
 PROSE = {page: FENCED.sub("", text) for page, text in PAGES.items()}
 TABLE = re.compile(r"^\|.*\|$", re.MULTILINE)
 ALL_TEXT, ALL_PROSE = "\n".join(PAGES.values()), "\n".join(PROSE.values())
-# Each command, and the page that has the table of its flags.
+# Each command, and the page that has the table of its flags; or sections of a page.
 COMMANDS = {
     "prepare": "docs/prepare.md",
     "train": "docs/train.md",
@@ -30,14 +30,17 @@ COMMANDS = {
     "bench": "docs/measure.md",
     "plot": "docs/tensorboard.md",
     "plan": "docs/plan.md",
+    "score": "docs/use.md#score-a-text#flags-of-all-three",
+    "generate": "docs/use.md#generate-text#flags-of-all-three",
+    "neighbors": "docs/use.md#find-neighbours#flags-of-all-three",
+    "word_vectors": "docs/word2vec.md",
 }
 
 
 def defined_flags(command):
     source = (ROOT / "lmscale" / f"{command}.py").read_text(encoding="utf-8")
-    for module in re.findall(r"adopt_module_key_flags\((\w+)\)", source):
-        source += (ROOT / "lmscale" / f"{module}.py").read_text(encoding="utf-8")
-    return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source))
+    adopted = re.findall(r"adopt_module_key_flags\((\w+)\)", source)
+    return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)).union(*map(defined_flags, adopted))
 
 
 def shell_commands():
@@ -152,9 +155,20 @@ def test_flags_of_the_text_exist():
     assert mentioned <= known
 
 
-@pytest.mark.parametrize(("command", "page"), COMMANDS.items())
-def test_all_flags_are_in_the_table(command, page):
-    rows = [line for line in PROSE[page].splitlines() if line.startswith("| `--")]
+def prose_of(place):
+    """The text of a page, or of the sections that are named behind it."""
+    page, *sections = place.split("#")
+    parts = {
+        name: part
+        for part in re.split(r"^(?=## )", PROSE[page], flags=re.MULTILINE)
+        for name in anchors_of(part)
+    }
+    return "\n".join(parts[name] for name in sections) if sections else PROSE[page]
+
+
+@pytest.mark.parametrize(("command", "place"), COMMANDS.items())
+def test_all_flags_are_in_the_table(command, place):
+    rows = [line for line in prose_of(place).splitlines() if line.startswith("| `--")]
     assert set(re.findall(r"`--(\w+)`", "\n".join(rows))) >= defined_flags(command)
     assert set(re.findall(r"--(\w+)", "\n".join(row.split(" | ")[0] for row in rows))) <= defined_flags(
         command

@@ -191,8 +191,9 @@ def test_text_shorter_than_the_batch(mirrored):
 
 
 def test_perplexity_overflows_to_infinity():
-    assert EvaluationResult(loss_nats=1e4, tokens=1, seconds=0.0).perplexity == math.inf
-    assert EvaluationResult(loss_nats=math.log(7), tokens=1, seconds=0.0).perplexity == pytest.approx(7)
+    assert EvaluationResult(loss_nats=1e4, tokens=1, seconds=0.0, heads={}).perplexity == math.inf
+    seven = EvaluationResult(loss_nats=math.log(7), tokens=1, seconds=0.0, heads={})
+    assert seven.perplexity == pytest.approx(7)
 
 
 def test_one_bad_token_makes_the_loss_non_finite(mirrored):

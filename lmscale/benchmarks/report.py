@@ -320,6 +320,30 @@ def _samples(section):
     ]
 
 
+def _word2vec(section):
+    files = list(section["rounds"][0]["lmscale"]["spearman"])
+    rows = [
+        [
+            str(number),
+            side,
+            f"{result['words_per_sec']:,.0f}",
+            f"{section['words'] * section['epochs'] / result['cpu_secs']:,.0f}",
+            *(_number(result["spearman"][name], 3) for name in files),
+        ]
+        for number, turn in enumerate(section["rounds"], start=1)
+        for side, result in turn.items()
+    ]
+    return [
+        "## Word vectors, beside gensim",
+        "",
+        f"Skip-gram, {section['epochs']} epochs of {section['words']:,} words, {section['workers']} workers of "
+        f"gensim, in turns. lmscale does {section['ratio']:.2f} times gensim's words per second, and "
+        f"{section['cpu_ratio']:.2f} times its words per second of the processor (medians over the rounds).",
+        "",
+        *_table(["round", "side", "words/s", "words/s of one core", *files], rows),
+    ]
+
+
 _SECTIONS = {
     "step_time": _step_time,
     "limits": _limits,
@@ -328,6 +352,7 @@ _SECTIONS = {
     "memory": _memory,
     "time_to_quality": _time_to_quality,
     "samples": _samples,
+    "word2vec": _word2vec,
 }
 
 

@@ -199,6 +199,52 @@ class EvaluationBatches:
         return Batch({"ids": ids.astype(np.int32), "weights": is_label.astype(np.float32)})
 
 
+class LineBatches:
+    """Batches in which every token of some lines is a label exactly once, each line in a lane of its own.
+
+    Lane b holds line b, and those behind the last line hold padding. Lane b of batch s + 1 goes on where lane b of
+    batch s ended: carry the state, starting from zeros at step 0. The input of a label is the token before it; that of
+    a line's first is `eos_id`.
+
+    Attributes:
+      num_steps: batches.
+      num_labels: tokens.
+    """
+
+    def __init__(self, lines, *, batch_size: int, window: int, eos_id: int):
+        """Plans the lanes.
+
+        Args:
+          lines: at most batch_size arrays [tokens] of integer ids, one of them at least not empty.
+          batch_size: number of lanes.
+          window: labels per lane and step.
+          eos_id: the id that stands before each line, and in the padding.
+        Raises:
+          ValueError: if there are no tokens or too many lines, or a size is below 1.
+        """
+        lengths = [len(line) for line in lines]
+        if not any(lengths) or len(lines) > batch_size or window < 1:
+            raise ValueError(
+                "There must be 1 to batch_size lines with a token at least, and window must be at least 1. Received: "
+                f"{len(lines)} lines of {sum(lengths)} tokens, batch_size={batch_size}, window={window}."
+            )
+        self._window = window
+        self.num_steps = -(-max(lengths) // window)
+        self.num_labels = sum(lengths)
+        self._ids = np.full([batch_size, self.num_steps * window + 1], eos_id, np.int32)
+        self._weights = np.zeros([batch_size, self.num_steps * window], np.float32)
+        for lane, line in enumerate(lines):
+            self._ids[lane, 1 : len(line) + 1] = line
+            self._weights[lane, : len(line)] = 1
+
+    def at(self, step: int, examples: slice = ALL) -> Batch:
+        """The batch of a step in 0 .. num_steps - 1; or some of its examples."""
+        start, stop = step * self._window, (step + 1) * self._window
+        return Batch(
+            {"ids": self._ids[examples, start : stop + 1], "weights": self._weights[examples, start:stop]}
+        )
+
+
 def _check_training_arguments(tokens, global_batch_size, window, seed):
     if global_batch_size < 1 or window < 1 or not 0 <= seed < 2**63:
         raise ValueError(

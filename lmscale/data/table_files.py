@@ -88,6 +88,7 @@ def _checked(value, place, name):
 def _read_records(path, schema, on_bytes):
     import tensorflow as tf
 
+    _check_whole(path)
     number = 0
     try:
         for number, record in enumerate(tf.data.TFRecordDataset(str(path)).as_numpy_iterator(), start=1):
@@ -107,6 +108,23 @@ def _read_records(path, schema, on_bytes):
         raise ValueError(
             f"{path}, after record {number:,}: must be a TFRecord file. Received: {error.message}."
         ) from error
+
+
+def _check_whole(path):
+    """Raises ValueError where the last record is cut off, which TensorFlow takes for the end if little is left."""
+    size, place, number = path.stat().st_size, 0, 0
+    with path.open("rb") as file:
+        while place < size:
+            file.seek(place)
+            header = file.read(8)
+            # Length, its checksum, the record and its checksum.
+            place += 8 + 4 + int.from_bytes(header, "little") + 4
+            if len(header) < 8 or place > size:
+                raise ValueError(
+                    f"{path}, after record {number:,}: must be a TFRecord file, whole. Received: {size:,} bytes, the "
+                    "last of which are no record. Copy it again."
+                )
+            number += 1
 
 
 def _feature(feature, column, place, name):

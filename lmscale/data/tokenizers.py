@@ -52,9 +52,19 @@ class Tokenizer(abc.ABC):
     def tokenize(self, lines: Sequence[str]) -> list[list[str]]:
         """The tokens of each line, without `<eos>`."""
 
+    def join(self, tokens: Sequence[str]) -> str:
+        """A line that reads as its tokens do; what `tokenize` has left out does not come back."""
+        return " ".join(tokens)
+
     def files(self) -> dict[str, bytes]:
         """Files that belong into the prepared directory, by name."""
         return {}
+
+    @classmethod
+    def read(cls, directory: Path) -> "Tokenizer":
+        """The tokenizer that has written its `files` into a prepared directory."""
+        del directory
+        return cls()
 
 
 def register(name: str) -> Callable[[type[Tokenizer]], type[Tokenizer]]:
@@ -103,6 +113,31 @@ def make_tokenizer(name: str, *, options: Mapping[str, Any]) -> Tokenizer:
     return cls(**given)
 
 
+def prepared_tokenizer(options: Mapping[str, Any], directory: Path) -> Tokenizer:
+    """The tokenizer of a prepared directory, to cut more text as that text was cut.
+
+    Args:
+      options: those of its manifest.
+      directory: where it is.
+    Raises:
+      ValueError: if the options name no tokenizer that is known here, or one that cut in another way.
+    """
+    name = options.get("tokenizer")
+    if name not in _TOKENIZERS:
+        raise ValueError(
+            f"{directory} must tell its tokenizer, one of {', '.join(tokenizer_names())}. Received: {name!r}. Give "
+            "text whose tokens stand between blanks, and say so: --tokenized."
+        )
+    tokenizer = _TOKENIZERS[name].read(directory)
+    there, here = options.get("tokenizer_version"), tokenizer.describe().get("tokenizer_version")
+    if there != here:
+        raise ValueError(
+            f"The text must be cut as that of {directory} was. Received: version {here} of the tokenizer {name}, where "
+            f"the data have version {there}. Give text whose tokens stand between blanks, and say so: --tokenized."
+        )
+    return tokenizer
+
+
 @register("whitespace")
 class WhitespaceTokenizer(Tokenizer):
     """For text that is tokenised already: tokens stand between Unicode white space, and are kept to the letter.
@@ -124,6 +159,9 @@ class CharactersTokenizer(Tokenizer):
 
     def tokenize(self, lines):
         return [list(line.translate(self._blanks)) for line in lines]
+
+    def join(self, tokens):
+        return "".join(tokens).replace("\u2581", " ")
 
 
 @register("words")
@@ -206,11 +244,24 @@ class WordpieceTokenizer(Tokenizer):
             letters={place for place in places if place.removeprefix(_JOINER) in letters},
             max_pieces=(vocab_size or 32_000) - 1,
         )
+        self._take_pieces()
+
+    def _take_pieces(self):
         self._pieces = set(self._vocabulary[1:])  # Without `[UNK]`.
         self._longest = max(map(len, self._pieces))
 
     def describe(self):
         return {"tokenizer_version": 2}
+
+    @classmethod
+    def read(cls, directory):
+        tokenizer = cls()
+        tokenizer._vocabulary = (directory / _WORDPIECE_FILE).read_bytes().decode().splitlines()
+        tokenizer._take_pieces()
+        return tokenizer
+
+    def join(self, tokens):
+        return " ".join(tokens).replace(f" {_JOINER}", "")
 
     def tokenize(self, lines):
         known = self._pieces_of_word
@@ -229,7 +280,7 @@ class WordpieceTokenizer(Tokenizer):
         return pieces_of_lines
 
     def files(self):
-        return {"tokenizer.wordpiece.txt": "".join(f"{piece}\n" for piece in self._vocabulary).encode()}
+        return {_WORDPIECE_FILE: "".join(f"{piece}\n" for piece in self._vocabulary).encode()}
 
     def _spell(self, word):
         spelt, start, mark = [], 0, ""
@@ -291,9 +342,18 @@ class SentencepieceTokenizer(Tokenizer):
         return [[self._pieces[piece_id] for piece_id in ids] for ids in ids_of_lines]
 
     def files(self):
-        return {"tokenizer.sentencepiece.model": self._model}
+        return {_SENTENCEPIECE_FILE: self._model}
+
+    @classmethod
+    def read(cls, directory):
+        return cls(sentencepiece_model=str(directory / _SENTENCEPIECE_FILE))
+
+    def join(self, tokens):
+        return "".join(tokens).replace("\u2581", " ").strip()
 
 
+_WORDPIECE_FILE = "tokenizer.wordpiece.txt"
+_SENTENCEPIECE_FILE = "tokenizer.sentencepiece.model"
 _WORDPIECE_UNK = "[UNK]"
 _JOINER = "##"
 _LONGEST_PIECE = 16

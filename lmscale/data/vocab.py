@@ -1,6 +1,7 @@
 """The vocabulary: tokens in id order, which is the order of falling frequency, and their counts."""
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ import numpy as np
 
 UNK = "<unk>"
 EOS = "<eos>"
+_COMPARED_TOKENS = 50_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,6 +49,15 @@ class Vocabulary:
     def sha256(self) -> str:
         """Hex SHA-256 of `to_text`: equal where ids mean the same tokens."""
         return hashlib.sha256(self.to_text().encode()).hexdigest()
+
+    def closest(self, word: str, *, n: int = 3) -> list[str]:
+        """Tokens that somebody may have meant by a word that is none, the likeliest first; of frequent ones alone."""
+        spellings = (word.lower(), word.capitalize(), word.upper())
+        found = [spelling for spelling in dict.fromkeys(spellings) if spelling in self.ids]
+        # To compare a word with millions would take minutes.
+        frequent = [token for token in self.tokens[:_COMPARED_TOKENS] if abs(len(token) - len(word)) <= 3]
+        found += difflib.get_close_matches(word, frequent, n=n, cutoff=0.7)
+        return list(dict.fromkeys(found))[:n]
 
     def to_text(self) -> str:
         """One `token<TAB>count` per line, in id order."""

@@ -20,12 +20,11 @@ _HEAD_SCOPE, _EVALUATION_SCOPE, _ROWS_SCOPE = "plan_head", "plan_evaluation", "p
 def training_cost(step):
     """`GraphCost` of body and heads, forward and back, over one part of the examples of a device."""
     lookups, labels = step.examples(step.part_size)
-    own_tokens = {name: int(label.ids.shape.num_elements()) for name, label in labels.items()}
     _, all_labels = step.examples(step.experiment.global_batch_size)
     specs = (
         {role: _rows_spec(step, lookup.table, np.shape(lookup.ids)) for role, lookup in lookups.items()},
         {
-            name: _head_specs(step, head, tokens=own_tokens[name], all_labels=all_labels[name].ids)
+            name: _head_specs(step, head, labels=labels[name], all_labels=all_labels[name].ids)
             for name, head in step.task.heads.items()
         },
         [tf.TensorSpec(x.shape, x.dtype) for x in step.task.initial_state(step.part_size)],
@@ -34,18 +33,19 @@ def training_cost(step):
     return cost_of(functools.partial(_compute, step), *specs, part_of=_part_of_training)
 
 
-def _head_specs(step, head, *, tokens, all_labels):
+def _head_specs(step, head, *, labels, all_labels):
     has_candidates = step.has_candidates(head)
     # A head without candidates compares its shard with the tokens of all devices.
-    counted = tokens if has_candidates else tokens * step.num_devices
+    times = 1 if has_candidates else step.num_devices
+    num_labels = labels.ids.shape[0] * times
     specs = {
-        "labels": tf.TensorSpec([counted], tf.int32),
+        "labels": tf.TensorSpec([num_labels], tf.int32),
         "all_labels": tf.TensorSpec(all_labels.shape, tf.int32),
-        "loss_weights": tf.TensorSpec([counted], tf.float32),
+        "loss_weights": tf.TensorSpec([labels.weights.shape[0] * times], tf.float32),
         "shard": _shard_spec(step, head),
     }
     if head.needs_label_rows:
-        specs["label_rows"] = _rows_spec(step, head.table, [counted])
+        specs["label_rows"] = _rows_spec(step, head.table, [num_labels])
     if has_candidates:
         number = head.num_candidates(global_tokens=all_labels.shape[0])
         specs["candidate_rows"] = _rows_spec(step, head.table, [number])
@@ -79,8 +79,10 @@ def _compute(step, roles, heads, state, features):
         penalties = step.layers.penalties()
     results = {}
     with tf.name_scope(_HEAD_SCOPE):
+        labels = step.task.labels(features)
         for name, head in step.task.heads.items():
-            results[name] = _head_gradients(step, head, hidden[name], heads[name])
+            several = {} if labels[name].neighbours is None else {"neighbours": labels[name].neighbours}
+            results[name] = _head_gradients(step, head, hidden[name], heads[name], **several)
     d_hidden = [results[name].d_hidden[: hidden[name].shape[0]] for name in hidden]
     gradients = tape.gradient(
         [*hidden.values(), *penalties],
@@ -95,9 +97,9 @@ def _compute(step, roles, heads, state, features):
     return [tf.convert_to_tensor(x) for x in flat]
 
 
-def _head_gradients(step, head, hidden, specs):
-    if specs["labels"].shape[0] > hidden.shape[0]:
-        hidden = tf.tile(hidden, [specs["labels"].shape[0] // hidden.shape[0], 1])
+def _head_gradients(step, head, hidden, specs, **several):
+    if specs["loss_weights"].shape[0] > hidden.shape[0]:
+        hidden = tf.tile(hidden, [specs["loss_weights"].shape[0] // hidden.shape[0], 1])
 
     def rows(name):
         return Rows(specs[name]["embedding"], specs[name].get("bias")) if name in specs else None
@@ -110,6 +112,7 @@ def _head_gradients(step, head, hidden, specs):
         candidate_rows=rows("candidate_rows"),
         candidates=head.candidates(seed=tf.constant([0, 0]), labels=specs["all_labels"]),
         table=_Shard(specs["shard"], num_valid_rows=step.placements[head.table].rows_per_shard),
+        **several,
     )
 
 
@@ -152,7 +155,7 @@ def evaluation_cost(step):
         {role: _rows_spec(step, lookup.table, np.shape(lookup.ids)) for role, lookup in lookups.items()},
         {
             name: (
-                tf.TensorSpec([label.ids.shape[0] * step.num_devices], tf.int32),
+                tf.TensorSpec([label.weights.shape[0] * step.num_devices], tf.int32),
                 _shard_spec(step, step.task.heads[name]),
             )
             for name, label in labels.items()
@@ -189,7 +192,9 @@ def evaluation_cost(step):
 
 
 class _Shard:
-    """Stands in for a `ShardedTable` where a head asks for the shard itself."""
+    """Stands in for a `ShardedTable` where a head asks for the shard itself. Its step has shapes that are known."""
+
+    static_shapes = True
 
     def __init__(self, parameters, *, num_valid_rows):
         self._parameters, self.num_valid_rows = parameters, num_valid_rows

@@ -210,7 +210,7 @@ def _messages_of_evaluation(step):
         for table, own in ids.items()
     ]
     labels = step.task.labels(devices[0])
-    tokens = {name: label.ids.shape[0] for name, label in labels.items()}
+    tokens = {name: label.weights.shape[0] for name, label in labels.items()}
     return [*rows, *_messages_of_hidden(step, tokens).values()]
 
 

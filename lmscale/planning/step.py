@@ -52,7 +52,7 @@ class Step:
       num_parts, part_size: parts in which the examples of a device are computed, and examples of one.
       placements: {table: `Placement` of its rows}.
       features: of the first batch, of all devices.
-      tokens: {head: labels of a device}.
+      tokens: {head: hidden states of a device}.
       ids: {table: ([num_devices, n] ids that each device needs, [s] ids that all need)} of the first batch.
       lines: `ParameterLine`s.
       table_uses: {table: `TableUse`}, of the device or shard that has most, by the first batch.
@@ -79,7 +79,7 @@ class Step:
         self.num_parts = experiment.gradient_accumulation_steps
         self.part_size = experiment.global_batch_size // num_devices // self.num_parts
         own = self.examples(experiment.global_batch_size // num_devices)
-        self.tokens = {name: int(label.ids.shape.num_elements()) for name, label in own[1].items()}
+        self.tokens = {name: int(label.weights.shape.num_elements()) for name, label in own[1].items()}
         self.ids = self._ids_by_device()
         self.table_uses = {name: self._table_use(name) for name in task.tables}
 

@@ -36,3 +36,10 @@ def true_logits(hidden, true_rows, true_offset):
     """[tokens] float32: the logit of each token's label, whose row is [tokens, embed_dim]."""
     products = tf.cast(hidden, tf.float32) * tf.cast(true_rows, tf.float32)
     return true_offset + tf.reduce_sum(products, axis=1)
+
+
+def softplus_and_sigmoid(x):
+    """log(1 + exp(x)) and its derivative, with one exponential for both, which cannot overflow."""
+    sigmoid = tf.sigmoid(x)
+    # The logarithm of a number from 0.5 to 1: of the larger of both probabilities.
+    return tf.nn.relu(x) - tf.math.log(tf.maximum(sigmoid, 1.0 - sigmoid)), sigmoid

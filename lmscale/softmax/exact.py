@@ -10,6 +10,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from lmscale.distribution import collectives
+from lmscale.softmax.bands import band_mask
 from lmscale.softmax.streamed import check_tokens, checked_block_rows, shard_gradients, shard_logsumexp
 
 
@@ -59,6 +60,59 @@ def full_softmax_loss(
     shard = _Shard(rows, bias, num_valid_rows, block_rows, compute_dtype)
     loss, _, _ = _loss_of_all_tokens(_gather_tokens(hidden), _gather_tokens(labels), shard)
     return _own_tokens(loss, tokens)
+
+
+def full_softmax_loss_of_neighbours(
+    hidden,
+    *,
+    labels,
+    label_rows,
+    neighbours,
+    rows,
+    bias,
+    num_valid_rows,
+    block_rows=None,
+    compute_dtype=tf.float32,
+):
+    """`full_softmax_loss` of tokens with several labels each: the mean over them, whose logsumexp is the same.
+
+    Args:
+      hidden: [tokens, embed_dim] float, this replica's tokens.
+      labels: [n] integer ids of whole examples, as `Labels` has them with `neighbours`.
+      label_rows: `Rows` of the labels, [n, embed_dim] and [n].
+      neighbours: `Neighbours`.
+      The others: as for `full_softmax_loss`.
+
+    Returns:
+      [tokens] float32, nats; of a token without labels, its logsumexp.
+
+    Communication: that of `full_softmax_loss`.
+    """
+    window, split = neighbours.window, neighbours.in_examples
+    places = split(labels)
+    # The logsumexp, by way of the loss of any one label: that at the token's own place.
+    own = slice(window, places.shape[1] - window)
+    loss = full_softmax_loss(
+        hidden,
+        labels=tf.reshape(places[:, own], [-1]),
+        rows=rows,
+        bias=bias,
+        num_valid_rows=num_valid_rows,
+        block_rows=block_rows,
+        compute_dtype=compute_dtype,
+    )
+    states = split(_rounded(hidden, compute_dtype))
+    its_rows = split(_rounded(label_rows.embedding, compute_dtype))
+    logits = tf.matmul(states, its_rows, transpose_b=True)
+    own_logits = tf.reduce_sum(states * its_rows[:, own], axis=2)
+    if label_rows.bias is not None:
+        its_bias = split(tf.cast(label_rows.bias, tf.float32))
+        logits += its_bias[:, tf.newaxis]
+        own_logits += its_bias[:, own]
+    mask = band_mask(split(neighbours.before), split(neighbours.after), window=window)
+    mean_logits = tf.reduce_sum(tf.where(mask, logits, 0.0), axis=2)
+    mean_logits /= tf.maximum(split(neighbours.num_labels()), 1.0)
+    return loss + tf.reshape(own_logits - mean_logits, [-1])
 
 
 def full_softmax_value_and_gradients(

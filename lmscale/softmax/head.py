@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import tensorflow as tf
 
-from lmscale.softmax.exact import full_softmax_loss
+from lmscale.softmax.exact import full_softmax_loss, full_softmax_loss_of_neighbours
 from lmscale.tables.rows import Rows, ShardRows
 
 EXCHANGES = ("auto", "rows", "hidden")
@@ -55,6 +55,7 @@ class Head(abc.ABC):
         a replica's labels are taken from those of the candidates, and none is asked for twice.
       communicates: whether `value_and_gradients` uses collectives, for which no loop of TensorFlow has a place, even
         where it is given the rows of the candidates.
+      takes_neighbours: whether `value_and_gradients` has the argument `neighbours`: a state may have several labels.
       exchange: what brings tokens and candidates together. "rows": the rows of the candidates go to every replica.
         "hidden": the hidden states of every replica go to the shards, each of which compares them with the candidates
         that it holds. "auto": whichever suits a batch, see `StepTraffic.chosen`.
@@ -65,6 +66,7 @@ class Head(abc.ABC):
     needs_label_rows = True
     candidates_are_labels = False
     communicates = True
+    takes_neighbours = False
     exchange: Literal["auto", "rows", "hidden"] = "rows"
 
     def __init__(self, *, table: str, vocab_size: int, counts: np.ndarray | None):
@@ -107,26 +109,29 @@ class Head(abc.ABC):
         """
         del seed, labels
 
-    def exact_loss(self, hidden, *, labels, table, compute_dtype):
-        """What an evaluation measures of each token: the loss of the full softmax.
+    def exact_loss(self, hidden, *, labels, table, compute_dtype, neighbours=None, label_rows=None):
+        """What an evaluation measures of each token: the loss of the full softmax, of several labels their mean.
 
         Args:
           hidden, labels, table: as of `value_and_gradients`.
           compute_dtype: of the products.
+          neighbours, label_rows: likewise, where hidden states have several labels; else None.
 
         Returns:
           [tokens] float32 nats.
 
         Communication: that of `full_softmax_loss`.
         """
-        return full_softmax_loss(
-            hidden,
-            labels=labels,
-            rows=table.local_parameter("embedding"),
-            bias=table.local_parameter("bias"),
-            num_valid_rows=table.num_valid_rows,
-            compute_dtype=compute_dtype,
-        )
+        shard = {
+            "labels": labels,
+            "rows": table.local_parameter("embedding"),
+            "bias": table.local_parameter("bias"),
+            "num_valid_rows": table.num_valid_rows,
+            "compute_dtype": compute_dtype,
+        }
+        if neighbours is None:
+            return full_softmax_loss(hidden, **shard)
+        return full_softmax_loss_of_neighbours(hidden, neighbours=neighbours, label_rows=label_rows, **shard)
 
     @abc.abstractmethod
     def value_and_gradients(
@@ -143,6 +148,9 @@ class Head(abc.ABC):
             or where they stay on their shards and the hidden states are to travel.
           candidates: as `candidates` returned it.
           table: the `ShardedTable`.
+
+        A head that takes them is also given `neighbours`, `bands.Neighbours`, where hidden states have several labels:
+        `labels` and `label_rows` are those of whole examples, and a state's loss is the mean over its labels.
 
         Returns:
           `HeadGradients`.

@@ -1,4 +1,6 @@
-"""Matrix products of narrow values with float32 sums."""
+"""Matrix products of narrow values with float32 sums, and what is compiled around products."""
+
+import functools
 
 import keras
 import tensorflow as tf
@@ -36,3 +38,16 @@ def float32_product(x, y, *, transpose_b=False):
 def _narrow_product(x, y, *, transpose_b):
     # tf.matmul returns its inputs' dtype, and this op, which can widen, has kernels for narrow ones in XLA only.
     return tf.raw_ops.BatchMatMulV3(x=x, y=y, Tout=tf.float32, adj_y=transpose_b)
+
+
+def compiled(function):
+    """`function`, of tensors of static shapes, compiled by XLA: its passes over memory become few.
+
+    Not where functions run eagerly, for debugging.
+    """
+    return function if tf.config.functions_run_eagerly() else _compiled(function)
+
+
+@functools.cache
+def _compiled(function):
+    return tf.function(function, jit_compile=True, autograph=False)

@@ -18,9 +18,10 @@ from typing import Literal
 import numpy as np
 import tensorflow as tf
 
-from lmscale.softmax.candidates import softmax_over_candidates, true_logits
+from lmscale.softmax.bands import band_mask, flat
+from lmscale.softmax.candidates import softmax_over_candidates, softplus_and_sigmoid, true_logits
 from lmscale.softmax.head import EXCHANGES, Head, HeadGradients
-from lmscale.softmax.products import resolved_compute_dtype
+from lmscale.softmax.products import compiled, float32_product, resolved_compute_dtype
 from lmscale.softmax.sampled_shards import sharded_candidates_value_and_gradients
 from lmscale.softmax.samplers import Sampler
 from lmscale.tables.rows import Rows, ShardRows
@@ -275,6 +276,7 @@ class SampledSoftmax(Head):
 
     name = "sampled"
     communicates = False
+    takes_neighbours = True
 
     def __init__(
         self,
@@ -316,9 +318,13 @@ class SampledSoftmax(Head):
         return self.sampler.candidates(seed=seed, labels=labels)
 
     def value_and_gradients(
-        self, hidden, *, labels, loss_weights, label_rows, candidate_rows, candidates, table
+        self, hidden, *, labels, loss_weights, label_rows, candidate_rows, candidates, table, neighbours=None
     ):
         hidden = tf.cast(hidden, self.compute_dtype)
+        if neighbours is not None:
+            return self._of_neighbours(
+                hidden, labels, loss_weights, label_rows, candidate_rows, candidates, neighbours
+            )
         of_tokens = {
             "true_rows": tf.cast(label_rows.embedding, self.compute_dtype),
             "true_bias": label_rows.bias,
@@ -345,6 +351,98 @@ class SampledSoftmax(Head):
             d_label_rows=Rows(result.d_true_rows, result.d_true_bias),
             d_candidate_rows=Rows(result.d_sampled_rows, result.d_sampled_bias),
         )
+
+    def _of_neighbours(
+        self, hidden, labels, loss_weights, label_rows, candidate_rows, candidates, neighbours
+    ):
+        """`HeadGradients` where each token has several labels: those that are sampled count as hits of all of them."""
+        num_draws = candidates.sampled_ids.shape[0]
+        offset = -self.sampler.log_expected_count(labels, num_draws=num_draws)
+        sampled_offset = -candidates.sampled_log_expected_count
+        has_bias = label_rows.bias is not None
+        if has_bias:
+            offset += label_rows.bias
+            sampled_offset += candidate_rows.bias
+        split = neighbours.in_examples
+        found = compiled(_band_value_and_gradients)(
+            split(hidden),
+            split(tf.cast(label_rows.embedding, self.compute_dtype)),
+            split(offset),
+            tf.cast(candidate_rows.embedding, self.compute_dtype),
+            sampled_offset,
+            split(loss_weights),
+            split(neighbours.before),
+            split(neighbours.after),
+            split(labels) if self.remove_accidental_hits else None,
+            candidates.sampled_ids,
+            window=neighbours.window,
+        )
+        loss, d_hidden, d_rows, d_offset, d_sampled, d_sampled_offset = found
+        return HeadGradients(
+            loss=flat(loss),
+            d_hidden=flat(d_hidden),
+            d_label_rows=Rows(flat(d_rows), flat(d_offset) if has_bias else None),
+            d_candidate_rows=Rows(d_sampled, d_sampled_offset if has_bias else None),
+        )
+
+
+def _band_value_and_gradients(
+    hidden,
+    rows,
+    offset,
+    sampled_rows,
+    sampled_offset,
+    loss_weights,
+    before,
+    after,
+    labels,
+    sampled_ids,
+    *,
+    window,
+):
+    """Loss of tokens with several labels, the mean over them, and its gradients.
+
+    Args:
+      hidden: [examples, chunk, dim].
+      rows, offset: [examples, chunk + 2 * window, dim] and without dim, of the labels.
+      sampled_rows, sampled_offset: [num_sampled, dim] and [num_sampled].
+      loss_weights, before, after: [examples, chunk].
+      labels: [examples, chunk + 2 * window], to remove those that are sampled; None to leave them.
+      sampled_ids: [num_sampled].
+      window: int.
+
+    Returns:
+      Loss, and the gradients of hidden, rows, offset, sampled_rows and sampled_offset, float32.
+    """
+    num_examples, chunk, dim = hidden.shape
+    mask = band_mask(before, after, window=window)
+    hits = None
+    if labels is not None:
+        is_sampled = tf.cast(labels[..., tf.newaxis] == sampled_ids, tf.float32)
+        hits = tf.reshape(tf.matmul(tf.cast(mask, tf.float32), is_sampled) > 0, [num_examples * chunk, -1])
+    tokens = tf.reshape(hidden, [-1, dim])
+    probabilities, logsumexp = softmax_over_candidates(tokens, sampled_rows, sampled_offset, hits)
+    logits = float32_product(hidden, rows, transpose_b=True) + offset[:, tf.newaxis]
+    margin = tf.reshape(logsumexp, [num_examples, chunk, 1]) - logits
+    loss, sampled_share = softplus_and_sigmoid(margin)
+    num_labels = tf.maximum(tf.cast(before + after, tf.float32), 1.0)
+    loss = tf.reduce_sum(tf.where(mask, loss, 0.0), axis=2) / num_labels
+    share = tf.where(mask, (loss_weights / num_labels)[..., tf.newaxis] * sampled_share, 0.0)
+    narrow = tf.cast(share, hidden.dtype)
+    share_of_token = tf.reshape(tf.reduce_sum(share, axis=2), [-1])
+    narrow_probabilities = tf.cast(probabilities, hidden.dtype)
+    mean_row = tf.cast(tf.matmul(narrow_probabilities, sampled_rows), tf.float32)
+    d_hidden = tf.reshape(share_of_token[:, tf.newaxis] * mean_row, hidden.shape)
+    d_hidden -= tf.cast(tf.matmul(narrow, rows), tf.float32)
+    scaled = tf.cast(share_of_token[:, tf.newaxis] * tf.cast(tokens, tf.float32), hidden.dtype)
+    return (
+        loss,
+        d_hidden,
+        -tf.cast(tf.matmul(narrow, hidden, transpose_a=True), tf.float32),
+        -tf.reduce_sum(share, axis=1),
+        tf.cast(tf.matmul(narrow_probabilities, scaled, transpose_a=True), tf.float32),
+        tf.linalg.matvec(probabilities, share_of_token, transpose_a=True),
+    )
 
 
 def _sharded(hidden, of_tokens, *, candidates, table):

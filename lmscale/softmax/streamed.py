@@ -10,7 +10,7 @@ The logits are read once: what is summed is exp(logit - reference), with the lab
 which is known beforehand. Where that fails the sums of a shard are taken again, with a running maximum: where one
 overflows (at 88 nats of loss), is NaN, or is below 1e-20, so that float32 may have lost some of its terms.
 
-Everything here is local to a shard; `exact.py` combines the shards.
+Everything here is local to a shard; `exact.py` and `top_k.py` combine the shards.
 """
 
 import tensorflow as tf
@@ -208,14 +208,18 @@ def _add_to_sum(total, logits, bias, valid, reference):
 
 
 @tf.function(jit_compile=True, autograph=False)
-def _add_to_logsumexp(running_max, running_sum, logits, bias, valid):
-    """Adds a block to each token's running (max, sum of exp(logit - max))."""
-    logits = with_bias(logits, bias, valid)
+def add_to_logsumexp(running_max, running_sum, logits):
+    """Adds a block's logits [tokens, block_rows] to each token's running (max, sum of exp(logit - max)), [tokens]."""
     new_max = tf.maximum(running_max, tf.reduce_max(logits, axis=1))
     # While no valid row has been seen the maximum is -inf, and -inf - -inf would be NaN.
     reference = tf.where(tf.math.is_inf(new_max) & (new_max < 0), 0.0, new_max)
     block_sum = _sum_over_rows(tf.exp(logits - reference[:, tf.newaxis]))
     return new_max, running_sum * tf.exp(running_max - reference) + block_sum
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _add_block_to_logsumexp(running_max, running_sum, logits, bias, valid):
+    return add_to_logsumexp(running_max, running_sum, with_bias(logits, bias, valid))
 
 
 @tf.function(jit_compile=True, autograph=False)
@@ -279,7 +283,7 @@ def _shard_logsumexp(hidden, reference, rows, bias, num_valid_rows, *, block_row
 
     def in_two_passes():
         running_max, running_sum = over_blocks(
-            _add_to_logsumexp, tf.fill([tokens], -float("inf")), tf.zeros([tokens])
+            _add_block_to_logsumexp, tf.fill([tokens], -float("inf")), tf.zeros([tokens])
         )
         return running_max + tf.math.log(running_sum)
 

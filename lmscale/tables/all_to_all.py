@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from lmscale.distribution.all_to_all import AllToAll, all_to_all
 from lmscale.tables.exchange import Exchange, Route, StaticExchange
+from lmscale.tables.segments import segment_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class AllToAllExchange(Exchange):
 
     def collect(self, route, values):
         sizes = [tf.size(rows) for rows in route.asked]
-        own = [tf.math.unsorted_segment_sum(x, route.positions, tf.add_n(sizes)) for x in values]
+        own = [segment_sum(x, route.positions, tf.add_n(sizes)) for x in values]
         received = route.way.send(*(tf.split(x, sizes) for x in own))
         local_rows, segments = tf.unique(tf.concat(route.answered, axis=0))
         return local_rows, [
@@ -77,7 +78,7 @@ class LocalExchange(Exchange):
 
     def collect(self, route, values):
         local_rows, segments = tf.unique(route.rows)
-        return local_rows, [tf.math.unsorted_segment_sum(x, segments, tf.size(local_rows)) for x in values]
+        return local_rows, [segment_sum(x, segments, tf.size(local_rows)) for x in values]
 
 
 def choose_exchange(strategy, *, static_shapes):
@@ -90,7 +91,7 @@ def choose_exchange(strategy, *, static_shapes):
     Returns:
       An `Exchange`.
     """
-    if static_shapes or isinstance(strategy, tf.distribute.TPUStrategy):
+    if static_shapes:
         return StaticExchange()
     if strategy.num_replicas_in_sync == 1:
         return LocalExchange()

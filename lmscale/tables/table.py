@@ -69,6 +69,7 @@ class ShardedTable:
     Attributes:
       parameters: {name: per-replica variable [allocated_rows, ...]}, names "embedding" and "bias".
       slots: {name: {slot: per-replica variable}}.
+      static_shapes: whether no shape of a step may depend on ids.
     """
 
     def __init__(
@@ -101,7 +102,8 @@ class ShardedTable:
         self.vocab_size = vocab_size
         self.embed_dim = embed_dim
         self._strategy = strategy
-        self._exchange = choose_exchange(strategy, static_shapes=static_shapes)
+        self.static_shapes = static_shapes or isinstance(strategy, tf.distribute.TPUStrategy)
+        self._exchange = choose_exchange(strategy, static_shapes=self.static_shapes)
         names = ["embedding", "bias"] if bias else ["embedding"]
         self.update_rules = (
             {name: update_rule.get(name) for name in names}
@@ -215,7 +217,7 @@ class ShardedTable:
         found = [(rows.local_rows, self._values_of(rows)) for rows in of_shard]
         if pulled is not None:
             values = [
-                tf.concat([tf.reshape(own, [-1, *shared.shape[1:]]), shared], axis=0)
+                _own_and_shared(tf.reshape(own, [-1, *shared.shape[1:]]), shared)
                 for own, shared in self._with_zeros(pulled, gradients)
             ]
             with ledger.part("row_gradients"):
@@ -310,7 +312,7 @@ class ShardedTable:
             weights = old.pop("")
             new_weights, new_slots = rule.update(
                 weights=weights,
-                gradients=tf.where(own_keep, gradient * own_scale, 0.0),
+                gradients=tf.where(own_keep, _scaled(gradient, own_scale), 0.0),
                 slots=old,
                 step=own_step,
                 learning_rate=own_rate,
@@ -523,6 +525,17 @@ def table_layout(*, vocab_size, embed_dim, update_rules):
             row_shape = shape if slot.per_element else ()
             entries.append(TableEntry(f"{name}/{slot_name}", row_shape, slot.dtype, slot.initial_value))
     return entries
+
+
+def _own_and_shared(own, shared):
+    """Both along their first axis. Where there are none of one kind, the others are not copied."""
+    parts = [x for x in (own, shared) if x.shape[0]]
+    return parts[0] if len(parts) == 1 else tf.concat([own, shared], axis=0)
+
+
+def _scaled(gradient, scale):
+    """Their product; where the factor is known to be 1, no pass over the gradient."""
+    return gradient if isinstance(scale, float) and scale == 1.0 else gradient * scale
 
 
 def _or_zeros(gradient, like):

@@ -60,6 +60,6 @@ def check_inputs_and_outputs(tables, *, inputs, outputs):
         )
     if inputs != outputs and tables[inputs].bias != "none":
         raise ValueError(
-            "A table whose rows only the body reads must have no bias, which belongs to the softmax. Received: "
+            "A table whose rows are only read must have no bias, which belongs to the softmax. Received: "
             f"bias={tables[inputs].bias!r} of the table {inputs!r}. Set its TableConfig.bias = 'none'."
         )

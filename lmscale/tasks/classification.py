@@ -85,6 +85,16 @@ class Classification(Task):
         rank_measures.check_names(measures)
         self._features, self._numbers, self._bags = features, tuple(numbers), bags
         self._columns_of_heads = {**{n: n for n in labels}, **{f"{n}_early": n for n in early_labels}}
+        self._names = list(dict.fromkeys([*features, *numbers, *labels, *early_labels]))
+        _check_columns(
+            context.columns.columns,
+            tables,
+            uses=[
+                *((name, ("ids", "lists"), table) for name, table in features.items()),
+                *((name, ("numbers",), None) for name in numbers),
+                *((self._columns_of_heads[head], ("ids",), table) for head, table in heads.items()),
+            ],
+        )
         self._early = [f"{name}_early" for name in early_labels]
         self._bag_length, self._dropout = bag_length, dropout
         self.heads = {name: self.make_head(head, table=table) for name, table in heads.items()}
@@ -94,7 +104,7 @@ class Classification(Task):
         if shared_dim is not None:
             self._add("shared", shared_dim, next(iter(dims.values())), use_bias=False)
             dims = dict.fromkeys(dims, shared_dim)
-        width = joined = sum(dims.values()) + self._num_numbers()
+        width = joined = sum(dims.values()) + sum(context.columns.columns[name].dim for name in numbers)
         for number, hidden_dim in enumerate(hidden_dims):
             self._add(f"hidden_{number}", hidden_dim, width, activation=activation)
             width = hidden_dim
@@ -106,43 +116,10 @@ class Classification(Task):
         self.layers[name] = keras.layers.Dense(units, name=name, **settings)
         self.layers[name].build([None, input_dim])
 
-    def _num_numbers(self):
-        columns = self.context.columns.columns
-        return sum(columns[name].dim for name in self._numbers)
-
     def examples(self, split):
         """The `Examples` of a split."""
-        data = self.context.columns
-        names = [*self._features, *self._numbers, *dict.fromkeys(self._columns_of_heads.values())]
-        for name in names:
-            wanted = (
-                ("numbers",)
-                if name in self._numbers
-                else ("ids", "lists")
-                if name in self._features
-                else ("ids",)
-            )
-            found = data.columns[name].type if name in data.columns else None
-            if found not in wanted:
-                raise ValueError(
-                    f"The column {name!r} must be there, of {' or '.join(wanted)}. Received: "
-                    f"{found or 'no such column'}; there are {', '.join(data.columns)}. Correct "
-                    "Classification.features, numbers or labels, or prepare the data with another schema."
-                )
-            if name not in self._numbers:
-                self._check_vocabulary(name, data.columns[name].vocabulary)
-        return Examples(data, split, names, longest=dict.fromkeys(names, self._bag_length))
-
-    def _check_vocabulary(self, column, vocabulary):
-        tables = {self._features[column]} if column in self._features else set()
-        tables |= {self.heads[head].table for head, name in self._columns_of_heads.items() if name == column}
-        for table in tables:
-            if self.tables[table].vocabulary != vocabulary:
-                raise ValueError(
-                    f"The table of a column must have rows of its vocabulary. Received: the column {column!r} of "
-                    f"{vocabulary!r}, the table {table!r} of {self.tables[table].vocabulary!r}. Set its "
-                    f"TableConfig.vocabulary = {vocabulary!r}."
-                )
+        longest = dict.fromkeys(self._features, self._bag_length)
+        return Examples(self.context.columns, split, self._names, longest=longest)
 
     def training_batches(self):
         """Every example once an epoch."""
@@ -214,6 +191,25 @@ def _check_tables(tables, *, features, heads):
             raise ValueError(
                 "A table that only features read must have no bias, which belongs to the softmax. Received: "
                 f"bias={tables[name].bias!r} of the table {name!r}. Set its TableConfig.bias = 'none'."
+            )
+
+
+def _check_columns(columns, tables, *, uses):
+    """Raises ValueError unless each of `uses`, (column, types, table or None), is of such a type and vocabulary."""
+    for name, wanted, table in uses:
+        found = columns[name].type if name in columns else None
+        if found not in wanted:
+            raise ValueError(
+                f"The column {name!r} must be there, of {' or '.join(wanted)}. Received: "
+                f"{found or 'no such column'}; there are {', '.join(columns)}. Correct Classification.features, "
+                "numbers or labels, or prepare the data with another schema."
+            )
+        vocabulary = columns[name].vocabulary
+        if table is not None and tables[table].vocabulary != vocabulary:
+            raise ValueError(
+                f"The table of a column must have rows of its vocabulary. Received: the column {name!r} of "
+                f"{vocabulary!r}, the table {table!r} of {tables[table].vocabulary!r}. Set its "
+                f"TableConfig.vocabulary = {vocabulary!r}."
             )
 
 

@@ -3,19 +3,21 @@
 from collections.abc import Callable, Mapping
 
 import keras
+import tensorflow as tf
 
 from lmscale.bodies.body import Body
 from lmscale.data.batches import ContiguousBatches, ShuffledWindows
 from lmscale.softmax.head import Head
 from lmscale.tables.rows import Lookup
 from lmscale.tables.table_config import TableConfig
+from lmscale.tasks.left_to_right import LeftToRightTask
 from lmscale.tasks.task import TaskContext
-from lmscale.tasks.text import TextTask, check_sizes, flat_hidden, flat_labels
+from lmscale.tasks.text import check_sizes, flat_hidden, flat_labels
 
 _ROLE, _HEAD = "inputs", "next"
 
 
-class NextToken(TextTask):
+class NextToken(LeftToRightTask):
     """A body between an input table and an output table. One table for both is tied, two are untied.
 
     Attributes:
@@ -97,8 +99,23 @@ class NextToken(TextTask):
     def forward(self, rows, features, state, *, dropout):
         """Embeddings of a window to the hidden state before each label."""
         del features
-        inputs = rows[_ROLE].embedding
-        if self._input_layer is not None:
-            inputs = self._input_layer(inputs)
-        hidden, state = self.encoder(inputs, state, dropout=dropout)
+        hidden, state = self.encoder(self._inputs_of(rows), state, dropout=dropout)
         return {_HEAD: flat_hidden(hidden)}, state
+
+    def decoding_features(self, ids):
+        """A window whose label is not read."""
+        return {"ids": tf.pad(ids, [[0, 0], [0, 1]])}
+
+    def decoding_state(self, batch_size, length):
+        """That of the body."""
+        return self.encoder.body.decoding_state(batch_size, length)
+
+    def decode(self, rows, state):
+        """As `forward`, by the body's `decode`."""
+        hidden, state = self.encoder.decode(self._inputs_of(rows), state)
+        return tf.cast(hidden, tf.float32), state
+
+    def _inputs_of(self, rows):
+        """What the body reads."""
+        inputs = rows[_ROLE].embedding
+        return inputs if self._input_layer is None else self._input_layer(inputs)

@@ -16,22 +16,43 @@ from lmscale.data.columns import PreparedColumns
 from lmscale.data.prepared import Prepared
 from lmscale.data.token_files import PreparedData
 from lmscale.data.vocab import UnnamedVocabulary, Vocabulary
+from lmscale.softmax.bands import Neighbours
 from lmscale.softmax.head import Head
 from lmscale.tables.table_config import TableConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What a head has to predict: `ids` [n] int32, in the order of the examples and as many for each of them.
+    """What a head has to predict, in the order of the examples and as much for each of them.
 
-    `weights` [n] float32 are 1, or 0 for padding: losses are means over them, of the whole batch. `excluded` [n, m]
-    int32 are ids that do not compete with the label where an evaluation ranks it, negative for none; None for none at
-    all.
+    Attributes:
+      ids: [n] int32, the label of each hidden state.
+      weights: [n] float32, 1, or 0 for padding: losses are means over them, of the whole batch.
+      neighbours: None; or each hidden state has several labels, those around its place: then there are more `ids`,
+        `window` before and after the places of each example, and `weights` are how many labels a state has. Of heads
+        that take them.
+      excluded: [n, m] int32, ids that do not compete with the label where an evaluation ranks it, negative for none;
+        None for none at all.
     """
 
     ids: tf.Tensor
     weights: tf.Tensor
+    neighbours: Neighbours | None = None
     excluded: tf.Tensor | None = None
+
+    @property
+    def counted_ids(self):
+        """[n] int32: the id that each loss is counted under: its label, or where it has several, that at its place."""
+        return self.ids if self.neighbours is None else self.neighbours.state_ids
+
+    def part(self, cut, *, num_parts):
+        """Those of some of the examples: `cut` maps a tensor of all of them to one of `num_parts` equal parts."""
+        return Labels(
+            cut(self.ids),
+            cut(self.weights),
+            None if self.neighbours is None else self.neighbours.part(cut, num_parts=num_parts),
+            None if self.excluded is None else cut(self.excluded),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import tiny_experiments
 import tiny_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lmscale import evaluation
+from lmscale import model
 from lmscale.bodies.lstm import lstm_body
 from lmscale.checkpoints import directory as checkpoints_directory
 from lmscale.follow import Follower
@@ -127,9 +127,9 @@ def assert_metrics(path, losses):
 
 def test_each_checkpoint_as_it_appears(trainer, follow, losses, caplog, monkeypatch):
     forward_calls = []
-    forward = evaluation.Model.forward
+    forward = model.Model.forward
     monkeypatch.setattr(
-        evaluation.Model,
+        model.Model,
         "forward",
         lambda *args, **kwargs: forward_calls.append(1) or forward(*args, **kwargs),
     )
@@ -166,12 +166,11 @@ def test_the_run_is_left_alone(run, follow, trainer):
     after = tiny_runs.snapshot(trainer.path)
     assert before.items() <= after.items()
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"eval_test"}
-    assert list(tiny_runs.metrics(trainer.path, "eval_test")[0])[2:] == [
-        "test/exact_loss_nats",
-        "test/exact_perplexity",
-        "test/eval_tokens",
-        "test/eval_secs",
-    ]
+    tags = list(tiny_runs.metrics(trainer.path, "eval_test")[0])[2:]
+    assert tags[:4] == ["test/exact_loss_nats", "test/exact_perplexity", "test/eval_tokens", "test/eval_secs"]
+    # Each decile has tokens of this text, and there are unknown words.
+    groups = [f"decile_{number:02}" for number in range(1, 11)] + ["unknown"]
+    assert tags[4:] == [f"test/by_frequency/{group}_loss_nats" for group in groups]
 
 
 def test_after_a_restart_no_step_is_evaluated_twice(trainer, follow, losses):

@@ -1,0 +1,158 @@
+"""Negative sampling: each label told from a few noise words, one yes or no each, with its gradients written out.
+
+A pair of a hidden state h and a label with row v costs softplus(-h.v), and k noise words with rows u_j cost
+softplus(h.u_j) each (Mikolov et al. 2013, arXiv:1310.4546, equation 4). The noise is a sample of S words that all pairs
+of a batch share, each with the weight k / S: the same in expectation as k words drawn for each pair, and a matrix
+product instead of many short ones.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import tensorflow as tf
+
+from lmscale.softmax.bands import band_mask, flat
+from lmscale.softmax.candidates import softplus_and_sigmoid, true_logits
+from lmscale.softmax.head import Head, HeadGradients
+from lmscale.softmax.products import compiled, float32_product, resolved_compute_dtype
+from lmscale.softmax.samplers import Sampler
+from lmscale.tables.rows import Rows
+
+
+class NegativeSampling(Head):
+    """Mikolov's negative sampling, its noise shared by the batch. Its logits are no log-probabilities."""
+
+    name = "negative_sampling"
+    communicates = False
+    takes_neighbours = True
+
+    def __init__(
+        self,
+        *,
+        table: str,
+        vocab_size: int,
+        counts: np.ndarray | None,
+        sampler: Callable[..., Sampler],
+        num_negatives: float = 5,
+        compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    ):
+        """Args:
+        table, vocab_size, counts: as for every head.
+        sampler: function (vocab_size=, counts=) that returns a `Sampler`; its num_sampled words are the S above.
+        num_negatives: k, noise words that each pair is worth.
+        compute_dtype: of the products, None for the experiment's; logits are float32.
+
+        Raises:
+          ValueError: if num_negatives is not above 0, or the sampler samples labels.
+        """
+        super().__init__(table=table, vocab_size=vocab_size, counts=counts)
+        if not num_negatives > 0:
+            raise ValueError(
+                f"num_negatives must be above 0. Received: num_negatives={num_negatives}. Usual are 5 to 20."
+            )
+        self.sampler = sampler(vocab_size=vocab_size, counts=counts)
+        if self.sampler.samples_are_labels:
+            raise ValueError(
+                "Negative sampling needs noise that does not depend on the labels. Received: a sampler whose samples "
+                "are the labels. Use UnigramSampler, with power 0.75."
+            )
+        self.num_negatives = float(num_negatives)
+        self.compute_dtype = resolved_compute_dtype(compute_dtype)
+
+    def num_candidates(self, *, global_tokens):
+        return self.sampler.num_sampled
+
+    def candidates(self, *, seed, labels):
+        return self.sampler.candidates(seed=seed, labels=labels)
+
+    def value_and_gradients(
+        self, hidden, *, labels, loss_weights, label_rows, candidate_rows, candidates, table, neighbours=None
+    ):
+        hidden = tf.cast(hidden, self.compute_dtype)
+        rows = tf.cast(label_rows.embedding, self.compute_dtype)
+        noise = Rows(tf.cast(candidate_rows.embedding, self.compute_dtype), candidate_rows.bias)
+        if neighbours is None or table.static_shapes:
+            noise_loss, d_hidden, d_noise = self._noise(hidden, loss_weights, noise)
+        else:
+            # The noise of a state depends on nothing else: it is computed once for all states that are equal.
+            ids, places = tf.unique(neighbours.state_ids)
+            first = tf.math.unsorted_segment_min(tf.range(hidden.shape[0]), places, tf.size(ids))
+            weights = tf.math.unsorted_segment_sum(loss_weights, places, tf.size(ids))
+            noise_loss, d_distinct, d_noise = self._noise(tf.gather(hidden, first), weights, noise)
+            noise_loss = tf.gather(noise_loss, places)
+            d_hidden = None
+        if neighbours is None:
+            label_loss, d_of_labels, d_rows, d_bias = _one_label(hidden, rows, label_rows.bias, loss_weights)
+        else:
+            split = neighbours.in_examples
+            found = compiled(_of_neighbours)(
+                split(hidden),
+                split(rows),
+                None if label_rows.bias is None else split(label_rows.bias),
+                split(loss_weights),
+                split(neighbours.before),
+                split(neighbours.after),
+                window=neighbours.window,
+            )
+            label_loss, d_of_labels, d_rows, d_bias = (None if x is None else flat(x) for x in found)
+        if d_hidden is None:
+            d_hidden = tf.tensor_scatter_nd_add(d_of_labels, first[:, tf.newaxis], d_distinct)
+        else:
+            d_hidden += d_of_labels
+        return HeadGradients(
+            loss=label_loss + noise_loss,
+            d_hidden=d_hidden,
+            d_label_rows=Rows(d_rows, d_bias),
+            d_candidate_rows=d_noise,
+        )
+
+    def _noise(self, hidden, loss_weights, noise):
+        """Loss of the noise at each of [n] states, gradient of the states, and `Rows` of those of the noise."""
+        logits = float32_product(hidden, noise.embedding, transpose_b=True)
+        if noise.bias is not None:
+            logits = tf.nn.bias_add(logits, noise.bias)
+        loss, probabilities = softplus_and_sigmoid(logits)
+        share = self.num_negatives / noise.embedding.shape[0]
+        d_logits = (share * loss_weights)[:, tf.newaxis] * probabilities
+        narrow = tf.cast(d_logits, hidden.dtype)
+        d_hidden = tf.cast(tf.matmul(narrow, noise.embedding), tf.float32)
+        d_noise = tf.cast(tf.matmul(narrow, hidden, transpose_a=True), tf.float32)
+        d_bias = None if noise.bias is None else tf.reduce_sum(d_logits, axis=0)
+        return share * tf.reduce_sum(loss, axis=1), d_hidden, Rows(d_noise, d_bias)
+
+
+def _one_label(hidden, rows, bias, loss_weights):
+    """Loss [n] of each state's label, and gradients: of the states, of the rows and the biases of the labels."""
+    loss, probabilities = softplus_and_sigmoid(-true_logits(hidden, rows, 0.0 if bias is None else bias))
+    d_logits = -loss_weights * probabilities
+    d_rows = d_logits[:, tf.newaxis] * tf.cast(hidden, tf.float32)
+    d_hidden = d_logits[:, tf.newaxis] * tf.cast(rows, tf.float32)
+    return loss, d_hidden, d_rows, None if bias is None else d_logits
+
+
+def _of_neighbours(hidden, rows, bias, loss_weights, before, after, *, window):
+    """The same of each state's neighbours: the loss is the mean over them, 0 without any.
+
+    The states of an example are compared with all its labels, one small product an example, of which those stay that
+    lie along the diagonal.
+
+    Args:
+      hidden: [examples, chunk, dim].
+      rows: [examples, chunk + 2 * window, dim].
+      bias: [examples, chunk + 2 * window] or None.
+      loss_weights, before, after: [examples, chunk].
+      window: int.
+    """
+    logits = float32_product(hidden, rows, transpose_b=True)
+    if bias is not None:
+        logits += bias[:, tf.newaxis]
+    mask = band_mask(before, after, window=window)
+    num_labels = tf.maximum(tf.cast(before + after, tf.float32), 1.0)
+    loss, probabilities = softplus_and_sigmoid(-logits)
+    loss = tf.reduce_sum(tf.where(mask, loss, 0.0), axis=2) / num_labels
+    d_logits = tf.where(mask, -(loss_weights / num_labels)[..., tf.newaxis] * probabilities, 0.0)
+    narrow = tf.cast(d_logits, hidden.dtype)
+    d_hidden = tf.cast(tf.matmul(narrow, rows), tf.float32)
+    d_rows = tf.cast(tf.matmul(narrow, hidden, transpose_a=True), tf.float32)
+    return loss, d_hidden, d_rows, None if bias is None else tf.reduce_sum(d_logits, axis=1)
