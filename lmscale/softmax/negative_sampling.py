@@ -35,12 +35,16 @@ class NegativeSampling(Head):
         counts: np.ndarray | None,
         sampler: Callable[..., Sampler],
         num_negatives: float = 5,
+        noise_groups: int = 1,
         compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ):
         """Args:
         table, vocab_size, counts: as for every head.
         sampler: function (vocab_size=, counts=) that returns a `Sampler`; its num_sampled words are the S above.
         num_negatives: k, noise words that each pair is worth.
+        noise_groups: parts into which hidden states fall by their ids, each of which is compared with a part of the
+          sample alone, at k / (S / noise_groups) a word. The work is that of a sample so many times smaller; each noise
+          word still gets the gradients of one of S.
         compute_dtype: of the products, None for the experiment's; logits are float32.
 
         Raises:
@@ -57,6 +61,12 @@ class NegativeSampling(Head):
                 "Negative sampling needs noise that does not depend on the labels. Received: a sampler whose samples "
                 "are the labels. Use UnigramSampler, with power 0.75."
             )
+        if noise_groups < 1 or self.sampler.num_sampled % noise_groups:
+            raise ValueError(
+                "noise_groups must be at least 1 and divide the sample. Received: "
+                f"noise_groups={noise_groups}, num_sampled={self.sampler.num_sampled}. Choose a divisor."
+            )
+        self.noise_groups = noise_groups
         self.num_negatives = float(num_negatives)
         self.compute_dtype = resolved_compute_dtype(compute_dtype)
 
@@ -72,14 +82,21 @@ class NegativeSampling(Head):
         hidden = tf.cast(hidden, self.compute_dtype)
         rows = tf.cast(label_rows.embedding, self.compute_dtype)
         noise = Rows(tf.cast(candidate_rows.embedding, self.compute_dtype), candidate_rows.bias)
+        ids = labels if neighbours is None else neighbours.state_ids
         if neighbours is None or table.static_shapes:
-            noise_loss, d_hidden, d_noise = self._noise(hidden, loss_weights, noise)
+            is_own = None
+            if self.noise_groups > 1:
+                groups = tf.range(noise.embedding.shape[0]) % self.noise_groups
+                is_own = tf.equal(ids[:, tf.newaxis] % self.noise_groups, groups)
+            noise_loss, d_hidden, d_noise = self._noise(hidden, loss_weights, noise, is_own)
         else:
-            # The noise of a state depends on nothing else: it is computed once for all states that are equal.
-            ids, places = tf.unique(neighbours.state_ids)
+            # The noise of a state depends on its id alone: it is computed once for all states that are equal.
+            ids, places = tf.unique(ids)
             first = tf.math.unsorted_segment_min(tf.range(hidden.shape[0]), places, tf.size(ids))
             weights = tf.math.unsorted_segment_sum(loss_weights, places, tf.size(ids))
-            noise_loss, d_distinct, d_noise = self._noise(tf.gather(hidden, first), weights, noise)
+            noise_loss, d_distinct, d_noise = self._noise_by_group(
+                tf.gather(hidden, first), weights, noise, ids % self.noise_groups
+            )
             noise_loss = tf.gather(noise_loss, places)
             d_hidden = None
         if neighbours is None:
@@ -107,13 +124,46 @@ class NegativeSampling(Head):
             d_candidate_rows=d_noise,
         )
 
-    def _noise(self, hidden, loss_weights, noise):
-        """Loss of the noise at each of [n] states, gradient of the states, and `Rows` of those of the noise."""
+    def _noise_by_group(self, hidden, loss_weights, noise, group):
+        """`_noise`, each state with the part of the noise that its group [n] has."""
+        if self.noise_groups == 1:
+            return self._noise(hidden, loss_weights, noise)
+        number = self.noise_groups
+        order = tf.dynamic_partition(tf.range(tf.size(group)), group, number)
+        parts = zip(*(tf.dynamic_partition(x, group, number) for x in (hidden, loss_weights)), strict=True)
+        losses, d_hidden, d_rows, d_biases = [], [], [], []
+        for i, (states, weights) in enumerate(parts):
+            bias = None if noise.bias is None else noise.bias[i::number]
+            loss, d_states, d_noise = self._noise(states, weights, Rows(noise.embedding[i::number], bias))
+            losses.append(loss)
+            d_hidden.append(d_states)
+            d_rows.append(d_noise.embedding)
+            d_biases.append(d_noise.bias)
+
+        def interleaved(of_groups):
+            x = tf.stack(of_groups, axis=1)
+            return tf.reshape(x, [-1, *x.shape[2:]])
+
+        return (
+            tf.dynamic_stitch(order, losses),
+            tf.dynamic_stitch(order, d_hidden),
+            Rows(interleaved(d_rows), None if noise.bias is None else interleaved(d_biases)),
+        )
+
+    def _noise(self, hidden, loss_weights, noise, is_own=None):
+        """Loss of the noise at each of [n] states, gradient of the states, and `Rows` of those of the noise.
+
+        `is_own` [n, noise] bool says which noise is for which state; None for all of what is given.
+        """
         logits = float32_product(hidden, noise.embedding, transpose_b=True)
         if noise.bias is not None:
             logits = tf.nn.bias_add(logits, noise.bias)
         loss, probabilities = softplus_and_sigmoid(logits)
-        share = self.num_negatives / noise.embedding.shape[0]
+        number = noise.embedding.shape[0]
+        if is_own is not None:
+            loss, probabilities = (tf.where(is_own, x, 0.0) for x in (loss, probabilities))
+            number //= self.noise_groups
+        share = self.num_negatives / number
         d_logits = (share * loss_weights)[:, tf.newaxis] * probabilities
         narrow = tf.cast(d_logits, hidden.dtype)
         d_hidden = tf.cast(tf.matmul(narrow, noise.embedding), tf.float32)

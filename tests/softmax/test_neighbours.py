@@ -13,7 +13,7 @@ from lmscale.softmax.sampled import SampledSoftmax
 from lmscale.softmax.samplers import InBatchSampler, UnigramSampler
 from lmscale.tables.rows import Rows
 
-VOCAB_SIZE, DIM, EXAMPLES, CHUNK, WINDOW, NUM_SAMPLED = 61, 5, 3, 7, 2, 23
+VOCAB_SIZE, DIM, EXAMPLES, CHUNK, WINDOW, NUM_SAMPLED = 61, 5, 3, 7, 2, 21
 COUNTS = (900 / (np.arange(VOCAB_SIZE) + 1.0)).astype(np.int64)
 SAMPLER = functools.partial(UnigramSampler, num_sampled=NUM_SAMPLED, power=0.75)
 
@@ -109,7 +109,10 @@ class _Problem:
             h, weight = self.hidden[state].astype(np.float64), self.loss_weights[state]
             labels = self.labels.reshape(-1)[places]
             loss, d_labels, d_sampled = loss_of_state(
-                rows[labels] @ h + bias[labels], rows[sampled_ids] @ h + bias[sampled_ids], labels
+                rows[labels] @ h + bias[labels],
+                rows[sampled_ids] @ h + bias[sampled_ids],
+                labels,
+                states[state],
             )
             losses.append(loss)
             ids = np.concatenate([labels, sampled_ids])
@@ -120,14 +123,15 @@ class _Problem:
         return np.array(losses), gradients
 
 
-def _negative_sampling(labels, sampled, ids, *, num_negatives):
+def _negative_sampling(labels, sampled, ids, state_id, *, num_negatives, groups=1):
     """Mean over the labels of the logistic loss of each against `num_negatives` of the sample, in expectation."""
-    share, count = num_negatives / NUM_SAMPLED, max(len(ids), 1)
-    loss = np.logaddexp(0, -labels).sum() / count + share * np.logaddexp(0, sampled).sum()
+    own = np.arange(len(sampled)) % groups == state_id % groups
+    share, count = num_negatives / own.sum() * own, max(len(ids), 1)
+    loss = np.logaddexp(0, -labels).sum() / count + share @ np.logaddexp(0, sampled)
     return loss, -sigmoid(-labels) / count, share * sigmoid(sampled)
 
 
-def _sampled_softmax(labels, sampled, ids, *, sampled_ids, log_expected_count, remove):
+def _sampled_softmax(labels, sampled, ids, state_id, *, sampled_ids, log_expected_count, remove):
     """Mean over the labels of each one's cross-entropy against the sample, less that of its labels that is in it."""
     sampled = sampled - log_expected_count[sampled_ids]
     if remove:
@@ -148,13 +152,14 @@ def _assert_close(found, expected):
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("static_shapes", [True, False])
-def test_negative_sampling_of_neighbours(bias, static_shapes):
+def test_negative_sampling_of_neighbours(bias, static_shapes, groups):
     problem = _Problem(bias=bias)
     problem.pairs = problem.neighbours()
-    head = functools.partial(NegativeSampling, sampler=SAMPLER, num_negatives=3)
+    head = functools.partial(NegativeSampling, sampler=SAMPLER, num_negatives=3, noise_groups=groups)
     *found, sampled_ids = problem.run(head, static_shapes=static_shapes)
-    loss_of_state = functools.partial(_negative_sampling, num_negatives=3)
+    loss_of_state = functools.partial(_negative_sampling, num_negatives=3, groups=groups)
     expected = problem.reference(loss_of_state, sampled_ids)
     _assert_close(found, expected)
 
@@ -236,5 +241,7 @@ def test_refused():
 
     with pytest.raises(ValueError, match=r"num_negatives must be above 0. Received: num_negatives=0"):
         make(num_negatives=0)
+    with pytest.raises(ValueError, match=r"divide the sample. Received: noise_groups=4, num_sampled=21"):
+        make(noise_groups=4)
     with pytest.raises(ValueError, match="noise that does not depend on the labels"):
         make(sampler=InBatchSampler)
