@@ -15,6 +15,8 @@ from lmscale.command_line import DEFINE_path, DEFINE_paths, run_main
 
 _LARGEST_LOSS_NATS = 700  # exp of more overflows
 
+_PLACE_OF_UNKNOWN = 11  # Behind the ten deciles.
+
 _WORKDIR = DEFINE_paths("workdir", [], "Work directories of the runs to draw.")
 _EVALUATIONS = DEFINE_paths(
     "evaluations", [], "Files of JSON lines printed by lmscale.evaluate on the first run."
@@ -66,12 +68,9 @@ def main(argv):
         perplexity_axes.plot(epochs, [math.exp(x) for x in valid], marker=".", label=f"{name}: valid, exact")
         for frequency_axes in others:
             groups = by_frequency[number]
-            frequency_axes.plot(
-                list(groups),
-                [_plotted(x) for x in groups.values()],
-                marker="o",
-                label=f"{name}: valid, exact",
-            )
+            places = [_PLACE_OF_UNKNOWN if group == "unknown" else int(group) for group in groups]
+            losses = [_plotted(x) for x in groups.values()]
+            frequency_axes.plot(places, losses, marker="o", label=f"{name}: valid, exact")
         if number == 0:
             points = [point for path in _EVALUATIONS.value for point in _evaluations(Path(path))]
             for split in sorted({point["split"] for point in points}):
@@ -90,6 +89,8 @@ def main(argv):
     perplexity_axes.set(xlabel="epoch", ylabel="perplexity", yscale="log")
     for axis_ticks in (perplexity_axes.yaxis.set_major_formatter, perplexity_axes.yaxis.set_minor_formatter):
         axis_ticks("{x:,.0f}")
+        ticks = range(1, _PLACE_OF_UNKNOWN + 1)
+        frequency_axes.set_xticks(ticks, [*map(str, ticks[:-1]), "<unk>"])
     for axes in (loss_axes, perplexity_axes, *others):
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")
