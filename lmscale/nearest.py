@@ -57,17 +57,10 @@ class NearestRows:
         Raises:
           ValueError: naming the words that the vocabulary lacks, and what may have been meant.
         """
-        unknown = [word for word in dict.fromkeys(words) if word not in self.vocabulary.ids]
-        if unknown:
-            shown = unknown[:10]
-            told = []
-            for word in shown:
-                closest = self.vocabulary.closest(word)
-                told.append(repr(word) + (f" (did you mean {' or '.join(closest)}?)" if closest else ""))
-            more = f" and {len(unknown) - len(shown):,} more" if len(unknown) > len(shown) else ""
+        if unknown := self.vocabulary.unknown(words):
             raise ValueError(
                 f"Each word must be in the vocabulary of the table {self._name!r}, of {len(self.vocabulary):,} words. "
-                f"Received: {', '.join(told)}{more}. Write a word as the prepared text does."
+                f"Received: {unknown}. Write a word as the prepared text does."
             )
         return [self.vocabulary.ids[word] for word in words]
 

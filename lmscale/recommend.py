@@ -1,7 +1,7 @@
 """The next items for histories: python -m lmscale.recommend --workdir=runs/quickstart_next_item --input=histories.txt
 
-A line of the input is a history: its items, the oldest first, between blanks. Each gives a JSON object on stdout with the
-best items of the whole catalogue, and the log-probability of each.
+A line of the input is a history: its items, the oldest first, between blanks. Each gives a JSON object on stdout with
+the best items of the whole catalogue, and the log-probability of each.
 """
 
 import json

@@ -50,14 +50,10 @@ class Recommender:
         """
         if not items:
             raise ValueError(f"{place}: a history must have an item. Received: none. Take it out.")
-        unknown = [item for item in dict.fromkeys(items) if item not in self.vocabulary.ids]
-        if unknown:
-            told = []
-            for item in unknown[:10]:
-                closest = self.vocabulary.closest(item)
-                told.append(repr(item) + (f" (did you mean {' or '.join(closest)}?)" if closest else ""))
+        if unknown := self.vocabulary.unknown(items):
             raise ValueError(
-                f"{place}: each item must be in the catalogue, of {len(self.vocabulary):,}. Received: {', '.join(told)}."
+                f"{place}: each item must be in the catalogue, of {len(self.vocabulary):,}. Received: {unknown}. "
+                "Correct the item, or take it out."
             )
         return [self.vocabulary.ids[item] for item in items]
 

@@ -19,6 +19,7 @@ LAYERS = [
         "score",
         "generate",
         "neighbors",
+        "recommend",
         "word_vectors",
     },
     {"run_flags"},

@@ -30,15 +30,18 @@ COMMANDS = {
     "bench": "docs/measure.md",
     "plot": "docs/tensorboard.md",
     "plan": "docs/plan.md",
-    "score": "docs/use.md#score-a-text#flags-of-all-three",
-    "generate": "docs/use.md#generate-text#flags-of-all-three",
-    "neighbors": "docs/use.md#find-neighbours#flags-of-all-three",
+    "score": "docs/use.md#score-a-text#flags-of-all-of-them",
+    "generate": "docs/use.md#generate-text#flags-of-all-of-them",
+    "neighbors": "docs/use.md#find-neighbours#flags-of-all-of-them",
+    "recommend": "docs/use.md#recommend-items#flags-of-all-of-them",
     "word_vectors": "docs/word2vec.md",
+    "benchmarks.planted_classes": "docs/classification.md#more-or-fewer-of-them",
+    "benchmarks.planted_histories": "docs/recommendation.md#more-or-fewer-of-them",
 }
 
 
 def defined_flags(command):
-    source = (ROOT / "lmscale" / f"{command}.py").read_text(encoding="utf-8")
+    source = (ROOT / "lmscale" / f"{command.replace('.', '/')}.py").read_text(encoding="utf-8")
     adopted = re.findall(r"adopt_module_key_flags\((\w+)\)", source)
     return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)).union(*map(defined_flags, adopted))
 
@@ -137,10 +140,10 @@ def test_readme_shows_its_pictures():
 
 def test_commands_use_flags_that_exist():
     commands = shell_commands()
-    assert {re.search(r"-m lmscale\.(\w+)", command)[1] for command in commands} == set(COMMANDS)
+    assert {re.search(r"-m lmscale\.([\w.]+)", command)[1] for command in commands} == set(COMMANDS)
     for command in commands:
         used = set(re.findall(r" --(\w+)", command))
-        assert used <= defined_flags(re.search(r"-m lmscale\.(\w+)", command)[1]), command
+        assert used <= defined_flags(re.search(r"-m lmscale\.([\w.]+)", command)[1]), command
 
 
 def test_flags_of_the_text_exist():

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+_NAMED_TOKENS = 10
 UNK = "<unk>"
 EOS = "<eos>"
 _COMPARED_TOKENS = 50_000
@@ -36,6 +37,16 @@ class Vocabulary:
         """Id of each token; looking up any other gives the id of `<unk>`, if there is one."""
         known = {token: token_id for token_id, token in enumerate(self.tokens)}
         return _IdsOrUnk(known, unk_id=known[UNK]) if UNK in known else known
+
+    def unknown(self, tokens) -> str | None:
+        """Which of some tokens are not in it, and what may have been meant, as a message tells it; None if all are."""
+        missing = [token for token in dict.fromkeys(tokens) if token not in self.ids]
+        told = []
+        for token in missing[:_NAMED_TOKENS]:
+            closest = self.closest(token)
+            told.append(repr(token) + (f" (did you mean {' or '.join(closest)}?)" if closest else ""))
+        more = f" and {len(missing) - len(told):,} more" if len(missing) > len(told) else ""
+        return ", ".join(told) + more if missing else None
 
     @property
     def unk_id(self) -> int:
