@@ -1,17 +1,21 @@
 """Draws the curve of runs: python -m lmscale.plot --workdir=runs/wikitext2 --output=curve.png
 
-Exact validation perplexity and training loss by epoch, from the runs' metrics.jsonl. --evaluations adds points from
-files to which the last lines of lmscale.evaluate were appended. Needs matplotlib (pip install 'lmscale[plot]').
+Exact validation perplexity and training loss by epoch, from the runs' metrics.jsonl, and the loss of the last
+evaluation by how frequent the labels are. --evaluations adds points from files to which the last lines of
+lmscale.evaluate were appended. Needs matplotlib (pip install 'lmscale[plot]').
 """
 
 import json
 import math
+import re
 from pathlib import Path
 
 from lmscale import paths
 from lmscale.command_line import DEFINE_path, DEFINE_paths, run_main
 
 _LARGEST_LOSS_NATS = 700  # exp of more overflows
+
+_PLACE_OF_UNKNOWN = 11  # Behind the ten deciles.
 
 _WORKDIR = DEFINE_paths("workdir", [], "Work directories of the runs to draw.")
 _EVALUATIONS = DEFINE_paths(
@@ -40,8 +44,12 @@ def main(argv):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (loss_axes, perplexity_axes) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     workdirs = [Path(path) for path in _WORKDIR.value]
+    by_frequency = [_by_frequency(_metrics(workdir / "eval")) for workdir in workdirs]
+    has_frequencies = any(by_frequency)
+    figure, (loss_axes, perplexity_axes, *others) = pyplot.subplots(
+        1, 3 if has_frequencies else 2, figsize=(16 if has_frequencies else 11, 4.2), layout="constrained"
+    )
     for number, (workdir, name) in enumerate(zip(workdirs, _names(workdirs), strict=True)):
         train = _metrics(workdir / "train")
         epochs_per_step = train[-1]["epoch"] / train[-1]["step"]
@@ -58,6 +66,11 @@ def main(argv):
         valid = [_plotted(line.get("valid/exact_loss_nats")) for line in evaluations]
         loss_axes.plot(epochs, valid, marker=".", label=f"{name}: valid, exact")
         perplexity_axes.plot(epochs, [math.exp(x) for x in valid], marker=".", label=f"{name}: valid, exact")
+        for frequency_axes in others:
+            groups = by_frequency[number]
+            places = [_PLACE_OF_UNKNOWN if group == "unknown" else int(group) for group in groups]
+            losses = [_plotted(x) for x in groups.values()]
+            frequency_axes.plot(places, losses, marker="o", label=f"{name}: valid, exact")
         if number == 0:
             points = [point for path in _EVALUATIONS.value for point in _evaluations(Path(path))]
             for split in sorted({point["split"] for point in points}):
@@ -69,16 +82,31 @@ def main(argv):
                     label=f"{name}: {split}, exact",
                 )
     loss_axes.set(xlabel="epoch", ylabel="loss, nats a token")
+    for frequency_axes in others:
+        frequency_axes.set(
+            xlabel="decile of training frequency, the most frequent first", ylabel="loss, nats a token"
+        )
     perplexity_axes.set(xlabel="epoch", ylabel="perplexity", yscale="log")
     for axis_ticks in (perplexity_axes.yaxis.set_major_formatter, perplexity_axes.yaxis.set_minor_formatter):
         axis_ticks("{x:,.0f}")
-    for axes in (loss_axes, perplexity_axes):
+        ticks = range(1, _PLACE_OF_UNKNOWN + 1)
+        frequency_axes.set_xticks(ticks, [*map(str, ticks[:-1]), "<unk>"])
+    for axes in (loss_axes, perplexity_axes, *others):
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")
     with paths.naming(_OUTPUT.value):
         figure.savefig(_OUTPUT.value, dpi=110)
     print(_OUTPUT.value)
     return 0
+
+
+def _by_frequency(evaluations):
+    """{"1", ..., "10" or "unknown": loss} of the last evaluation that tells of one head; empty if none does."""
+    pattern = re.compile(r"valid/by_frequency/(?:decile_0?)?(\w+)_loss_nats")
+    for line in reversed(evaluations):
+        if found := {match[1]: line[match[0]] for match in map(pattern.fullmatch, line) if match}:
+            return found
+    return {}
 
 
 def _names(workdirs):

@@ -12,6 +12,23 @@ def test_names_tell_runs_apart(monkeypatch, tmp_path):
     assert plot._names(["."]) == [tmp_path.name]
 
 
+def test_losses_by_frequency_are_those_of_the_last_evaluation_that_has_them():
+    first = {"step": 1, "valid/by_frequency/decile_01_loss_nats": 9.0}
+    second = {
+        "step": 2,
+        "valid/exact_loss_nats": 5.0,
+        "valid/by_frequency/decile_01_loss_nats": 1.5,
+        "valid/by_frequency/decile_10_loss_nats": 7.5,
+        "valid/by_frequency/unknown_loss_nats": 4.0,
+    }
+    assert plot._by_frequency([first, second, {"step": 3, "valid/exact_loss_nats": 5.0}]) == {
+        "1": 1.5,
+        "10": 7.5,
+        "unknown": 4.0,
+    }
+    assert plot._by_frequency([{"step": 1, "valid/exact_loss_nats": 5.0}]) == {}
+
+
 @pytest.mark.parametrize(
     ("text", "received"),
     [

@@ -56,19 +56,19 @@ class HistoryWindows:
 class TargetBatches:
     """Evaluation batches: the target of each user, from the end of the history before it."""
 
-    def __init__(self, histories: Lists, targets, *, batch_size: int, window: int, exclude_seen: bool):
+    def __init__(self, histories: Lists, targets, *, batch_size: int, window: int, longest_seen: int):
         """Args:
         histories: [users].
         targets: [users] ids.
         batch_size: users of a batch.
         window: items of a history that are read, the last ones.
-        exclude_seen: whether what is in a history does not compete with its target.
+        longest_seen: items of a history at most that "seen" tells, the last ones; 0 for no "seen".
         """
         self.num_labels = len(targets)
         self.num_steps = -(-len(targets) // batch_size)
         self._histories, self._targets, self._window = histories, targets, window
         self._batch_size = batch_size
-        self._longest = int(histories.lengths.max(initial=1)) if exclude_seen else 0
+        self._longest = int(longest_seen)
 
     def at(self, step: int, examples: slice = ALL) -> Batch:
         """ "ids" [examples, window], "last" [examples] of the place of the last item, "target", "weights", "seen"."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from lmscale import measures as rank_measures
 from lmscale.bodies.body import Body
 from lmscale.bodies.encoder import Encoder
+from lmscale.data.columns import Lists
 from lmscale.data.history_batches import HistoryWindows, TargetBatches
 from lmscale.softmax.head import Head
 from lmscale.tables.rows import Lookup
@@ -100,13 +102,32 @@ class NextItem(Task):
             raise ValueError(
                 f"The split to evaluate must have users. Received: {split}, empty. Prepare data with such a split."
             )
+        histories = self.context.columns.column(split, history)
         return TargetBatches(
-            self.context.columns.column(split, history),
+            histories,
             targets,
             batch_size=self.context.eval_batch_size,
             window=self._eval_window,
-            exclude_seen=self._exclude_seen,
+            longest_seen=histories.lengths.max() if self._exclude_seen else 0,
         )
+
+    def features_of(self, histories):
+        """Features of histories whose next item is asked for, as `lookups` and `forward` take them.
+
+        Args:
+          histories: lists of ids, the oldest first, none empty.
+
+        Returns:
+          {name: [histories, ...]}; "seen" [histories, longest] are all items of each, -1 behind.
+        """
+        offsets = np.cumsum([0, *map(len, histories)])
+        lists = Lists(np.concatenate(histories), offsets)
+        longest = 1 << int(lists.lengths.max() - 1).bit_length()  # Few different shapes.
+        none = np.zeros([len(histories)], np.int32)
+        batch = TargetBatches(
+            lists, none, batch_size=len(histories), window=self._eval_window, longest_seen=longest
+        )
+        return batch.at(0).features
 
     def lookups(self, features):
         """The items of the history."""

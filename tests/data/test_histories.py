@@ -147,7 +147,7 @@ def test_too_few_windows():
 def test_targets():
     lists = some_lists(seed=1)
     targets = np.arange(len(lists))
-    batches = TargetBatches(lists, targets, batch_size=10, window=6, exclude_seen=True)
+    batches = TargetBatches(lists, targets, batch_size=10, window=6, longest_seen=22)
     assert (batches.num_labels, batches.num_steps) == (57, 6)
     seen = []
     for step in range(batches.num_steps):
@@ -163,5 +163,5 @@ def test_targets():
             assert features["seen"][i][features["seen"][i] >= 0].tolist() == own.tolist()
             seen.append(user)
     assert seen == list(range(57))
-    without = TargetBatches(lists, targets, batch_size=10, window=6, exclude_seen=False)
+    without = TargetBatches(lists, targets, batch_size=10, window=6, longest_seen=0)
     assert "seen" not in without.at(0).features
