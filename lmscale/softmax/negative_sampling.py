@@ -61,10 +61,11 @@ class NegativeSampling(Head):
                 "Negative sampling needs noise that does not depend on the labels. Received: a sampler whose samples "
                 "are the labels. Use UnigramSampler, with power 0.75."
             )
-        if noise_groups < 1 or self.sampler.num_sampled % noise_groups:
+        num_sampled = self.num_candidates(global_tokens=0)
+        if noise_groups < 1 or num_sampled % noise_groups:
             raise ValueError(
                 "noise_groups must be at least 1 and divide the sample. Received: "
-                f"noise_groups={noise_groups}, num_sampled={self.sampler.num_sampled}. Choose a divisor."
+                f"noise_groups={noise_groups}, num_sampled={num_sampled}. Choose a divisor."
             )
         self.noise_groups = noise_groups
         self.num_negatives = float(num_negatives)
