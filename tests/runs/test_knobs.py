@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 import tiny_runs
 from keras.optimizers.schedules import CosineDecay, LearningRateSchedule
+from shipped_configurations import CONFIGS, macros_of
 from tensorflow.python.framework import config as framework_config
 
 from lmscale import configuration, factories
@@ -33,27 +34,6 @@ from lmscale.tables.table_config import TableConfig
 from lmscale.tasks.both_directions import BothDirections
 from lmscale.tasks.next_token import NextToken
 
-CONFIGS = sorted((tiny_runs.REPOSITORY / "configs").glob("*.gin"))
-MACROS = {
-    *("DATA_DIR", "TRAIN_STEPS", "GLOBAL_BATCH_SIZE", "WINDOW", "EMBED_DIM", "HIDDEN_DIM", "NUM_LAYERS"),
-    *(
-        "DROPOUT",
-        "NUM_SAMPLED",
-        "LEARNING_RATE",
-        "ROW_LEARNING_RATE",
-        "SEED",
-        "LOG_EVERY",
-        "EVAL_EVERY",
-        "SAVE_EVERY",
-    ),
-}
-# Of word vectors: there is no body.
-WORD_MACROS = MACROS - {"HIDDEN_DIM", "NUM_LAYERS", "DROPOUT", "LEARNING_RATE"} | {
-    "SUBSAMPLING",
-    "INITIAL_ACCUMULATOR",
-}
-# Of examples in columns: their widths and windows are of the task.
-EXAMPLE_MACROS = MACROS - {"WINDOW", "EMBED_DIM", "HIDDEN_DIM", "NUM_LAYERS", "DROPOUT"}
 # Settings that a configuration leaves as they are by default, of its body or of a task without one.
 DEFAULTS = {
     "quickstart_gru": "gru.GruBody.dropout_over_time",
@@ -125,13 +105,6 @@ def settings(config):
             if parameter.name not in GIVEN_BY_THE_RUN:
                 value = bound.get(parameter.name, parameter.default)
                 yield f"{factory.name}.{parameter.name}", another(value, hints.get(parameter.name))
-
-
-def macros_of(path):
-    """The macros that all configurations of its family have."""
-    text = path.read_text()
-    families = {"shared/word2vec.gin": WORD_MACROS, "shared/examples.gin": EXAMPLE_MACROS}
-    return next((macros for shared, macros in families.items() if shared in text), MACROS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
