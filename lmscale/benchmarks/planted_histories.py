@@ -5,11 +5,9 @@ So no model can rank the next item first more often than in `signal` of the case
 one that has found the circle does. Writes "user item" lines, for `lmscale.prepare --format=histories`.
 """
 
-from pathlib import Path
-
-import numpy as np
 from absl import flags
 
+from lmscale.benchmarks import planted
 from lmscale.command_line import DEFINE_path, run_main
 
 _OUTPUT = DEFINE_path("output", None, "File to write.")
@@ -19,27 +17,6 @@ _SIGNAL = flags.DEFINE_float(
     "signal", 0.8, "How often the planted item is next.", lower_bound=0, upper_bound=1
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of everything that is drawn.", lower_bound=0)
-_LEAST, _MOST = 5, 15
-
-
-def write(output, *, users, items, signal, seed):
-    """Writes the file.
-
-    Args:
-      output: path.
-      users, items, signal, seed: as the flags of these names.
-    """
-    rng = np.random.default_rng(seed)
-    circle = rng.permutation(items)
-    place_of = np.argsort(circle)
-    lines = []
-    for user in range(users):
-        item = rng.integers(items)
-        for _ in range(rng.integers(_LEAST, _MOST + 1)):
-            lines.append(f"user{user} item{item}\n")
-            planted = circle[(place_of[item] + 1) % items]
-            item = planted if rng.random() < signal else (planted + rng.integers(1, items)) % items
-    Path(output).write_text("".join(lines), encoding="utf-8")
 
 
 def main(argv):
@@ -47,7 +24,9 @@ def main(argv):
     del argv
     if not _OUTPUT.value:
         raise ValueError("--output must name the file to write. Received none.")
-    write(_OUTPUT.value, users=_USERS.value, items=_ITEMS.value, signal=_SIGNAL.value, seed=_SEED.value)
+    planted.write_histories(
+        _OUTPUT.value, users=_USERS.value, items=_ITEMS.value, signal=_SIGNAL.value, seed=_SEED.value
+    )
     print(f"Wrote {_OUTPUT.value!r}. No model ranks more than {_SIGNAL.value:.1%} of the next items first.")
     return 0
 

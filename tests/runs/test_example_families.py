@@ -8,7 +8,7 @@ import pytest
 import tiny_runs
 
 from lmscale import configuration
-from lmscale.benchmarks import planted_classes, planted_histories
+from lmscale.benchmarks import planted
 from lmscale.data.histories import LeaveLastOut, prepare_histories
 from lmscale.data.schema import read_schema
 from lmscale.data.table_preparation import prepare_table
@@ -18,14 +18,14 @@ SIZES = {"LOG_EVERY": 1, "EVAL_EVERY": 4, "SAVE_EVERY": 2, "TRAIN_STEPS": NUM_ST
 
 
 def planted_table(folder):
-    planted_classes.write(folder, features=3, values=11, groups=3, signal=0.8, examples=150, seed=1)
+    planted.write_classes(folder, features=3, values=11, groups=3, signal=0.8, examples=150, seed=1)
     files = {split: [folder / f"{split}.csv"] for split in ("train", "valid", "test")}
     prepare_table(files, schema=read_schema(folder / "schema.json"), output=folder / "data")
     return folder / "data"
 
 
 def planted_users(folder):
-    planted_histories.write(folder / "histories.txt", users=40, items=23, signal=0.8, seed=1)
+    planted.write_histories(folder / "histories.txt", users=40, items=23, signal=0.8, seed=1)
     prepare_histories([folder / "histories.txt"], output=folder / "data", rule=LeaveLastOut())
     return folder / "data"
 

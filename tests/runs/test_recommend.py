@@ -10,7 +10,7 @@ import pytest
 import tiny_runs
 
 from lmscale import configuration
-from lmscale.benchmarks import planted_histories
+from lmscale.benchmarks import planted
 from lmscale.data.histories import LeaveLastOut, prepare_histories
 from lmscale.recommendation import Recommender
 from lmscale.restored import RestoredModel
@@ -23,7 +23,7 @@ NUM_ITEMS, WINDOW = 23, 5
 def run(mirrored, tmp_path_factory):
     """(configuration, workdir of a run of four steps)."""
     folder = tmp_path_factory.mktemp("recommend")
-    planted_histories.write(folder / "histories.txt", users=40, items=NUM_ITEMS, signal=0.8, seed=1)
+    planted.write_histories(folder / "histories.txt", users=40, items=NUM_ITEMS, signal=0.8, seed=1)
     prepare_histories([folder / "histories.txt"], output=folder / "data", rule=LeaveLastOut())
     macros = {"LOG_EVERY": 1, "EVAL_EVERY": 4, "SAVE_EVERY": 4, "TRAIN_STEPS": 4, "GLOBAL_BATCH_SIZE": 12}
     macros |= {"NUM_SAMPLED": 11, "WINDOW": WINDOW, "DATA_DIR": str(folder / "data")}
