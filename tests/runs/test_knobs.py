@@ -43,6 +43,7 @@ DEFAULTS = {
     "wikitext2_word2vec": "word2vec.SkipGram.cross_lines",
     "quickstart_cbow": "word2vec.CBOW.cross_lines",
     "quickstart_classes": "classification.Classification.bag_length",
+    "quickstart_last_words": "last_words.LastWords.activation",
 }
 # What the run passes when it calls a factory.
 GIVEN_BY_THE_RUN = {"context", "table", "vocab_size", "counts"}
