@@ -10,7 +10,7 @@ import math
 
 from absl import flags, logging
 
-from lmscale import machine_flags, run_flags
+from lmscale import machine_flags, run_flags, workdir_flags
 from lmscale.command_line import run_main
 
 flags.adopt_module_key_flags(run_flags)
@@ -27,7 +27,7 @@ _POLL_SECS = flags.DEFINE_float(
 def main(argv):
     """Flags to configuration to `evaluate`."""
     del argv
-    run_flags.check()
+    workdir_flags.check()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     for name, is_used in (("checkpoint", not _FOLLOW.value), ("poll_secs", _FOLLOW.value)):
@@ -62,7 +62,7 @@ def _finite(value):
 def _follow(group):
     from lmscale.follow import Follower
 
-    path = run_flags.workdir_path()
+    path = workdir_flags.workdir_path()
     with Follower(path, split=_SPLIT.value, poll_secs=_POLL_SECS.value, group=group) as follower:
         workdir = follower.wait_for_run()
         experiment, strategy = run_flags.experiment_and_strategy(workdir, group)
@@ -75,10 +75,10 @@ def _evaluate(group):
     from lmscale.evaluation import CheckpointEvaluator
     from lmscale.workdir import Workdir
 
-    with Workdir(run_flags.workdir_path(), readonly=True) as workdir:
+    with Workdir(workdir_flags.workdir_path(), readonly=True) as workdir:
         restored = run_flags.restored_model(workdir, group)
         evaluator = CheckpointEvaluator(restored, split=_SPLIT.value)
-        return evaluator.evaluate(restored.step_of(run_flags.checkpoint()))
+        return evaluator.evaluate(restored.step_of(workdir_flags.checkpoint()))
 
 
 def run():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from lmscale import machine_flags, run_flags
+from lmscale import machine_flags, run_flags, workdir_flags
 from lmscale.command_line import DEFINE_path, run_main
 from lmscale.sampling import Sampling
 
@@ -47,7 +47,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Texts side by side, over al
 def main(argv):
     """Flags to texts, printed."""
     del argv
-    run_flags.check()
+    workdir_flags.check()
     sampling = Sampling(
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
@@ -84,7 +84,7 @@ def _generate(sampling, group):
     from lmscale.tasks.left_to_right import check_left_to_right
     from lmscale.workdir import Workdir
 
-    with Workdir(run_flags.workdir_path(), readonly=True) as workdir:
+    with Workdir(workdir_flags.workdir_path(), readonly=True) as workdir:
         restored = run_flags.restored_model(workdir, group)
         check_left_to_right(restored.task)
         text = RawText(restored.data, tokenized=_TOKENIZED.value)
@@ -92,7 +92,7 @@ def _generate(sampling, group):
         group.check_same("The prompts", [ids.tolist() for _, ids in prompts])
         if text.num_unknown and group.is_chief:
             logging.warning("%d tokens of the prompts are not in the vocabulary: <unk>", text.num_unknown)
-        metadata = restored.restore(restored.step_of(run_flags.checkpoint()))
+        metadata = restored.restore(restored.step_of(workdir_flags.checkpoint()))
         generator = Generator(restored, sampling=sampling, batch_size=_BATCH_SIZE.value)
         num_texts = num_tokens = 0
         start = time.perf_counter()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale import machine_flags, run_flags
+from lmscale import machine_flags, run_flags, workdir_flags
 from lmscale.command_line import DEFINE_path, run_main
 
 flags.adopt_module_key_flags(run_flags)
@@ -20,7 +20,7 @@ _K = flags.DEFINE_integer("k", 10, "Neighbours of each word.", lower_bound=1)
 
 def main(argv):
     """Words to their neighbours, printed."""
-    run_flags.check()
+    workdir_flags.check()
     words = argv[1:]
     if _INPUT.value is not None:
         if words:
@@ -42,12 +42,12 @@ def _print_neighbors(words, group):
     from lmscale.nearest import NearestRows
     from lmscale.workdir import Workdir
 
-    with Workdir(run_flags.workdir_path(), readonly=True) as workdir:
+    with Workdir(workdir_flags.workdir_path(), readonly=True) as workdir:
         restored = run_flags.restored_model(workdir, group)
         nearest = NearestRows(restored, table=_TABLE.value)
         ids = nearest.ids(words)
         group.check_same("The words", ids)
-        metadata = restored.restore(restored.step_of(run_flags.checkpoint()))
+        metadata = restored.restore(restored.step_of(workdir_flags.checkpoint()))
         tokens = nearest.vocabulary.tokens
         with (
             restored.weights(metadata),

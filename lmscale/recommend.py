@@ -9,7 +9,7 @@ import sys
 
 from absl import flags
 
-from lmscale import machine_flags, run_flags
+from lmscale import machine_flags, run_flags, workdir_flags
 from lmscale.command_line import DEFINE_path, run_main
 
 flags.adopt_module_key_flags(run_flags)
@@ -22,7 +22,7 @@ _EXCLUDE_SEEN = flags.DEFINE_bool("exclude_seen", True, "Leave out what is in th
 def main(argv):
     """Histories to items, printed."""
     del argv
-    run_flags.check()
+    workdir_flags.check()
     if _INPUT.value is None:
         lines = sys.stdin.read().splitlines()
     else:
@@ -42,7 +42,7 @@ def _print_items(lines, group):
     from lmscale.recommendation import Recommender
     from lmscale.workdir import Workdir
 
-    with Workdir(run_flags.workdir_path(), readonly=True) as workdir:
+    with Workdir(workdir_flags.workdir_path(), readonly=True) as workdir:
         restored = run_flags.restored_model(workdir, group)
         recommender = Recommender(restored)
         histories = [
@@ -50,7 +50,7 @@ def _print_items(lines, group):
             for number, line in enumerate(lines, start=1)
         ]
         group.check_same("The histories", histories)
-        metadata = restored.restore(restored.step_of(run_flags.checkpoint()))
+        metadata = restored.restore(restored.step_of(workdir_flags.checkpoint()))
         tokens = recommender.vocabulary.tokens
         with (
             restored.weights(metadata),

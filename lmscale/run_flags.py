@@ -1,35 +1,11 @@
-"""The flags that name a trained run and one of its checkpoints: to its configuration and its restored model."""
+"""The flags of commands that use a trained run on devices: to its restored model."""
 
 from absl import flags
 
-from lmscale import machine_flags
-from lmscale.command_line import DEFINE_path
+from lmscale import machine_flags, workdir_flags
 
+flags.adopt_module_key_flags(workdir_flags)
 flags.adopt_module_key_flags(machine_flags)
-
-_WORKDIR = DEFINE_path("workdir", None, "Work directory of the run.", remote=True)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "A step, `latest` or `best`.")
-_GIN_PARAM = flags.DEFINE_multi_string(
-    "gin_param", [], "Override of the run's configuration, such as DATA_DIR='elsewhere'; may be repeated."
-)
-
-
-def check():
-    """Raises ValueError for flags that cannot be meant, before TensorFlow is imported."""
-    if not _WORKDIR.value:
-        raise ValueError("--workdir is required. Received: none. Pass the work directory of a run.")
-    if _CHECKPOINT.value not in ("latest", "best") and not _CHECKPOINT.value.isdecimal():
-        raise ValueError(f"--checkpoint must be a step, `latest` or `best`. Received: {_CHECKPOINT.value}.")
-
-
-def workdir_path():
-    """What --workdir says."""
-    return _WORKDIR.value
-
-
-def checkpoint():
-    """What --checkpoint says."""
-    return _CHECKPOINT.value
 
 
 def experiment_and_strategy(workdir, group):
@@ -38,13 +14,7 @@ def experiment_and_strategy(workdir, group):
     Raises:
       ValueError: if no run has started in `workdir`; as `configuration.load`.
     """
-    from lmscale import configuration
-
-    if not workdir.config_path.exists():
-        raise ValueError(
-            f"No run has started in {workdir.path}: it has no config.gin. Start one with lmscale.train."
-        )
-    config = configuration.load([str(workdir.config_path)], _GIN_PARAM.value)
+    config = workdir_flags.config(workdir)
     group.check_same("The configuration", config.text)
     return config.experiment, machine_flags.strategy(group)
 

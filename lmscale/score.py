@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from lmscale import machine_flags, run_flags
+from lmscale import machine_flags, run_flags, workdir_flags
 from lmscale.command_line import DEFINE_path, run_main
 
 flags.adopt_module_key_flags(run_flags)
@@ -36,7 +36,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Lines side by side, over a
 def main(argv):
     """Flags to scored lines, printed."""
     del argv
-    run_flags.check()
+    workdir_flags.check()
     with machine_flags.processes() as group:
         if group.size > 1 and _INPUT.value is None:
             raise ValueError(
@@ -54,13 +54,13 @@ def _score(group):
     from lmscale.tasks.left_to_right import check_left_to_right
     from lmscale.workdir import Workdir
 
-    with Workdir(run_flags.workdir_path(), readonly=True) as workdir:
+    with Workdir(workdir_flags.workdir_path(), readonly=True) as workdir:
         restored = run_flags.restored_model(workdir, group)
         check_left_to_right(restored.task)
         text = RawText(restored.data, tokenized=_TOKENIZED.value)
         lines = list(text.lines(None if _INPUT.value is None else Path(_INPUT.value)))
         group.check_same("The number of tokens of the text", sum(map(len, lines)))
-        metadata = restored.restore(restored.step_of(run_flags.checkpoint()))
+        metadata = restored.restore(restored.step_of(workdir_flags.checkpoint()))
         scorer = Scorer(restored, batch_size=_BATCH_SIZE.value)
         score = scorer.score_stream if _CONTEXT.value == "stream" else scorer.score_lines
         total, start = Total(), time.perf_counter()

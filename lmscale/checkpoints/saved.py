@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from lmscale.checkpoints import document as documents
 from lmscale.checkpoints import format_1
 from lmscale.checkpoints.directory import STEP_DIRECTORY, Checkpoints
-from lmscale.checkpoints.tensors import DamagedError, Stored, read_rows
+from lmscale.checkpoints.tensors import DamagedError, Stored, read_rows, read_tensor
 from lmscale.distribution.process_group import ProcessGroup
 from lmscale.paths import check_checkpoint_path
 from lmscale.storage import as_path
@@ -77,10 +78,19 @@ class SavedCheckpoint:
         try:
             return read_rows(self.directory, stored, start, stop)
         except DamagedError as damage:
-            raise ValueError(
-                f"The checkpoint {self.directory} must stay as it was when it was opened. Received: {damage}. "
-                "Start again, from a copy if the run that wrote it is still running."
-            ) from damage
+            raise _changed(self.directory, damage) from damage
+
+    def tensor(self, path: str) -> tf.Tensor:
+        """A whole tensor as TensorFlow's own; one block of it is held beside while it is read.
+
+        Raises:
+          ValueError: as of `read`.
+        """
+        stored = self._stored(path)
+        try:
+            return read_tensor(self.directory, stored)
+        except DamagedError as damage:
+            raise _changed(self.directory, damage) from damage
 
     def _stored(self, path):
         if path not in self.stored:
@@ -88,6 +98,13 @@ class SavedCheckpoint:
                 f"The checkpoint {self.directory} holds {', '.join(sorted(self.stored))}. Received: {path!r}."
             )
         return self.stored[path]
+
+
+def _changed(directory, damage):
+    return ValueError(
+        f"The checkpoint {directory} must stay as it was when it was opened. Received: {damage}. Start again, from a "
+        "copy if the run that wrote it is still running."
+    )
 
 
 def open_checkpoint(path, *, best: bool = False) -> SavedCheckpoint:

@@ -258,6 +258,16 @@ def read_rows(directory: Path, stored: Stored, start: int, stop: int) -> np.ndar
     return rows
 
 
+def read_tensor(directory: Path, stored: Stored) -> tf.Tensor:
+    """All of one tensor, as TensorFlow reads it: no copy is made but that of a block at a time.
+
+    Raises:
+      DamagedError: if TensorFlow cannot read the files.
+    """
+    rows = stored.shape[0] if stored.shape else 1
+    return _restored(directory, [(stored, 0, rows)])[0]
+
+
 def raise_damage(found: str | None, *, group: ProcessGroup) -> None:
     """Raises DamagedError, at every process, if one has found damage.
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 from lmscale.distribution import collectives
 from lmscale.softmax.bands import band_mask
 from lmscale.softmax.streamed import check_tokens, checked_block_rows, shard_gradients, shard_logsumexp
+from lmscale.tables.int8_rows import gather_rows
 
 
 class FullSoftmaxGradients(NamedTuple):
@@ -172,7 +173,7 @@ def _loss_of_all_tokens(hidden, labels, shard, *, fused=False):
     local_labels = tf.cast(local_labels, tf.int32)
     in_vocabulary = (labels >= 0) & (local_labels < shard.num_valid_rows)
     row_ids = tf.where((local_labels >= 0) & in_vocabulary, local_labels, 0)
-    true_rows = _rounded(tf.gather(shard.rows, row_ids), shard.compute_dtype)
+    true_rows = _rounded(gather_rows(shard.rows, row_ids), shard.compute_dtype)
     true_logits = tf.reduce_sum(_rounded(hidden, shard.compute_dtype) * true_rows, axis=1)
     if shard.bias is not None:
         true_logits += tf.cast(tf.gather(shard.bias, row_ids), tf.float32)

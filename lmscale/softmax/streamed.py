@@ -16,6 +16,7 @@ Everything here is local to a shard; `exact.py` and `top_k.py` combine the shard
 import tensorflow as tf
 
 from lmscale.softmax.products import float32_product
+from lmscale.tables.int8_rows import gather_rows
 
 _BLOCK_MIB = 64
 _BLOCK_ROWS_MULTIPLE = 128
@@ -181,7 +182,7 @@ def read_block(rows, bias, block, block_rows, num_valid_rows):
     local_ids = block * block_rows + tf.range(block_rows, dtype=tf.int32)
     valid = local_ids < tf.minimum(num_valid_rows, rows.shape[0])
     inside = tf.minimum(local_ids, rows.shape[0] - 1)
-    return tf.gather(rows, inside), None if bias is None else tf.gather(bias, inside), local_ids, valid
+    return gather_rows(rows, inside), None if bias is None else tf.gather(bias, inside), local_ids, valid
 
 
 def with_bias(logits, bias, valid):

@@ -206,7 +206,7 @@ def _best_of_shard(
 def _without(scores, places):
     """-inf at these places [tokens, m] of scores [tokens, block_rows]; a place outside of it is none."""
     inside = (places >= 0) & (places < scores.shape[1])
-    tokens = tf.broadcast_to(tf.range(scores.shape[0])[:, tf.newaxis], places.shape)
+    tokens = tf.broadcast_to(tf.range(scores.shape[0])[:, tf.newaxis], tf.shape(places))
     indices = tf.stack([tokens, tf.where(inside, places, 0)], axis=2)
     return tf.tensor_scatter_nd_min(scores, indices, tf.where(inside, -float("inf"), float("inf")))
 

@@ -9,7 +9,7 @@ from lmscale import measures as rank_measures
 from lmscale.bodies.body import Body
 from lmscale.bodies.encoder import Encoder
 from lmscale.data.columns import Lists
-from lmscale.data.history_batches import HistoryWindows, TargetBatches
+from lmscale.data.history_batches import EveryWindow, HistoryWindows, TargetBatches
 from lmscale.softmax.head import Head
 from lmscale.tables.rows import Lookup
 from lmscale.tables.table_config import TableConfig, check_inputs_and_outputs
@@ -20,6 +20,9 @@ _ROLE, _HEAD = "history", "next"
 
 class NextItem(Task):
     """A causal body over histories, between an input table and an output table; one for both is tied.
+
+    Attributes:
+      eval_window: items of a history that an evaluation reads.
 
     A body that carries a state starts each history without one. Evaluations of "valid" and "test" predict the target
     of each user from the end of the history, exactly, against the whole catalogue; those of "train" the windows of the
@@ -72,11 +75,11 @@ class NextItem(Task):
         self.heads = {_HEAD: self.make_head(head, table=outputs)}
         self.measures = {_HEAD: tuple(measures)}
         self._inputs = inputs
-        self._window, self._eval_window = window, eval_window or window
+        self._window, self.eval_window = window, eval_window or window
         self._exclude_seen = exclude_seen
         self._columns = history, target
         trained = context.per_replica_batch_size, window
-        evaluated = context.per_replica_eval_batch_size, self._eval_window
+        evaluated = context.per_replica_eval_batch_size, self.eval_window
         batch_size, time = trained if context.training else evaluated
         self.encoder = Encoder(
             body(),
@@ -90,13 +93,23 @@ class NextItem(Task):
 
     def training_batches(self):
         """Windows of histories, shuffled."""
-        return self._windows(self.context.global_batch_size)
+        return HistoryWindows(
+            self.context.columns.column("train", self._columns[0]),
+            global_batch_size=self.context.global_batch_size,
+            window=self._window,
+            seed=self.context.seed,
+        )
 
     def evaluation_batches(self, split, *, limit=None):
         """The targets of users, or windows of the training."""
-        if split == "train":
-            return _FirstWindows(self._windows(self.context.eval_batch_size), limit=limit)
         history, target = self._columns
+        if split == "train":
+            return EveryWindow(
+                self.context.columns.column("train", history),
+                batch_size=self.context.eval_batch_size,
+                window=self._window,
+                limit=limit,
+            )
         targets = self.context.columns.column(split, target)[:limit]
         if not len(targets):
             raise ValueError(
@@ -107,7 +120,7 @@ class NextItem(Task):
             histories,
             targets,
             batch_size=self.context.eval_batch_size,
-            window=self._eval_window,
+            window=self.eval_window,
             longest_seen=histories.lengths.max() if self._exclude_seen else 0,
         )
 
@@ -125,7 +138,7 @@ class NextItem(Task):
         longest = 1 << int(lists.lengths.max() - 1).bit_length()  # Few different shapes.
         none = np.zeros([len(histories)], np.int32)
         batch = TargetBatches(
-            lists, none, batch_size=len(histories), window=self._eval_window, longest_seen=longest
+            lists, none, batch_size=len(histories), window=self.eval_window, longest_seen=longest
         )
         return batch.at(0).features
 
@@ -137,7 +150,7 @@ class NextItem(Task):
     def labels(self, features):
         """The target of each user; in training, each item of a window but the first."""
         if "target" in features:
-            return {_HEAD: Labels(features["target"], features["weights"], features.get("seen"))}
+            return {_HEAD: Labels(features["target"], features["weights"], excluded=features.get("seen"))}
         ids, weights = features["ids"][:, 1:], features["weights"]
         return {_HEAD: Labels(tf.reshape(ids, [-1]), tf.reshape(weights, [-1]))}
 
@@ -150,25 +163,3 @@ class NextItem(Task):
         if "target" in features:
             return {_HEAD: tf.gather(hidden, features["last"], axis=1, batch_dims=1)}, state
         return {_HEAD: tf.reshape(hidden, [-1, hidden.shape[-1]])}, state
-
-    def _windows(self, batch_size):
-        return HistoryWindows(
-            self.context.columns.column("train", self._columns[0]),
-            global_batch_size=batch_size,
-            window=self._window,
-            seed=self.context.seed,
-        )
-
-
-class _FirstWindows:
-    """The first batches of the training as an evaluation, until they have `limit` labels."""
-
-    def __init__(self, windows, *, limit):
-        self._windows = windows
-        self.num_labels = self.num_steps = 0
-        while self.num_steps < windows.steps_per_epoch and (limit is None or self.num_labels < limit):
-            self.num_labels += int(windows.at(self.num_steps).features["weights"].sum())
-            self.num_steps += 1
-
-    def at(self, step, examples=slice(None)):
-        return self._windows.at(step, examples)

@@ -8,7 +8,7 @@ import pytest
 
 from lmscale.data.columns import Lists, PreparedColumns
 from lmscale.data.histories import LeaveLastOut, prepare_histories
-from lmscale.data.history_batches import HistoryWindows, TargetBatches
+from lmscale.data.history_batches import EveryWindow, HistoryWindows, TargetBatches
 
 EVENTS = [
     *(("ann", item) for item in "abcabd"),
@@ -137,6 +137,29 @@ def test_windows_predict_each_item_once(window, batch_size):
     other_order = batches.at(batches.steps_per_epoch)
     assert (other_order.epoch, batches.at(0).epoch) == (1, 0)
     assert (other_order.features["ids"] != batches.at(0).features["ids"]).any()
+
+
+@pytest.mark.parametrize("limit", [None, 1, 100, 10**6])
+def test_every_window_counts_each_item_once(limit):
+    lists = some_lists()
+    batches = EveryWindow(lists, batch_size=7, window=5, limit=limit)
+    pairs = [
+        pair
+        for start, stop in itertools.pairwise(lists.offsets)
+        for pair in itertools.pairwise(lists.values[start:stop].tolist())
+    ]
+    assert batches.num_labels == min(len(pairs), limit or len(pairs))
+    found = []
+    for step in range(batches.num_steps):
+        features = batches.at(step).features
+        assert features["ids"].shape == (7, 6)
+        for ids, weights in zip(features["ids"], features["weights"], strict=True):
+            found += [(int(ids[i]), int(ids[i + 1])) for i in np.flatnonzero(weights)]
+    assert len(found) == batches.num_labels
+    if limit is None:
+        assert collections.Counter(found) == collections.Counter(pairs)
+    else:
+        assert not collections.Counter(found) - collections.Counter(pairs)
 
 
 def test_too_few_windows():

@@ -273,6 +273,7 @@ OTHER_VALUES = {
 # test_shipped_configurations.py, tests/test_trainer.py and, of several devices, tests/test_communication.py.
 ELSEWHERE = {
     "data_dir",
+    "vocabulary",
     "pretrained",
     "tables",
     "inputs",
