@@ -30,7 +30,7 @@ LAYERS = [
     {"run", "dry_run", "follow", "serving"},
     {"reports", "planning"},
     {"scoring"},
-    {"evaluation", "generation", "nearest", "start"},
+    {"evaluation", "generation", "nearest", "recommendation", "start"},
     {"trainer", "restored"},
     {"configuration", "assembly", "micro_batches"},
     {"gin_text", "experiment", "model", "communication"},

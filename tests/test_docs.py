@@ -34,6 +34,7 @@ COMMANDS = {
     "generate": "docs/use.md#generate-text#flags-of-all-of-them",
     "neighbors": "docs/use.md#find-neighbours#flags-of-all-of-them",
     "recommend": "docs/use.md#recommend-items#flags-of-all-of-them",
+    "export": "docs/serving.md",
     "word_vectors": "docs/word2vec.md",
     "benchmarks.planted_classes": "docs/classification.md#more-or-fewer-of-them",
     "benchmarks.planted_histories": "docs/recommendation.md#more-or-fewer-of-them",
@@ -149,6 +150,8 @@ def test_commands_use_flags_that_exist():
 def test_flags_of_the_text_exist():
     shared = [path.stem for path in (ROOT / "lmscale").glob("*_flags.py")]
     known = set().union(*map(defined_flags, [*COMMANDS, *shared])) | {"help", "logdir", "signal"}
+    # Of TensorFlow Serving.
+    known |= {"rest_api_port", "model_config_file"}
     for script in (ROOT / "launch").glob("*.s*"):
         known |= set(re.findall(r"--(\w+)", script.read_text(encoding="utf-8")))
     mentioned = {
