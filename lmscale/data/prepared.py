@@ -9,11 +9,12 @@ from lmscale.storage import as_path
 Prepared = PreparedData | PreparedColumns
 
 
-def open_prepared(directory: str | os.PathLike) -> Prepared:
-    """`PreparedData` of a text, `PreparedColumns` of examples.
+def open_prepared(directory: str | os.PathLike, *, with_words: bool = True) -> Prepared:
+    """`PreparedData` of a text, with or without its words in memory; `PreparedColumns` of examples.
 
     Raises:
       ValueError: saying which file is missing, malformed, or not the one that the manifest describes.
     """
-    is_text = "kind" not in read_manifest(as_path(directory))
-    return (PreparedData if is_text else PreparedColumns).open(directory)
+    if "kind" in read_manifest(as_path(directory)):
+        return PreparedColumns.open(directory)
+    return PreparedData.open(directory, with_words=with_words)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale.data.vocab import Vocabulary
+from lmscale.data.vocab import Vocabulary, VocabularyFile
 from lmscale.storage import as_path, is_remote
 
 SPLITS = ("train", "valid", "test")
@@ -57,8 +57,9 @@ class PreparedData:
       eos_id, unk_id: their ids.
     """
 
-    def __init__(self, directory: Path, *, manifest: dict):
+    def __init__(self, directory: Path, *, manifest: dict, with_words: bool = True):
         """Use `PreparedData.open`, which checks what it reads."""
+        self._with_words = with_words
         self.directory = directory
         self.manifest = manifest
         self.vocab_size: int = manifest["vocabulary"]["size"]
@@ -67,19 +68,22 @@ class PreparedData:
         self._splits: dict[str, np.ndarray] = {}
 
     @classmethod
-    def open(cls, directory: str | os.PathLike, *, verify: bool = True) -> "PreparedData":
+    def open(
+        cls, directory: str | os.PathLike, *, verify: bool = True, with_words: bool = True
+    ) -> "PreparedData":
         """Opens a directory written by `python -m lmscale.prepare`.
 
         Args:
           directory: its path.
           verify: also read every file once, in bounded memory, to compare its SHA-256 with the manifest and
             to check that every id is below vocab_size. Presence and sizes are always checked.
+          with_words: whether `vocabularies` is to know the words, which takes memory for each.
         Raises:
           ValueError: saying which file is missing, malformed, or not the one that the manifest describes.
         """
         directory = as_path(directory)
         manifest = _text_manifest(directory)
-        data = cls(directory, manifest=manifest)
+        data = cls(directory, manifest=manifest, with_words=with_words)
         for name, entry in _described_files(manifest).items():
             path = directory / name
             if not path.is_file():
@@ -97,7 +101,7 @@ class PreparedData:
                 )
         if verify:
             data._check_ids()
-        if len(data.vocabulary) != data.vocab_size:
+        if with_words and len(data.vocabulary) != data.vocab_size:
             raise ValueError(
                 f"{directory / VOCAB_FILE}: must have {data.vocab_size:,} lines by {MANIFEST_FILE}. "
                 f"Received: {len(data.vocabulary):,}."
@@ -119,9 +123,13 @@ class PreparedData:
         return self.vocabulary.counts
 
     @property
-    def vocabularies(self) -> dict[str, Vocabulary]:
+    def vocabularies(self) -> dict[str, Vocabulary | VocabularyFile]:
         """{name: `Vocabulary`} that tables can have rows of (`TableConfig.vocabulary`): that of the text, "words"."""
-        return {"words": self.vocabulary}
+        if self._with_words:
+            return {"words": self.vocabulary}
+        entry = self.manifest["vocabulary"]
+        path = self.directory / VOCAB_FILE
+        return {"words": VocabularyFile(path=path, size=entry["size"], sha256=entry["sha256"])}
 
     @property
     def vocabulary_files(self) -> dict[str, Path]:

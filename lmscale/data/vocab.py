@@ -5,6 +5,7 @@ import difflib
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -122,6 +123,30 @@ class UnnamedVocabulary:
     def sha256(self) -> str:
         """Hex SHA-256 of the size: equal where the ids are the same."""
         return hashlib.sha256(f"{self.size} ids".encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class VocabularyFile:
+    """A vocabulary whose words stay in their file: for those who only need to know how many there are.
+
+    Attributes:
+      path: vocab.txt, as `Vocabulary.to_text` writes it.
+      size: its lines.
+      sha256: hex SHA-256 of it.
+    """
+
+    path: Path
+    size: int
+    sha256: str
+
+    def __len__(self):
+        return self.size
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[size] int64, read from the file whenever it is asked for."""
+        with self.path.open("rb") as lines:
+            return np.fromiter((int(line.rpartition(b"\t")[2]) for line in lines), np.int64, self.size)
 
 
 class _IdsOrUnk(dict):

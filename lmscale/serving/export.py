@@ -10,9 +10,11 @@ from lmscale.checkpoints import document
 from lmscale.checkpoints.directory import Checkpoints
 from lmscale.checkpoints.saved import open_checkpoint
 from lmscale.data.prepared import open_prepared
+from lmscale.data.token_files import PreparedData
+from lmscale.data.vocab import UNK
 from lmscale.doing import doing
 from lmscale.serving.model import ServedModel
-from lmscale.serving.signatures import Signatures, Words, available, unknown_id
+from lmscale.serving.signatures import Signatures, Words, available
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ def export(experiment, *, saved, output, settings):
             'evaluate_averages=True. Pass --gin_param="experiment.Experiment.evaluate_averages=False" for its weights.'
         )
     with doing(f"reading the data of {experiment.data_dir}"):
-        data = open_prepared(experiment.data_dir)
+        data = open_prepared(experiment.data_dir, with_words=False)
     task = make_task(experiment, data=data, num_replicas=1, training=False)
     names = _checked_signatures(settings.signatures, task)
     of_heads = list(dict.fromkeys(head.table for head in task.heads.values()))
@@ -96,7 +98,7 @@ def export(experiment, *, saved, output, settings):
         model = ServedModel(task, saved, tables=sorted(tables), int8=settings.int8)
     files = {name: data.vocabulary_files.get(task.tables[name].vocabulary) for name in sorted(tables)}
     vocabularies = {
-        name: Words(path, unknown_id=unknown_id(task.vocabularies[name]))
+        name: Words(path, unknown_id=_unknown_id(data, task.vocabularies[name]))
         for name, path in files.items()
         if path is not None
     }
@@ -113,6 +115,13 @@ def export(experiment, *, saved, output, settings):
         "signatures": names,
         "bytes": sum(path.stat().st_size for path in output.rglob("*") if path.is_file()),
     }
+
+
+def _unknown_id(data, vocabulary):
+    """What words that are not in a vocabulary have for an id: that of `<unk>`, or -1."""
+    if isinstance(data, PreparedData):
+        return data.unk_id
+    return vocabulary.ids.get(UNK, -1)
 
 
 def _checked_signatures(names, task):

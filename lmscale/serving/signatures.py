@@ -2,9 +2,15 @@
 
 import tensorflow as tf
 
-from lmscale.data.vocab import UNK
 from lmscale.tasks.left_to_right import LeftToRightTask
 from lmscale.tasks.next_item import NextItem
+
+
+class _HashTable(tf.lookup.StaticHashTable):
+    """A table that is filled where the SavedModel is loaded, not where it is written: that saves the memory."""
+
+    def _initialize(self):
+        return super()._initialize() if tf.inside_function() else None
 
 
 class Words(tf.Module):
@@ -16,11 +22,11 @@ class Words(tf.Module):
         line, word = tf.lookup.TextFileIndex.LINE_NUMBER, 0
         self._asset = tf.saved_model.Asset(str(path))
         asset = self._asset.asset_path
-        self._ids = tf.lookup.StaticHashTable(
+        self._ids = _HashTable(
             tf.lookup.TextFileInitializer(asset, tf.string, word, tf.int64, line, delimiter="\t"),
             default_value=unknown_id,
         )
-        self._words = tf.lookup.StaticHashTable(
+        self._words = _HashTable(
             tf.lookup.TextFileInitializer(asset, tf.int64, line, tf.string, word, delimiter="\t"),
             default_value="",
         )
@@ -206,8 +212,3 @@ def available(task):
     if isinstance(task, NextItem):
         return ["recommend", "embed"]
     return ["embed"]
-
-
-def unknown_id(vocabulary):
-    """What words that are not in a vocabulary have for an id: that of `<unk>`, or -1."""
-    return vocabulary.ids.get(UNK, -1)

@@ -15,7 +15,7 @@ import tensorflow as tf
 from lmscale.data.columns import PreparedColumns
 from lmscale.data.prepared import Prepared
 from lmscale.data.token_files import PreparedData
-from lmscale.data.vocab import UnnamedVocabulary, Vocabulary
+from lmscale.data.vocab import UnnamedVocabulary, Vocabulary, VocabularyFile
 from lmscale.softmax.bands import Neighbours
 from lmscale.softmax.head import Head
 from lmscale.tables.table_config import TableConfig
@@ -126,7 +126,7 @@ class Task(abc.ABC):
         """Raises ValueError for a table whose vocabulary the data has not."""
         self.context = context
         self.tables = tables
-        self.vocabularies: dict[str, Vocabulary | UnnamedVocabulary] = {}
+        self.vocabularies: dict[str, Vocabulary | VocabularyFile | UnnamedVocabulary] = {}
         known = context.data.vocabularies
         for name, config in tables.items():
             if config.vocabulary not in known:
