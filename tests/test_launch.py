@@ -378,15 +378,18 @@ def test_quickstart_stops_at_the_first_failure_with_its_code(quickstart):
     assert "Test perplexity" not in result.stdout
 
 
+def defined_flags(module):
+    """Names of the flags of a module, and of those whose flags it adopts."""
+    source = (ROOT / "lmscale" / f"{module}.py").read_text()
+    adopted = re.findall(r"adopt_module_key_flags\((\w+)\)", source)
+    return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)).union(*map(defined_flags, adopted))
+
+
 def test_quickstart_uses_flags_and_files_that_exist(quickstart):
     _, commands = quickstart()
     for command in commands:
         module = re.search(r"-m lmscale\.(\w+)", command)[1]
-        source = (ROOT / "lmscale" / f"{module}.py").read_text()
-        for other in re.findall(r"adopt_module_key_flags\((\w+)\)", source):
-            source += (ROOT / "lmscale" / f"{other}.py").read_text()
-        defined = re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)
         used = re.findall(r" --(\w+)=", command)
-        assert set(used) <= set(defined), f"lmscale.{module} lacks flags of: {command}"
+        assert set(used) <= defined_flags(module), f"lmscale.{module} lacks flags of: {command}"
     for path in re.findall(r"=((?:configs|data)/\S+)", " ".join(commands)):
         assert (ROOT / path).is_file(), path
