@@ -47,11 +47,6 @@ _NUM_LAYERS = flags.DEFINE_integer("num_layers", 2, "LSTM layers.", lower_bound=
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Examples a step.", lower_bound=1)
 _WINDOW = flags.DEFINE_integer("window", 35, "Time steps of an example.", lower_bound=1)
 _NUM_SAMPLED = flags.DEFINE_integer("num_sampled", 2048, "Sampled negatives.", lower_bound=1)
-_DEVICES = flags.DEFINE_list(
-    "devices",
-    "1,2,4,8,16",
-    "Numbers of devices that memory measures; communication counts with those above one.",
-)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds of step_time and limits.", lower_bound=1)
 _LIMIT_GIB = flags.DEFINE_float(
     "limit_gib", 20.0, "Memory for the largest vocabulary, which --full measures.", lower_bound=1.0
@@ -105,7 +100,6 @@ def main(argv):
         num_sampled=_NUM_SAMPLED.value,
     )
     vocab_sizes = sorted({_vocab_size(text) for text in _VOCAB_SIZES.value or _default_sizes().split()})
-    _check_devices()
     output = Path(_OUTPUT.value)
     # Before hours of the other sections, too: there are runs below it.
     paths.check_checkpoint_path(output, what="--output")
@@ -170,8 +164,7 @@ def _measure(section, shape, vocab_sizes, sides, output):
                     {"shape": sized, "num_devices": num_devices},
                     log=output / "logs" / f"communication_{num_devices}.log",
                 )
-                for num_devices in map(int, _DEVICES.value)
-                if num_devices > 1
+                for num_devices in (2, 4, 8, 16)
             ]
             return {"shape": sized, "counts": counts}
         if section == "memory":
@@ -179,7 +172,6 @@ def _measure(section, shape, vocab_sizes, sides, output):
                 shape,
                 vocab_size=793_470 if _FULL.value else vocab_sizes[-1],
                 limit_gib=_LIMIT_GIB.value if _FULL.value else None,
-                nums_devices=[int(text) for text in _DEVICES.value],
                 log_dir=output / "logs",
                 say=_say,
             )
@@ -235,12 +227,6 @@ def _vocab_size(text):
             f"{text!r}, num_sampled={_NUM_SAMPLED.value}."
         )
     return size
-
-
-def _check_devices():
-    for text in _DEVICES.value:
-        if not text.isdecimal() or int(text) < 1:
-            raise ValueError(f"Each of --devices must be a whole number from 1 on. Received: {text!r}.")
 
 
 def run():

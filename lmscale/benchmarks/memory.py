@@ -10,19 +10,18 @@ _ENVIRONMENT = {"TF_ONEDNN_USE_SYSTEM_ALLOCATOR": "1"}
 _RULES = [("Adam", {"beta_1": 0.0}), ("RowWiseAdagrad", {})]
 
 
-def measure(shape, *, vocab_size, limit_gib, nums_devices, log_dir, say):
+def measure(shape, *, vocab_size, limit_gib, log_dir, say):
     """What N devices hold, what a step and an exact evaluation take above it, and the largest vocabulary.
 
     Args:
       shape: `ModelShape`; its vocab_size is ignored.
       vocab_size: rows, for everything but the largest vocabulary.
       limit_gib: memory in which the largest vocabulary must train, at embed_dim 128; None to leave it out.
-      nums_devices: numbers of devices.
       log_dir: folder for what the processes print.
       say: called with a line of text for each stage.
 
     Returns:
-      {"vocab_size", "small_vocab_size", "devices": [an entry of `measure_devices` for each number], "evaluation": of
+      {"vocab_size", "small_vocab_size", "devices": [an entry of `measure_devices` for N = 1, 2, 4, 8], "evaluation": of
       `measure_evaluation`, "largest": [an entry of `measure_largest` a rule]}. The entries of devices and evaluation
       have "small", the same of a small vocabulary: code and graphs take as much there, so that what is left depends on
       the vocabulary.
@@ -45,7 +44,7 @@ def measure(shape, *, vocab_size, limit_gib, nums_devices, log_dir, say):
         return large | {"small": small}
 
     devices = []
-    for num_devices in nums_devices:
+    for num_devices in (1, 2, 4, 8):
         say(f"memory of {num_devices} device(s), vocabulary {vocab_size:,}")
         devices.append(at_both_sizes("measure_devices", num_devices=num_devices))
     say("memory of an exact evaluation")
