@@ -1,8 +1,9 @@
 """Words and their vectors, read in blocks: of a table in a checkpoint, without a model, or of a file of vectors."""
 
-from collections.abc import Iterator
+from collections.abc import abc
 from pathlib import Path
 
+import Iterator
 import numpy as np
 
 from lmscale.checkpoints.saved import open_checkpoint
@@ -12,7 +13,7 @@ from lmscale.parameters import vector_files
 _ROWS_AT_ONCE = 16_384
 
 
-class WordRows:
+class WordRows(abc.ABC):
     """Words by the number of their row.
 
     Attributes:
@@ -30,9 +31,9 @@ class WordRows:
         found = self._ids.get(word)
         return self._ids.get(word.lower()) if found is None else found
 
+    @abc.abstractmethod
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(ids [n] int64, rows [n, dim] float32) of all words, each once, by rising ids."""
-        raise NotImplementedError
 
     def vectors_of(self, words) -> dict[int, np.ndarray]:
         """{id: vector} of those of the words that have rows: one reading of all rows, in bounded memory."""
