@@ -1,9 +1,9 @@
 """Words and their vectors, read in blocks: of a table in a checkpoint, without a model, or of a file of vectors."""
 
-from collections.abc import abc
+import abc
+from collections.abc import Iterator
 from pathlib import Path
 
-import Iterator
 import numpy as np
 
 from lmscale.checkpoints.saved import open_checkpoint

@@ -314,7 +314,8 @@ def test_files_that_are_not_there(load, tmp_path):
     (tmp_path / "quickstart.gin").write_text("")
     with pytest.raises(
         ValueError,
-        match=r"quickstat.gin', which is not a file. Did you mean quickstart.gin or quickstart_gru.gin or quickstart_cbow.gin\?",
+        match=r"quickstat.gin', which is not a file. Did you mean quickstart.gin or quickstart_gru.gin or "
+        r"quickstart_cbow.gin\?",
     ):
         configuration.load([str(tmp_path / "quickstat.gin")], root=Machine)
     with pytest.raises(ValueError, match="which is not a file"):
