@@ -86,11 +86,11 @@ def main(argv):
         frequency_axes.set(
             xlabel="decile of training frequency, the most frequent first", ylabel="loss, nats a token"
         )
+        ticks = range(1, _PLACE_OF_UNKNOWN + 1)
+        frequency_axes.set_xticks(ticks, [*map(str, ticks[:-1]), "<unk>"])
     perplexity_axes.set(xlabel="epoch", ylabel="perplexity", yscale="log")
     for axis_ticks in (perplexity_axes.yaxis.set_major_formatter, perplexity_axes.yaxis.set_minor_formatter):
         axis_ticks("{x:,.0f}")
-        ticks = range(1, _PLACE_OF_UNKNOWN + 1)
-        frequency_axes.set_xticks(ticks, [*map(str, ticks[:-1]), "<unk>"])
     for axes in (loss_axes, perplexity_axes, *others):
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")

@@ -40,7 +40,7 @@ def train(strategy, case, *, compiled):
 
 
 def evaluate(run, *, compiled):
-    """[(sum of exact losses, sum of training losses)] of two batches, the state carried between them."""
+    """{name: sums [2, ...] of two batches}, the state carried between them."""
     evaluator = Evaluator.of_experiment(run.experiment, run.model, strategy=run.strategy)
 
     @functools.partial(tf.function, autograph=False, jit_compile=compiled)
@@ -53,8 +53,8 @@ def evaluate(run, *, compiled):
         check_operations(step.get_concrete_function(state, tensors(batches.at(0)), number))
     for number in range(2):
         of_batch, state = step(state, tensors(batches.at(number)), tf.constant(number))
-        sums.append(of_batch.numpy())
-    return np.array(sums)
+        sums.append({name: x.numpy() for name, x in of_batch.items()})
+    return {name: np.array([of_batch[name] for of_batch in sums]) for name in sums[0]}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -73,9 +73,12 @@ def test_compiled_step_equals_the_plain_one(mirrored, case):
     for path, value in plain_values.items():
         np.testing.assert_allclose(compiled_values[path], value, rtol=tolerance, atol=tolerance, err_msg=path)
     if case in EVALUATED:
-        expected = evaluate(plain_run, compiled=False)
-        assert (expected > 1).all()
-        np.testing.assert_allclose(evaluate(compiled_run, compiled=True), expected, rtol=tolerance)
+        expected, actual = evaluate(plain_run, compiled=False), evaluate(compiled_run, compiled=True)
+        assert actual.keys() == expected.keys() >= {"next/loss", "next/weight", "next/training_loss"}
+        for name in ("next/loss", "next/training_loss"):
+            assert (expected[name] > 1).all()
+        for name in expected:
+            np.testing.assert_allclose(actual[name], expected[name], rtol=tolerance, err_msg=name)
 
 
 def test_what_xla_cannot_compile_is_found():

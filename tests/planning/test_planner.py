@@ -85,7 +85,7 @@ def test_products_of_a_sampled_and_of_a_full_softmax():
     pairs = TOKENS // 3 * NUM_SAMPLED
     # Logits and two gradients; the gradient of the bias is a product with a vector.
     assert comparison.sampled.product_flops == 3 * 2 * pairs * EMBED_DIM + 2 * pairs
-    rows = step.placement.allocated_rows
+    rows = step.placements["words"].allocated_rows
     # In blocks of 128, the last of which may be fuller than the shard.
     assert comparison.full.product_flops == pytest.approx(4 * 2 * TOKENS * rows * EMBED_DIM, rel=0.2)
     turns_at = 3 * NUM_SAMPLED / 4
@@ -150,7 +150,7 @@ def test_memory_does_not_depend_on_how_much_a_vocabulary_could_allocate():
 
 
 def plan(an_experiment, monkeypatch, *, num_devices, gib):
-    monkeypatch.setattr(planner.PreparedData, "open", lambda path: text(100_003))
+    monkeypatch.setattr(planner, "open_prepared", lambda path: text(100_003))
     return planner.make_plan(an_experiment, num_devices=num_devices, device_memory_gib=gib, rates=RATES)[0]
 
 

@@ -47,7 +47,8 @@ def test_evaluations_within_the_run_are_equal(runs, devices):
     expected, actual = tiny_runs.metrics(runs[1], "eval"), tiny_runs.metrics(runs[devices], "eval")
     assert [line["step"] for line in actual] == [line["step"] for line in expected] == [100, 200]
     tags = [tag for tag in expected[0] if tag.endswith(("_nats", "_perplexity"))]
-    assert len(tags) == 6
+    # Two of the split, four of the probe; ten deciles and the unknown words.
+    assert len(tags) == 6 + 11
     for tag in tags:
         np.testing.assert_allclose(
             [line[tag] for line in actual], [line[tag] for line in expected], rtol=TOLERANCE, err_msg=tag

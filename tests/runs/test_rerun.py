@@ -50,6 +50,8 @@ def test_metrics_and_tensorboard_say_what_the_run_was(reference_run):
         "probe/exact_perplexity",
         "probe/sampled_loss_nats",
         "probe/sampled_minus_exact_nats",
+        "valid/by_frequency/unknown_loss_nats",
+        *(f"valid/by_frequency/decile_{decile:02}_loss_nats" for decile in range(1, 11)),
     }
     assert train >= {
         "tokens_per_sec",
