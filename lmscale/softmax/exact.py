@@ -12,6 +12,7 @@ import tensorflow as tf
 from lmscale.distribution import collectives
 from lmscale.softmax.bands import band_mask
 from lmscale.softmax.streamed import check_tokens, checked_block_rows, shard_gradients, shard_logsumexp
+from lmscale.softmax.token_blocks import TokenBlocks
 from lmscale.tables.int8_rows import gather_rows
 
 
@@ -117,7 +118,16 @@ def full_softmax_loss_of_neighbours(
 
 
 def full_softmax_value_and_gradients(
-    hidden, *, labels, loss_weights, rows, bias, num_valid_rows, block_rows=None, compute_dtype=tf.float32
+    hidden,
+    *,
+    labels,
+    loss_weights,
+    rows,
+    bias,
+    num_valid_rows,
+    block_rows=None,
+    block_tokens=None,
+    compute_dtype=tf.float32,
 ):
     """`full_softmax_loss` with the gradients of its weighted sum over the tokens of all replicas.
 
@@ -128,6 +138,8 @@ def full_softmax_value_and_gradients(
     Args:
       hidden, labels, rows, bias, num_valid_rows, block_rows, compute_dtype: as for `full_softmax_loss`.
       loss_weights: [tokens] float, weight of each token's loss in the sum, e.g. 1 / tokens of all replicas.
+      block_tokens: int, tokens of all replicas that are compared with the rows at a time, those of weight 0 last: a
+        block of nothing else is left out, and the loss of its tokens is 0. None for all tokens at once.
 
     Returns:
       FullSoftmaxGradients. d_rows and d_bias are complete: they need no reduction over replicas.
@@ -143,14 +155,34 @@ def full_softmax_value_and_gradients(
     shard = _Shard(rows, bias, num_valid_rows, block_rows, compute_dtype)
     all_hidden, all_labels = _gather_tokens(hidden), _gather_tokens(labels)
     all_weights = _gather_tokens(tf.cast(loss_weights, tf.float32))
-    loss, logsumexp, local_labels = _loss_of_all_tokens(all_hidden, all_labels, shard, fused=True)
-    d_hidden, d_rows, d_bias = shard_gradients(
-        all_hidden,
-        local_labels=local_labels,
-        logsumexp=logsumexp,
-        loss_weights=all_weights,
-        **shard._asdict(),
-    )
+    blocks = None if block_tokens is None else TokenBlocks(all_weights, block_tokens=block_tokens)
+    loss, logsumexp, local_labels = _loss_of_all_tokens(all_hidden, all_labels, shard, blocks=blocks, fused=True)
+
+    def gradients(hidden, local_labels, logsumexp, loss_weights):
+        d_hidden, *d_shard = shard_gradients(
+            hidden,
+            local_labels=local_labels,
+            logsumexp=logsumexp,
+            loss_weights=loss_weights,
+            **shard._asdict(),
+        )
+        return d_hidden, [d for d in d_shard if d is not None]
+
+    if blocks is None:
+        d_hidden, d_shard = gradients(all_hidden, local_labels, logsumexp, all_weights)
+    else:
+        shapes = [rows.shape] if bias is None else [rows.shape, bias.shape]
+        d_hidden, d_shard = blocks.map_and_sum(
+            gradients,
+            all_hidden,
+            local_labels,
+            logsumexp,
+            weights=all_weights,
+            dim=hidden.shape[1],
+            sums=[tf.zeros(shape) for shape in shapes],
+        )
+        loss = tf.where(blocks.is_computed, loss, 0.0)
+    d_rows, d_bias = d_shard if len(d_shard) == 2 else (*d_shard, None)
     d_hidden = collectives.all_reduce_sum(d_hidden)
     return FullSoftmaxGradients(_own_tokens(loss, tokens), _own_tokens(d_hidden, tokens), d_rows, d_bias)
 
@@ -165,7 +197,7 @@ class _Shard(NamedTuple):
     compute_dtype: tf.DType
 
 
-def _loss_of_all_tokens(hidden, labels, shard, *, fused=False):
+def _loss_of_all_tokens(hidden, labels, shard, *, blocks=None, fused=False):
     """Combines the shards: loss, logsumexp and local_labels, each [tokens], of the tokens of all replicas."""
     checked_block_rows(hidden, rows=shard.rows, bias=shard.bias, block_rows=shard.block_rows)
     num_shards, shard_id = collectives.num_replicas(), collectives.replica_id()
@@ -180,7 +212,14 @@ def _loss_of_all_tokens(hidden, labels, shard, *, fused=False):
     true_logits = tf.where(local_labels >= 0, true_logits, 0.0)
     true_logits = collectives.all_reduce_sum(tf.where(in_vocabulary, true_logits, float("nan")))
     reference = tf.where(tf.math.is_finite(true_logits), true_logits, 0.0)
-    partial = shard_logsumexp(hidden, reference=reference, fused=fused, **shard._asdict())
+
+    def logsumexp_of(hidden, reference):
+        return shard_logsumexp(hidden, reference=reference, fused=fused, **shard._asdict())
+
+    if blocks is None:
+        partial = logsumexp_of(hidden, reference)
+    else:
+        partial = blocks.map(logsumexp_of, hidden, reference)
     logsumexp = tf.reduce_logsumexp(collectives.all_gather(partial[tf.newaxis], axis=0), axis=0)
     return logsumexp - true_logits, logsumexp, local_labels
 

@@ -22,15 +22,26 @@ class FullSoftmax(Head):
         vocab_size: int,
         counts: np.ndarray | None,
         block_rows: int | None = None,
+        block_tokens: int | None = None,
         compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ):
         """Args:
         table, vocab_size, counts: as for every head.
         block_rows: rows of a shard whose logits exist at a time; None to choose by memory.
+        block_tokens: tokens of the global batch that are compared with the rows at a time, where many have no label:
+          those of weight 0 are put last, and blocks of nothing else left out. None for all tokens at once.
         compute_dtype: of the products, None for the experiment's; logits are float32.
+
+        Raises:
+          ValueError: if block_tokens < 1.
         """
         super().__init__(table=table, vocab_size=vocab_size, counts=counts)
-        self.block_rows = block_rows
+        if block_tokens is not None and block_tokens < 1:
+            raise ValueError(
+                f"block_tokens must be at least 1. Received: block_tokens={block_tokens}. Leave it out for all tokens "
+                "at once."
+            )
+        self.block_rows, self.block_tokens = block_rows, block_tokens
         self.compute_dtype = resolved_compute_dtype(compute_dtype)
 
     def hidden_bytes_per_token(self, *, embed_dim, num_devices):
@@ -50,6 +61,7 @@ class FullSoftmax(Head):
             bias=table.local_parameter("bias"),
             num_valid_rows=table.num_valid_rows,
             block_rows=self.block_rows,
+            block_tokens=self.block_tokens,
             compute_dtype=self.compute_dtype,
         )
         d_shard = {"embedding": result.d_rows}

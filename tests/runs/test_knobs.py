@@ -261,6 +261,7 @@ OTHER_VALUES = {
     "num_sampled": 17,
     "power": 0.5,
     "block_rows": 7,
+    "block_tokens": 7,
     "learning_rate": 0.03,
     "beta_1": 0.8,
     "beta_2": 0.9,

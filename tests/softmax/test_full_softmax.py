@@ -270,9 +270,44 @@ def test_block_rows_must_be_positive():
         run_full_softmax(make_case(vocab_size=9), block_rows=0)
 
 
+def padded_case(*, padding, **options):
+    """A case some of whose tokens have the weight 0, and anything for hidden and label."""
+    case = make_case(**options)
+    case["loss_weights"][padding] = 0
+    case["hidden"][padding] *= 100
+    return case
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("block_tokens", "num_computed"), [(1, 14), (5, 15), (14, 14), (36, 36), (1000, TOKENS)])
+def test_blocks_of_padding_are_left_out(block_tokens, num_computed, with_bias):
+    """What remains is the same; of 37 tokens 14 have a weight."""
+    padding = np.random.default_rng(1).permutation(TOKENS)[14:]
+    case = padded_case(padding=padding, with_bias=with_bias)
+    result = run_full_softmax(case, block_tokens=block_tokens, block_rows=999)
+    counts = case["loss_weights"] > 0
+    loss, d_hidden, d_rows, d_bias = reference(case)
+    np.testing.assert_allclose(result.loss_nats.numpy()[counts], loss[counts], rtol=2e-5, atol=2e-6)
+    # As stated: losses of tokens in blocks that are left out are 0, and those of others what they are.
+    assert np.count_nonzero(result.loss_nats) == num_computed
+    np.testing.assert_allclose(result.d_hidden, d_hidden, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(result.d_rows, d_rows, rtol=2e-5, atol=2e-6)
+    if with_bias:
+        np.testing.assert_allclose(result.d_bias, d_bias, rtol=2e-5, atol=2e-6)
+    else:
+        assert result.d_bias is None
+
+
+def test_nothing_but_padding():
+    result = run_full_softmax(padded_case(padding=slice(None)), block_tokens=5)
+    for value in result:
+        np.testing.assert_array_equal(value, np.zeros(value.shape))
+
+
+@pytest.mark.parametrize("block_tokens", [None, 5])
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 2])
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
-def test_independent_of_the_number_of_devices(mirrored, num_shards, vocab_size):
+def test_independent_of_the_number_of_devices(mirrored, num_shards, vocab_size, block_tokens):
     """The same loss and gradients from every split, uneven ones and one with a shard without rows included."""
     case = make_case(vocab_size=vocab_size, tokens=42)
     placement = Placement(vocab_size=vocab_size, num_shards=num_shards)
@@ -297,6 +332,7 @@ def test_independent_of_the_number_of_devices(mirrored, num_shards, vocab_size):
                 "bias": shard_of(case["bias"], shard_id),
                 "num_valid_rows": placement.num_valid_rows(shard_id),
                 "block_rows": 1000,
+                "block_tokens": block_tokens,
             }
             result = exact.full_softmax_value_and_gradients(own.pop("hidden"), **own, **shard)
             return tuple(result)
