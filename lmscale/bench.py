@@ -59,6 +59,12 @@ _WORD2VEC_DATA_DIR = DEFINE_path(
 )
 _SIMILARITY = DEFINE_paths("similarity", [], "Files of word pairs with scores, by which word2vec is judged.")
 _ROUNDS = flags.DEFINE_integer("word2vec_rounds", 3, "Turns of each side of word2vec.", lower_bound=1)
+_SUBSAMPLING = flags.DEFINE_float(
+    "gensim_subsampling",
+    1e-3,
+    "Of word2vec: gensim's threshold for frequent words; 1e-3 is its default.",
+    lower_bound=0.0,
+)
 
 _QUICK_SIZES, _FULL_SIZES = "10000 33278", "10000 33278 100000 267735 472706 793470 1000000 10000000"
 
@@ -185,6 +191,7 @@ def _measure(section, shape, vocab_sizes, sides, output):
                 config=config.with_name("wikitext2_word2vec.gin"),
                 similarity=_SIMILARITY.value,
                 rounds=_ROUNDS.value,
+                gensim_subsampling=_SUBSAMPLING.value,
                 log_dir=output / "logs",
                 say=_say,
             )

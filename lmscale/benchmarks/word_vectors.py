@@ -21,7 +21,7 @@ def gensim_is_installed():
     return importlib.util.find_spec("gensim") is not None
 
 
-def measure(*, data_dir, config, similarity, rounds, log_dir, say):
+def measure(*, data_dir, config, similarity, rounds, gensim_subsampling, log_dir, say):
     """Trains both sides, each in a process of its own, in turns.
 
     Args:
@@ -29,11 +29,12 @@ def measure(*, data_dir, config, similarity, rounds, log_dir, say):
       config: path of the configuration of lmscale's side.
       similarity: paths of files of word pairs.
       rounds: turns of each side.
+      gensim_subsampling: threshold of gensim's side above which it leaves out some of a word's occurrences.
       log_dir: folder for their notices.
       say: function of a line.
 
     Returns:
-      {"words": of the text, "epochs", "workers", "rounds": [{side: {"secs", "words_per_sec", "cpu_secs", "spearman":
+      {"words": of the text, "epochs", "workers", "gensim_subsampling", "rounds": [{side: {"secs", "words_per_sec", "cpu_secs", "spearman":
       {file: value}}}], "ratio": median over the rounds of words per second, "cpu_ratio": likewise per second of the
       processor}.
 
@@ -46,8 +47,7 @@ def measure(*, data_dir, config, similarity, rounds, log_dir, say):
         for side in SIDES:
             say(f"word2vec, round {number + 1} of {rounds}, {side}")
             arguments = {"data_dir": str(data_dir), "similarity": [str(path) for path in similarity]}
-            if side == "lmscale":
-                arguments["config"] = str(config)
+            arguments |= {"config": str(config)} if side == "lmscale" else {"subsampling": gensim_subsampling}
             turn[side] = run_task(
                 f"lmscale.benchmarks.word_vectors:train_{side}",
                 arguments,
@@ -59,6 +59,7 @@ def measure(*, data_dir, config, similarity, rounds, log_dir, say):
         "words": measured[0]["lmscale"].pop("words"),
         "epochs": _EPOCHS,
         "workers": _WORKERS,
+        "gensim_subsampling": gensim_subsampling,
         "rounds": measured,
         "ratio": _median_ratio(measured, "secs"),
         "cpu_ratio": _median_ratio(measured, "cpu_secs"),
@@ -69,7 +70,7 @@ def _median_ratio(rounds, name):
     return statistics.median(turn["gensim"][name] / turn["lmscale"][name] for turn in rounds)
 
 
-def train_gensim(*, data_dir, similarity):
+def train_gensim(*, data_dir, similarity, subsampling):
     """Skip-gram by gensim, timed without its scan of the vocabulary. It cuts lines after 10,000 tokens."""
     from gensim.models import Word2Vec
 
@@ -82,6 +83,7 @@ def train_gensim(*, data_dir, similarity):
         min_count=1,
         negative=_NEGATIVES,
         sg=1,
+        sample=subsampling,
         workers=_WORKERS,
         epochs=_EPOCHS,
         seed=1,

@@ -156,7 +156,9 @@ def full_softmax_value_and_gradients(
     all_hidden, all_labels = _gather_tokens(hidden), _gather_tokens(labels)
     all_weights = _gather_tokens(tf.cast(loss_weights, tf.float32))
     blocks = None if block_tokens is None else TokenBlocks(all_weights, block_tokens=block_tokens)
-    loss, logsumexp, local_labels = _loss_of_all_tokens(all_hidden, all_labels, shard, blocks=blocks, fused=True)
+    loss, logsumexp, local_labels = _loss_of_all_tokens(
+        all_hidden, all_labels, shard, blocks=blocks, fused=True
+    )
 
     def gradients(hidden, local_labels, logsumexp, loss_weights):
         d_hidden, *d_shard = shard_gradients(

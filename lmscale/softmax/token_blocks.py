@@ -12,8 +12,8 @@ class TokenBlocks:
 
     def __init__(self, weights, *, block_tokens):
         """Args:
-          weights: [tokens] float32.
-          block_tokens: int, tokens of a block.
+        weights: [tokens] float32.
+        block_tokens: int, tokens of a block.
         """
         tokens = weights.shape[0]
         self._size = min(int(block_tokens), tokens)
@@ -30,7 +30,9 @@ class TokenBlocks:
     def map(self, function, *of_tokens):
         """A function's values [block_tokens] of tensors [block_tokens, ...], for all: [tokens], 0 where not computed."""
         values, _ = self._loop(
-            lambda block: (function(*(self._of_block(block, x) for x in of_tokens)), ()), value_shape=[], sums=()
+            lambda block: (function(*(self._of_block(block, x) for x in of_tokens)), ()),
+            value_shape=[],
+            sums=(),
         )
         return values
 
@@ -51,7 +53,9 @@ class TokenBlocks:
 
         def of_block(block):
             of_its_tokens = (self._of_block(block, x) for x in of_tokens)
-            return function(*of_its_tokens, tf.where(self._is_token[block], self._of_block(block, weights), 0.0))
+            return function(
+                *of_its_tokens, tf.where(self._is_token[block], self._of_block(block, weights), 0.0)
+            )
 
         return self._loop(of_block, value_shape=[dim], sums=sums)
 
