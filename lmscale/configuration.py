@@ -207,16 +207,19 @@ class _Resolver:
         return factory
 
     def check_all_used(self):
-        """Raises ValueError if something is set which the root does not lead to: it would be ignored."""
+        """Raises ValueError if something is set which the root does not lead to: it would be ignored.
+
+        What is `%gin.REQUIRED` is not set: so a binding takes back what a file sets for a part that is not used now.
+        """
         unused = []
-        for macro in self._bindings.macros:
-            if macro not in self._followed_macros:
+        for macro, value in self._bindings.macros.items():
+            if macro not in self._followed_macros and value is not gin_text.REQUIRED:
                 names = [name for name in self._bindings.macros if name != macro]
                 near = gin_text.did_you_mean(macro, names)
                 unused.append(f"macro {macro} (nothing uses %{macro}).{near}")
         for (scope, selector), bound in self._bindings.parameters.items():
-            for parameter in bound:
-                if (scope, selector, parameter) in self._followed:
+            for parameter, value in bound.items():
+                if (scope, selector, parameter) in self._followed or value is gin_text.REQUIRED:
                     continue
                 name = self._bindings.configurables[selector].name
                 why = f"nothing refers to @{name}"
@@ -226,7 +229,7 @@ class _Resolver:
         if unused:
             raise ValueError(
                 f"Every setting must have an effect. Received, without any: {' '.join(unused)} "
-                "Remove what is not meant, or refer to it."
+                "Remove what is not meant, or refer to it. To take back what a file sets: NAME = %gin.REQUIRED."
             )
 
     def _factory(self, configurable, *, scopes, name) -> factories.Factory:

@@ -66,7 +66,8 @@ class Lists:
         places = np.asarray(starts)[:, None] + np.arange(length)
         inside = places < np.asarray(stops)[:, None]
         found = self.values[np.where(inside, places, 0)] if len(self.values) else np.zeros_like(places)
-        return np.where(inside, found, padding).astype(np.int32)
+        # Files of few ids hold uint16, which has no negative padding.
+        return np.where(inside, found.astype(np.int32), np.int32(padding))
 
 
 class PreparedColumns:

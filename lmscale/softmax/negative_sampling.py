@@ -4,6 +4,10 @@ A pair of a hidden state h and a label with row v costs softplus(-h.v), and k no
 softplus(h.u_j) each (Mikolov et al. 2013, arXiv:1310.4546, equation 4). The noise is a sample of S words that all pairs
 of a batch share, each with the weight k / S: the same in expectation as k words drawn for each pair, and a matrix
 product instead of many short ones.
+
+At their optimum such logits overestimate how likely a label is, the more so the fewer negatives it has. Calibration
+(Petrov and Macdonald 2023, arXiv:2308.07192) weighs the label's loss by a number beta <= 1 that undoes a part of it, or
+all.
 """
 
 from collections.abc import Callable
@@ -36,6 +40,7 @@ class NegativeSampling(Head):
         sampler: Callable[..., Sampler],
         num_negatives: float = 5,
         noise_groups: int = 1,
+        calibration: float = 0.0,
         compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ):
         """Args:
@@ -45,16 +50,43 @@ class NegativeSampling(Head):
         noise_groups: parts into which hidden states fall by their ids, each of which is compared with a part of the
           sample alone, at k / (S / noise_groups) a word. The work is that of a sample so many times smaller; each noise
           word still gets the gradients of one of S.
+        calibration: t of gSASRec's loss (gBCE), from 0 (the plain logistic loss) to 1 (fully calibrated). The label's loss is -log(sigmoid(h.v)**beta), with the share of the catalogue that a label is
+          told from, alpha = num_negatives / (vocab_size - 1), and
+
+            beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha) = 1 - t * (1 - alpha)
+
+          Of uniform noise (`UniformSampler`, or `UnigramSampler` with power 0), logits then end near
+          log(beta / alpha * p), p the probability of the label: at t = 1 they are log-probabilities. (It is the odds
+          p / (1 - p) in the paper, whose negatives leave out the label itself; here the noise may be the label.) Of
+          noise with probabilities q they end near log(beta / (num_negatives * q) * p): beta shifts all logits alike,
+          as it does of uniform noise, but no t makes them probabilities, and frequent labels stay lower by log q.
+
         compute_dtype: of the products, None for the experiment's; logits are float32.
 
         Raises:
-          ValueError: if num_negatives is not above 0, or the sampler samples labels.
+          ValueError: if num_negatives is not above 0, or the sampler samples labels; if calibration is not from 0 to 1,
+            or is above 0 with more negatives than there are other rows.
+
+        Source: of calibration, Petrov and Macdonald 2023, arXiv:2308.07192, section 5.
         """
         super().__init__(table=table, vocab_size=vocab_size, counts=counts)
         if not num_negatives > 0:
             raise ValueError(
                 f"num_negatives must be above 0. Received: num_negatives={num_negatives}. Usual are 5 to 20."
             )
+        if not 0 <= calibration <= 1:
+            raise ValueError(
+                f"calibration must be from 0 (plain) to 1 (full). Received: calibration={calibration}."
+            )
+        if calibration and num_negatives > vocab_size - 1:
+            raise ValueError(
+                "With a calibration, a label must have at most as many negatives as there are other rows. Received: "
+                f"num_negatives={num_negatives}, {vocab_size} rows. Lower num_negatives, or leave calibration at 0."
+            )
+        # beta.
+        self.label_weight = (
+            1.0 - calibration * (1.0 - num_negatives / (vocab_size - 1)) if calibration else 1.0
+        )
         self.sampler = sampler(vocab_size=vocab_size, counts=counts)
         if self.sampler.samples_are_labels:
             raise ValueError(
@@ -100,15 +132,16 @@ class NegativeSampling(Head):
             )
             noise_loss = tf.gather(noise_loss, places)
             d_hidden = None
+        label_weights = self.label_weight * loss_weights
         if neighbours is None:
-            label_loss, d_of_labels, d_rows, d_bias = _one_label(hidden, rows, label_rows.bias, loss_weights)
+            label_loss, d_of_labels, d_rows, d_bias = _one_label(hidden, rows, label_rows.bias, label_weights)
         else:
             split = neighbours.in_examples
             found = compiled(_of_neighbours)(
                 split(hidden),
                 split(rows),
                 None if label_rows.bias is None else split(label_rows.bias),
-                split(loss_weights),
+                split(label_weights),
                 split(neighbours.before),
                 split(neighbours.after),
                 window=neighbours.window,
@@ -119,7 +152,7 @@ class NegativeSampling(Head):
         else:
             d_hidden += d_of_labels
         return HeadGradients(
-            loss=label_loss + noise_loss,
+            loss=self.label_weight * label_loss + noise_loss,
             d_hidden=d_hidden,
             d_label_rows=Rows(d_rows, d_bias),
             d_candidate_rows=d_noise,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import keras
 import pytest
-from standin import BASE, IMPORTS, Machine
+from standin import BASE, IMPORTS, Machine, again
 
 from lmscale import configuration, factories
 from lmscale.bodies.body import Body
@@ -295,6 +295,19 @@ def test_setting_of_what_the_run_does_not_use(load):
             "standin.network.depth = 1",
             "slow/standin.network.depth = 2",
         )
+
+
+def test_settings_of_what_a_binding_replaces_are_taken_back_by_name(load, tmp_path):
+    swapped = "standin.Machine.network = @standin.other_network", "standin.other_network.width = 1"
+    with pytest.raises(ValueError, match=r"To take back what a file sets: NAME = %gin.REQUIRED"):
+        load(BASE, *swapped)
+    config = load(BASE, *swapped, "standin.network.width = %gin.REQUIRED", "WIDTH = %gin.REQUIRED")
+    assert config.settings.keys() & {"standin.network.width", "WIDTH"} == set()
+    assert config.settings["standin.other_network.width"] == 1
+    assert again(config, tmp_path).text == config.text
+    # What is used must still have a value.
+    with pytest.raises(ValueError, match=r"macro STEPS, which standin.Machine.steps uses, must have a value"):
+        load(BASE, "STEPS = %gin.REQUIRED")
 
 
 def test_circles(load, tmp_path):

@@ -102,8 +102,11 @@ def some_lists(seed=0, most=23, size=57):
     return Lists(rng.integers(0, 99, lengths.sum()), np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def test_padded_lists():
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.uint32, np.int64])
+def test_padded_lists(dtype):
+    """Of whatever type files of ids have."""
     lists = some_lists()
+    lists = Lists(lists.values.astype(dtype), lists.offsets)
     rows = np.array([3, 0, 56, 3])
     for length in (1, 5, 40):
         for i, found in zip(rows, lists.padded(rows, length, padding=-7), strict=True):

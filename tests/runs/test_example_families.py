@@ -1,6 +1,7 @@
 """Tasks of examples in columns, from their shipped configurations: the same on any number of devices, and resumed."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,39 @@ def test_what_goes_on_ends_as_what_nothing_interrupted(family, mirrored):
     tiny_runs.assert_same_bits(tiny_runs.tensors(resumed, NUM_STEPS), tiny_runs.tensors(whole, NUM_STEPS))
     names = {path.name for path in Path(resumed).glob("vocab.*.txt")}
     assert names == {path.name for path in (folder / "data").glob("vocab.*.txt")} != set()
+
+
+def documented_negatives():
+    """[settings] of each command of the docs that swaps the head of the next item."""
+    page = (tiny_runs.REPOSITORY / "docs" / "recommendation.md").read_text(encoding="utf-8")
+    _, _, section = page.partition("## Negatives: which head\n")
+    section, _, _ = section.partition("\n## ")
+    commands = re.findall(r"^python -m lmscale\.train (.*)$", section.replace("\\\n", " "), re.MULTILINE)
+    return [re.findall(r"--gin_param=(\S+)", command) for command in commands]
+
+
+@pytest.mark.parametrize(
+    ("number", "uses"),
+    [(None, "UnigramSampler"), (0, "InBatchSampler"), (1, "NegativeSampling.calibration = 0.75")],
+    ids=["unigram", "in_batch", "calibrated"],
+)
+def test_heads_of_the_next_item_swapped_by_flags(number, uses, mirrored, tmp_path):
+    """As shipped, and by each command of the docs: the same losses on 1 and on 3 devices."""
+    settings = [] if number is None else documented_negatives()[number]
+    sizes = SIZES | {"TRAIN_STEPS": 2, "EVAL_EVERY": 2, "NUM_SAMPLED": 11, "WINDOW": 5}
+    sizes["DATA_DIR"] = str(planted_users(tmp_path))
+    sizes = {name: value for name, value in sizes.items() if f"{name}=%gin.REQUIRED" not in settings}
+    # At most as many negatives as there are other items here.
+    settings = [re.sub(r"num_negatives=\d+$", "num_negatives=7", setting) for setting in settings]
+    config = configuration.load(
+        [str(tiny_runs.REPOSITORY / "configs" / "quickstart_next_item.gin")],
+        [*(f"{name} = {value!r}" for name, value in sizes.items()), *settings],
+    )
+    assert uses in config.text
+    expected, found = (
+        numbers(train(config, tmp_path / f"on_{n}", mirrored(n))) for n in (1, 3)
+    )
+    assert found.keys() == expected.keys()
+    assert any(name.endswith("loss_nats") and len(values) == 2 for name, values in expected.items())
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=2e-5, err_msg=name)

@@ -1,6 +1,7 @@
 """Heads whose hidden states have several labels, and negative sampling, against loops over pairs in float64."""
 
 import functools
+import types
 
 import numpy as np
 import pytest
@@ -123,12 +124,17 @@ class _Problem:
         return np.array(losses), gradients
 
 
-def _negative_sampling(labels, sampled, ids, state_id, *, num_negatives, groups=1):
-    """Mean over the labels of the logistic loss of each against `num_negatives` of the sample, in expectation."""
+def _negative_sampling(labels, sampled, ids, state_id, *, num_negatives, groups=1, calibration=0.0):
+    """Mean over the labels of the logistic loss of each against `num_negatives` of the sample, in expectation.
+
+    Of a label, -log(sigmoid(logit)**beta), with beta as gSASRec's paper writes it.
+    """
+    alpha = num_negatives / (VOCAB_SIZE - 1)
+    beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
     own = np.arange(len(sampled)) % groups == state_id % groups
     share, count = num_negatives / own.sum() * own, max(len(ids), 1)
-    loss = np.logaddexp(0, -labels).sum() / count + share @ np.logaddexp(0, sampled)
-    return loss, -sigmoid(-labels) / count, share * sigmoid(sampled)
+    loss = -np.log(sigmoid(labels) ** beta).sum() / count + share @ np.logaddexp(0, sampled)
+    return loss, -beta * sigmoid(-labels) / count, share * sigmoid(sampled)
 
 
 def _sampled_softmax(labels, sampled, ids, state_id, *, sampled_ids, log_expected_count, remove):
@@ -154,24 +160,30 @@ def _assert_close(found, expected):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("static_shapes", [True, False])
-def test_negative_sampling_of_neighbours(bias, static_shapes, groups):
+@pytest.mark.parametrize("calibration", [0.0, 0.7])
+def test_negative_sampling_of_neighbours(bias, static_shapes, groups, calibration):
     problem = _Problem(bias=bias)
     problem.pairs = problem.neighbours()
-    head = functools.partial(NegativeSampling, sampler=SAMPLER, num_negatives=3, noise_groups=groups)
+    head = functools.partial(
+        NegativeSampling, sampler=SAMPLER, num_negatives=3, noise_groups=groups, calibration=calibration
+    )
     *found, sampled_ids = problem.run(head, static_shapes=static_shapes)
-    loss_of_state = functools.partial(_negative_sampling, num_negatives=3, groups=groups)
+    loss_of_state = functools.partial(
+        _negative_sampling, num_negatives=3, groups=groups, calibration=calibration
+    )
     expected = problem.reference(loss_of_state, sampled_ids)
     _assert_close(found, expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_negative_sampling_of_one_label(bias):
+@pytest.mark.parametrize("calibration", [0.0, 0.7, 1.0])
+def test_negative_sampling_of_one_label(bias, calibration):
     problem = _Problem(bias=bias)
     places = np.arange(EXAMPLES)[:, None] * (CHUNK + 2 * WINDOW) + WINDOW + np.arange(CHUNK)
     problem.pairs = [[place] for place in places.reshape(-1)]
-    head = functools.partial(NegativeSampling, sampler=SAMPLER, num_negatives=3)
+    head = functools.partial(NegativeSampling, sampler=SAMPLER, num_negatives=3, calibration=calibration)
     *found, sampled_ids = problem.run(head, one_label=True)
-    loss_of_state = functools.partial(_negative_sampling, num_negatives=3)
+    loss_of_state = functools.partial(_negative_sampling, num_negatives=3, calibration=calibration)
     expected = problem.reference(loss_of_state, sampled_ids)
     _assert_close(found, expected)
 
@@ -193,6 +205,49 @@ def test_negative_sampling_is_that_of_tensorflow_where_the_sample_counts_once():
         sampled_values=(tf.constant(sampled_ids, tf.int64), *ones),
     )
     np.testing.assert_allclose(loss, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("calibration", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("noise", [np.ones(7, int), np.array([1, 4, 2, 1, 3, 7, 5])], ids=["uniform", "other"])
+def test_where_calibrated_logits_end(noise, calibration):
+    """Labels of probabilities p, noise of probabilities q: the gradient vanishes at log(beta / (k q) p)."""
+    num_rows, k = len(noise), 3
+    p, q = np.random.default_rng(5).dirichlet(np.ones(num_rows)), noise / noise.sum()
+    beta = 1 - calibration * (1 - k / (num_rows - 1))
+    logits = np.log(beta / (k * q) * p)
+    if calibration == 1 and q.min() == q.max():
+        np.testing.assert_allclose(logits, np.log(p * num_rows / (num_rows - 1)))
+    sampled_ids = np.repeat(np.arange(num_rows), noise)
+    sampler = types.SimpleNamespace(samples_are_labels=False, num_sampled=len(sampled_ids))
+    head = NegativeSampling(
+        table="words",
+        vocab_size=num_rows,
+        counts=None,
+        sampler=lambda **_: sampler,
+        num_negatives=k,
+        calibration=calibration,
+    )
+
+    def gradient(logits):
+        # A state for each label, all alike, with the label's probability as its weight. The logits are biases.
+        result = head.value_and_gradients(
+            tf.zeros([num_rows, DIM]),
+            labels=tf.range(num_rows),
+            loss_weights=tf.constant(p, tf.float32),
+            label_rows=Rows(tf.zeros([num_rows, DIM]), tf.constant(logits, tf.float32)),
+            candidate_rows=Rows(
+                tf.zeros([len(sampled_ids), DIM]), tf.constant(logits[sampled_ids], tf.float32)
+            ),
+            candidates=None,
+            table=None,
+        )
+        total = result.d_label_rows.bias.numpy().astype(np.float64)
+        np.add.at(total, sampled_ids, result.d_candidate_rows.bias.numpy())
+        return total
+
+    np.testing.assert_allclose(gradient(logits), 0, atol=1e-6)
+    assert (gradient(logits + 0.1) > 1e-4).all()
+    assert (gradient(logits - 0.1) < -1e-4).all()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -241,6 +296,14 @@ def test_refused():
 
     with pytest.raises(ValueError, match=r"num_negatives must be above 0. Received: num_negatives=0"):
         make(num_negatives=0)
+    for calibration in (-0.1, 1.01, float("nan")):
+        with pytest.raises(ValueError, match=rf"from 0 .* to 1 .*Received: calibration={calibration}"):
+            make(calibration=calibration)
+    with pytest.raises(ValueError, match=r"as there are other rows. Received: num_negatives=60.5, 61 rows"):
+        make(num_negatives=60.5, calibration=0.5)
+    # All other rows at full rate: nothing to correct. And without a calibration any number goes.
+    assert make(num_negatives=60, calibration=1.0).label_weight == 1
+    assert make(num_negatives=70).label_weight == 1
     with pytest.raises(ValueError, match=r"divide the sample. Received: noise_groups=4, num_sampled=21"):
         make(noise_groups=4)
     with pytest.raises(ValueError, match="noise that does not depend on the labels"):
