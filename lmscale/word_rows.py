@@ -51,7 +51,11 @@ class WordRows(abc.ABC):
 
 
 class TableRows(WordRows):
-    """The words of a table in a checkpoint; `<unk>` and `<eos>`, which are none, are left out."""
+    """The words of a table in a checkpoint; `<unk>` and `<eos>`, which are none, are left out.
+
+    Attributes:
+      counts: [words] int64, how often each is in the training data, falling.
+    """
 
     def __init__(self, path, *, table: str, best: bool = False):
         """Args:
@@ -87,6 +91,7 @@ class TableRows(WordRows):
         is_word = np.array([token not in (UNK, EOS) for token in vocabulary.tokens])
         self._row_of = np.flatnonzero(is_word)
         self.words = [vocabulary.tokens[i] for i in self._row_of]
+        self.counts = vocabulary.counts[self._row_of]
         self.dim = self._checkpoint.tensors[self._path][0][1]
         self.source = str(self._checkpoint.directory)
         self._index()

@@ -2,10 +2,12 @@
 
 --similarity: files of word pairs with scores (WordSim-353, SimLex-999, MEN and their like): Spearman's rank correlation
 with the cosines. --analogies: files of questions such as questions-words.txt, by 3CosAdd. --export: a file that
-word2vec's readers load, of text, or binary where its name ends in .bin. --vectors measures a file of vectors in place
+word2vec's readers load, of text, or binary where its name ends in .bin. --projector: a folder with the most frequent
+words, for TensorBoard's projector. --vectors measures a file of vectors in place
 of a run. Rows are read in blocks from the checkpoint, without a model. Each file gives a JSON object on stdout.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -20,6 +22,10 @@ _VECTORS = DEFINE_path("vectors", None, "File of vectors to measure, in place of
 _SIMILARITY = DEFINE_paths("similarity", [], "Files of word pairs with scores.")
 _ANALOGIES = DEFINE_paths("analogies", [], "Files of questions of four words.")
 _EXPORT = DEFINE_path("export", None, "File of vectors to write: binary if its name ends in .bin, else text.")
+_PROJECTOR = DEFINE_path("projector", None, "Folder to write for TensorBoard's projector.")
+_WORDS = flags.DEFINE_integer(
+    "words", 10_000, "Words for the projector, the most frequent ones.", lower_bound=1
+)
 
 
 def main(argv):
@@ -28,14 +34,19 @@ def main(argv):
     if (_WORKDIR.value is None) == (_VECTORS.value is None):
         received = "both" if _WORKDIR.value else "neither"
         raise ValueError(f"Pass either --workdir or --vectors. Received: {received}.")
-    for name in ("table", "best", "export"):
+    for name in ("table", "best", "export", "projector"):
         if _VECTORS.value is not None and flags.FLAGS[name].present:
             raise ValueError(
                 f"--{name} goes with --workdir. Received: --{name} with --vectors. Leave it out."
             )
-    if not (_SIMILARITY.value or _ANALOGIES.value or _EXPORT.value):
+    if not (_SIMILARITY.value or _ANALOGIES.value or _EXPORT.value or _PROJECTOR.value):
         raise ValueError(
-            "There must be something to do. Received: none of --similarity, --analogies and --export. Pass one."
+            "There must be something to do. Received: none of --similarity, --analogies, --export and --projector. "
+            "Pass one."
+        )
+    if flags.FLAGS["words"].present and not _PROJECTOR.value:
+        raise ValueError(
+            "--words goes with --projector. Received: --words alone. Pass --projector=FOLDER too."
         )
     # What the user wrote comes before what takes long.
     from lmscale.analogies import analogy_report, read_questions
@@ -59,6 +70,8 @@ def main(argv):
         _print(path, analogy_report(questions, rows.id_of, vectors, rows.blocks()))
     if _EXPORT.value:
         _export(rows, Path(_EXPORT.value))
+    if _PROJECTOR.value:
+        _project(rows, Path(_PROJECTOR.value))
     return 0
 
 
@@ -81,6 +94,20 @@ def _export(rows, path):
     )
     write_vectors(path, pairs, num_rows=len(rows.words), dim=rows.dim, format=form)
     _print(str(path), {"words": len(rows.words), "dim": rows.dim, "format": form, "source": rows.source})
+
+
+def _project(rows, folder):
+    from lmscale.projector import write_projector
+
+    most_frequent = (
+        (rows.words[i], int(rows.counts[i]), row)
+        for ids, block in rows.blocks()
+        for i, row in zip(ids.tolist(), block, strict=True)
+    )
+    number = write_projector(
+        folder, itertools.islice(most_frequent, _WORDS.value), name=_TABLE.value, dim=rows.dim
+    )
+    _print(str(folder), {"words": number, "dim": rows.dim, "table": _TABLE.value, "source": rows.source})
 
 
 def _print(path, report):

@@ -39,7 +39,7 @@ LAYERS = [
     {"word_rows"},
     {"checkpoints", "bodies", "softmax"},
     {"tables", "parameters"},
-    {"data", "distribution", "metrics", "hparams_tab", "event_files", "profiling"},
+    {"data", "distribution", "metrics", "hparams_tab", "event_files", "profiling", "projector"},
     {
         "command_line",
         "sampling",

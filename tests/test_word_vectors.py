@@ -232,6 +232,16 @@ def test_a_table_or_vocabulary_that_is_not_there(workdir):
         TableRows(path, table="words")
 
 
+def run_command(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "lmscale.word_vectors", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+
+
 def test_the_command_measures_what_it_exports(workdir, tmp_path):
     path, words, rows = workdir
     pairs = tmp_path / "pairs.txt"
@@ -262,20 +272,55 @@ def test_the_command_measures_what_it_exports(workdir, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("table", "sign", "asked", "there"), [("words", 1, 999, 999), ("contexts", -1, 5000, 1001)]
+)
+def test_the_command_writes_the_most_frequent_words_for_the_projector(
+    workdir, tmp_path, table, sign, asked, there
+):
+    path, words, rows = workdir
+    process = run_command(
+        f"--workdir={path}", f"--table={table}", f"--projector={tmp_path / 'p'}", f"--words={asked}"
+    )
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout)
+    assert (report["words"], report["dim"], report["table"]) == (there, DIM, table)
+    vectors = np.loadtxt(tmp_path / "p" / f"{table}.vectors.tsv", dtype=np.float32)
+    np.testing.assert_array_equal(vectors, sign * rows[:there])
+    lines = (tmp_path / "p" / f"{table}.words.tsv").read_text().splitlines()
+    # Counts are 1,003 and falling; the rows 5 and 700 are no words.
+    counts = [1003 - i for i in range(1003) if i not in (5, 700)]
+    assert lines == ["word\tcount", *(f"{w}\t{c}" for w, c in zip(words[:there], counts, strict=False))]
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "Pass either --workdir or --vectors. Received: neither"),
         (["--workdir=a", "--vectors=b"], "Received: both"),
         (["--workdir=a"], "There must be something to do"),
         (["--vectors=a", "--table=b", "--similarity=c"], "--table goes with --workdir"),
+        (["--vectors=a", "--projector=b"], "--projector goes with --workdir"),
+        (["--workdir=a", "--words=5", "--export=b"], "--words goes with --projector"),
+        (["--workdir=a", "--words=0", "--projector=b"], "words"),
     ],
 )
 def test_mistakes_in_flags(flags, message):
-    process = subprocess.run(
-        [sys.executable, "-m", "lmscale.word_vectors", *flags],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
+    process = run_command(*flags)
     assert process.returncode == 2
     assert message in process.stderr
+
+
+def test_what_the_projector_cannot_have(workdir, tmp_path):
+    path, _, _ = workdir
+    (tmp_path / "file").write_text("")
+    for flags, message in (
+        ([f"--workdir={path}", f"--projector={tmp_path / 'file'}"], "needs a folder. Received"),
+        (
+            [f"--workdir={path}", f"--projector={tmp_path / 'p'}", "--table=rows"],
+            "must be one of the run's, contexts, words. Received: rows",
+        ),
+    ):
+        process = run_command(*flags)
+        assert process.returncode == 2
+        assert message in process.stderr
+        assert "Traceback" not in process.stderr

@@ -50,8 +50,9 @@ class NegativeSampling(Head):
         noise_groups: parts into which hidden states fall by their ids, each of which is compared with a part of the
           sample alone, at k / (S / noise_groups) a word. The work is that of a sample so many times smaller; each noise
           word still gets the gradients of one of S.
-        calibration: t of gSASRec's loss (gBCE), from 0 (the plain logistic loss) to 1 (fully calibrated). The label's loss is -log(sigmoid(h.v)**beta), with the share of the catalogue that a label is
-          told from, alpha = num_negatives / (vocab_size - 1), and
+        calibration: t of gSASRec's loss (gBCE), from 0 (the plain logistic loss) to 1 (fully calibrated). The label's
+          loss is -log(sigmoid(h.v)**beta), with the share of the catalogue that a label is told from,
+          alpha = num_negatives / (vocab_size - 1), and
 
             beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha) = 1 - t * (1 - alpha)
 

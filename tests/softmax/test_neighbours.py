@@ -208,7 +208,9 @@ def test_negative_sampling_is_that_of_tensorflow_where_the_sample_counts_once():
 
 
 @pytest.mark.parametrize("calibration", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("noise", [np.ones(7, int), np.array([1, 4, 2, 1, 3, 7, 5])], ids=["uniform", "other"])
+@pytest.mark.parametrize(
+    "noise", [np.ones(7, int), np.array([1, 4, 2, 1, 3, 7, 5])], ids=["uniform", "other"]
+)
 def test_where_calibrated_logits_end(noise, calibration):
     """Labels of probabilities p, noise of probabilities q: the gradient vanishes at log(beta / (k q) p)."""
     num_rows, k = len(noise), 3
