@@ -34,9 +34,9 @@ def measure(*, data_dir, config, similarity, rounds, gensim_subsampling, log_dir
       say: function of a line.
 
     Returns:
-      {"words": of the text, "epochs", "workers", "gensim_subsampling", "rounds": [{side: {"secs", "words_per_sec", "cpu_secs", "spearman":
-      {file: value}}}], "ratio": median over the rounds of words per second, "cpu_ratio": likewise per second of the
-      processor}.
+      {"words": of the text, "epochs", "workers", "gensim_subsampling", "rounds": [{side: {"secs", "words_per_sec",
+      "cpu_secs", "spearman": {file: value}}}], "ratio": median over the rounds of words per second, "cpu_ratio":
+      likewise per second of the processor}.
 
     Raises:
       TaskFailedError: if a side fails.

@@ -218,10 +218,9 @@ def _loss_of_all_tokens(hidden, labels, shard, *, blocks=None, fused=False):
     def logsumexp_of(hidden, reference):
         return shard_logsumexp(hidden, reference=reference, fused=fused, **shard._asdict())
 
-    if blocks is None:
-        partial = logsumexp_of(hidden, reference)
-    else:
-        partial = blocks.map(logsumexp_of, hidden, reference)
+    partial = (
+        logsumexp_of(hidden, reference) if blocks is None else blocks.map(logsumexp_of, hidden, reference)
+    )
     logsumexp = tf.reduce_logsumexp(collectives.all_gather(partial[tf.newaxis], axis=0), axis=0)
     return logsumexp - true_logits, logsumexp, local_labels
 

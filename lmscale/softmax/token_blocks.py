@@ -28,7 +28,7 @@ class TokenBlocks:
         self.is_computed = self._places < self._number * self._size
 
     def map(self, function, *of_tokens):
-        """A function's values [block_tokens] of tensors [block_tokens, ...], for all: [tokens], 0 where not computed."""
+        """A function's values [block_tokens] of tensors [block_tokens, ...], of all tokens; 0 where not computed."""
         values, _ = self._loop(
             lambda block: (function(*(self._of_block(block, x) for x in of_tokens)), ()),
             value_shape=[],
