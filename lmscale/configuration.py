@@ -118,7 +118,24 @@ def load(
 
     text = gin_text.read(gin_files, bindings)
     # What is checked and built is the text itself: so it is known to be complete.
-    resolver = _Resolver(gin_text.parse(text))
+    return build(gin_text.parse(text), text=text, root=root)
+
+
+def build(bindings: gin_text.Bindings, *, text: str, root: type = Experiment) -> ResolvedConfig:
+    """Checks and builds what a text binds: the second half of `load`, which needs no gin.
+
+    Args:
+      bindings: what `gin_text.parse` returned.
+      text: what it was parsed from.
+      root: as of `load`.
+
+    Returns:
+      The `ResolvedConfig`.
+
+    Raises:
+      ValueError: as of `load`, but for what gin cannot read.
+    """
+    resolver = _Resolver(bindings)
     factory = resolver.root(root)
     resolver.check_all_used()
     root_seed = dict(factory.arguments).get("seed")

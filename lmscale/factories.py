@@ -2,12 +2,12 @@
 
 import collections.abc
 import dataclasses
+import functools
 import inspect
-import itertools
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import keras
@@ -126,11 +126,12 @@ def _construction(function):
     return function
 
 
-def parameters(function) -> Iterator[inspect.Parameter]:
+@functools.cache
+def parameters(function) -> tuple[inspect.Parameter, ...]:
     """The parameters that can be given by name, in order."""
-    found = inspect.signature(_construction(function)).parameters.values()
-    found_but_self = itertools.islice(found, int(inspect.isclass(function)), None)
-    return (p for p in found_but_self if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    found = tuple(inspect.signature(_construction(function)).parameters.values())
+    found_but_self = found[int(inspect.isclass(function)) :]
+    return tuple(p for p in found_but_self if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
 def may_change(function) -> set[str]:
@@ -146,7 +147,8 @@ def may_change(function) -> set[str]:
     }
 
 
-def annotations(function) -> dict[str, Any]:
+@functools.cache
+def annotations(function) -> Mapping[str, Any]:
     """{parameter: type}, and `return`, where told; `_NotText` for an untold one that takes numbers."""
     hints = {p.name: _NotText for p in parameters(function) if type(p.default) in (int, float)}
     if inspect.isclass(function) and issubclass(function, keras.optimizers.schedules.LearningRateSchedule):

@@ -1,10 +1,6 @@
 """A run in several processes is the run of one: the same losses, the same checkpoints, whoever wrote them."""
 
 import dataclasses
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,24 +35,6 @@ def bindings(data_dir):
     return [f"DATA_DIR = {str(data_dir)!r}", *(f"{name} = {value!r}" for name, value in SETTINGS.items())]
 
 
-def start(size, todo, *, log):
-    (port,) = tiny_runs.free_ports(1)
-    script = Path(__file__).with_name("process_of_a_run.py")
-    processes = []
-    for rank in range(size):
-        arguments = [f"127.0.0.1:{port}", str(size), str(rank), json.dumps(todo)]
-        with open(f"{log}.{rank}", "w") as file:
-            processes.append(
-                subprocess.Popen([sys.executable, str(script), *arguments], stdout=file, stderr=file)
-            )
-    try:
-        codes = [process.wait(tiny_runs.DEADLINE_SECS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * size, "\n".join(Path(f"{log}.{rank}").read_text()[-3000:] for rank in range(size))
-
-
 @pytest.fixture(scope="module")
 def runs(data_dir, mirrored, tmp_path_factory):
     directory = tmp_path_factory.mktemp("processes")
@@ -78,7 +56,7 @@ def runs(data_dir, mirrored, tmp_path_factory):
             "train": str(workdirs[size, 1]),
             "convert": [[str(source), str(target)]],
         }
-        start(size, todo, log=directory / f"log_{size}")
+        tiny_runs.finish_in_processes(size, [todo], log=directory / f"log_{size}")
         handed_on.append((f"{size} processes", target))
         source = target
     # And back, to one process with a number of devices that is none of those.
@@ -126,7 +104,8 @@ def test_hidden_states_travel_between_processes(data_dir, mirrored, tmp_path):
         tiny_runs.train_here(config.experiment, workdir=in_one[exchange], strategy=mirrored(2))
     workdir = tmp_path / "processes"
     todo = {"config": str(tiny_runs.QUICKSTART), "train": str(workdir), "convert": []}
-    start(2, todo | {"bindings": [*changed, f"{name} = 'hidden'"]}, log=tmp_path / "log")
+    todo["bindings"] = [*changed, f"{name} = 'hidden'"]
+    tiny_runs.finish_in_processes(2, [todo], log=tmp_path / "log")
     lines = tiny_runs.metrics(workdir)
     of_rows, of_hidden = (tiny_runs.metrics(in_one[exchange]) for exchange in ("rows", "hidden"))
     assert len(lines) == len(of_rows) == len(of_hidden) == steps

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tiny_experiments
+import tiny_families
 import tiny_runs
 from references import log_softmax
 
-from lmscale import configuration
 from lmscale.data.token_files import PreparedData
 from lmscale.parameters.groups import Group
 from lmscale.parameters.update_rules import SGD
@@ -23,31 +23,10 @@ from lmscale.tasks.task import TaskContext
 from lmscale.tasks.word2vec import CBOW, SkipGram
 from lmscale.trainer import Trainer
 
-CONFIGS = tiny_runs.REPOSITORY / "configs"
-NUM_STEPS = 4
-SIZES = {
-    "TRAIN_STEPS": NUM_STEPS,
-    "GLOBAL_BATCH_SIZE": 12,
-    "EMBED_DIM": 7,
-    "NUM_SAMPLED": 33,
-    "EVAL_EVERY": 2,
-    "SAVE_EVERY": 2,
-    "LOG_EVERY": 1,
-    "experiment.Experiment.steps_per_call": 2,
-    "experiment.Experiment.probe_tokens": 301,
-    "experiment.Experiment.eval_batch_size": 5,
-    "experiment.Experiment.eval_tokens": None,
-}
+NUM_STEPS = tiny_families.WORD2VEC["TRAIN_STEPS"]
 # Only the order of float32 sums differs.
 TOLERANCE = 1e-5
 TAGS = {"quickstart_word2vec": "negative_sampling", "quickstart_cbow": "sampled"}
-
-
-def load(name, *, data_dir, **changes):
-    settings = SIZES | {"DATA_DIR": str(data_dir)} | changes
-    return configuration.load(
-        [str(CONFIGS / f"{name}.gin")], [f"{key} = {value!r}" for key, value in settings.items()]
-    )
 
 
 def train(config, *, workdir, strategy):
@@ -63,7 +42,7 @@ def train(config, *, workdir, strategy):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    return tiny_runs.write_data(tmp_path_factory.mktemp("words") / "data", vocab_size=211)
+    return tiny_families.text(tmp_path_factory.mktemp("words"))
 
 
 @pytest.fixture(scope="module", params=sorted(TAGS))
@@ -72,7 +51,7 @@ def runs(request, data_dir, mirrored, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     found = {}
     for devices in (1, 2, 4):
-        config = load(request.param, data_dir=data_dir)
+        config = tiny_families.load(request.param, directory, DATA_DIR=str(data_dir))
         found[devices] = train(config, workdir=directory / f"on_{devices}", strategy=mirrored(devices))
     return request.param, found
 
@@ -96,7 +75,8 @@ def test_losses_do_not_depend_on_the_devices(runs, devices):
 def test_a_run_that_stopped_goes_on_with_the_same_bits(runs, data_dir, mirrored, tmp_path):
     name, workdirs = runs
     workdir = tiny_runs.go_back(workdirs[2], tmp_path / "resumed", step=2)
-    train(load(name, data_dir=data_dir), workdir=workdir, strategy=mirrored(2))
+    config = tiny_families.load(name, tmp_path, DATA_DIR=str(data_dir))
+    train(config, workdir=workdir, strategy=mirrored(2))
     tiny_runs.assert_same_bits(
         tiny_runs.tensors(workdir, NUM_STEPS), tiny_runs.tensors(workdirs[2], NUM_STEPS)
     )

@@ -209,6 +209,25 @@ def start_processes(count, module, arguments, *, log):
     ]
 
 
+def finish_in_processes(size, todo, *, log):
+    """Has `size` processes on this machine, with a device each, do the list `todo` of process_of_a_run.py."""
+    (port,) = free_ports(1)
+    script = Path(__file__).with_name("process_of_a_run.py")
+    processes = []
+    for rank in range(size):
+        arguments = [f"127.0.0.1:{port}", str(size), str(rank), json.dumps(todo)]
+        with open(f"{log}.{rank}", "w") as file:
+            processes.append(
+                subprocess.Popen([sys.executable, str(script), *arguments], stdout=file, stderr=file)
+            )
+    try:
+        codes = [process.wait(DEADLINE_SECS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * size, "\n".join(Path(f"{log}.{rank}").read_text()[-3000:] for rank in range(size))
+
+
 def wait_for_all(processes):
     """The exit codes of all, by rank."""
     try:
