@@ -36,6 +36,7 @@ from lmscale.tasks.next_token import NextToken
 
 # Settings that a configuration leaves as they are by default, of its body or of a task without one.
 DEFAULTS = {
+    "beauty_sasrec": "transformer.transformer_body.feed_forward_dim",
     "quickstart_gru": "gru.GruBody.dropout_over_time",
     "quickstart_transformer": "transformer.transformer_body.feed_forward_dim",
     "wikitext2_transformer": "transformer.transformer_body.feed_forward_dim",
