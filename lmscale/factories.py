@@ -150,10 +150,11 @@ def may_change(function) -> set[str]:
 @functools.cache
 def annotations(function) -> Mapping[str, Any]:
     """{parameter: type}, and `return`, where told; `_NotText` for an untold one that takes numbers."""
-    hints = {p.name: _NotText for p in parameters(function) if type(p.default) in (int, float)}
+    own = parameters(function)
+    hints = {p.name: _NotText for p in own if type(p.default) in (int, float)}
     if inspect.isclass(function) and issubclass(function, keras.optimizers.schedules.LearningRateSchedule):
         # Keras tells no types. What may be None has None as its default.
-        hints = {p.name: _NotText for p in parameters(function) if p.name != "name" and p.default is not None}
+        hints = {p.name: _NotText for p in own if p.name != "name" and p.default is not None}
     try:
         return hints | typing.get_type_hints(_construction(function))
     except (NameError, TypeError):  # Annotations that name what is imported for type checkers alone.
