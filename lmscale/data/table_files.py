@@ -36,7 +36,8 @@ def _read_csv(path, schema, on_bytes):
                 raise ValueError(
                     f"{path}: a line is too long for a table. Received: {block.lines[-1][:60]!r}..."
                 )
-            yield from block.lines
+            # With its end, which is part of a value in quotes that goes on in the next line.
+            yield from (f"{line}\n" for line in block.lines)
 
     reader = csv.reader(lines(), strict=True)
     try:

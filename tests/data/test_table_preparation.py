@@ -130,6 +130,11 @@ HEADER = ",".join(("other", *COLUMNS))
         ({"test": f"{HEADER}\n"}, "Every split must have examples. Received: none for test"),
         ({"valid": f"{HEADER}\nz,,red,x,1,a\n"}, "line 2: town must be a value without white space"),
         (
+            {"valid": f'{HEADER}\nz,"new\nyork",red,x,1,a\n'},
+            r"line 3: town must be a value without white space. Received: 'new\\nyork'",
+        ),
+        ({"test": f'{HEADER}\nz,rome,red,x,"1\n2",a\n'}, r"line 3: age must be a finite number.*'1\\n2'"),
+        (
             {"valid": f"{HEADER}\nz,rome,red,x,1,a\nz,rome,red,x,1,aa\n"},
             r"line 3: each class of label must be one of the training data's. Received: 'aa'. Did you mean 'a'\?",
         ),
