@@ -74,7 +74,7 @@ def _value(text, column, place, name):
         except ValueError as error:
             raise ValueError(f"{place}: {name} must be a finite number. Received: {text!r}.") from error
     if column.kind == "bag":
-        return [value for value in text.split(column.separator) if value]
+        return [_checked(value, place, name) for value in text.split(column.separator) if value]
     return _checked(text, place, name)
 
 
@@ -135,11 +135,14 @@ def _feature(feature, column, place, name):
         if kind not in ("float_list", "int64_list") or len(values) != 1:
             raise ValueError(f"{place}: {name} must be one number. Received: {kind} of {len(values)} values.")
         return parse_number(values[0])
-    texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
     if kind == "float_list":
         raise ValueError(f"{place}: {name} must be texts or whole numbers. Received: {kind}.")
+    try:
+        texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: {name} must be UTF-8. Received: {error.object!r}.") from error
     if column.kind == "bag":
-        return texts
+        return [_checked(text, place, name) for text in texts]
     if len(texts) != 1:
         raise ValueError(
             f"{place}: {name} must be one value. Received: {len(texts)}. Declare it as a bag, say."

@@ -99,6 +99,27 @@ def test_records_hold_what_csv_files_hold(data, tmp_path):
         prepare_table(files, schema=read_schema(path), output=tmp_path / "damaged")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (b"", "record 1: tags must be a value without white space. Received: ''"),
+        (b"new\tyork", r"tags must be a value without white space. Received: 'new\\tyork'"),
+        (b"\xff", r"record 1: tags must be UTF-8. Received: b'\\xff'"),
+    ],
+)
+def test_refused_values_of_records(tmp_path, value, message):
+    """Such as would make a vocabulary that cannot be read."""
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps({"columns": {"tags": {"kind": "bag"}}}))
+    feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"red", value]))
+    example = tf.train.Example(features=tf.train.Features(feature={"tags": feature}))
+    with tf.io.TFRecordWriter(str(tmp_path / "all.tfrecord")) as writer:
+        writer.write(example.SerializeToString())
+    files = {split: [tmp_path / "all.tfrecord"] for split in ROWS}
+    with pytest.raises(ValueError, match=message):
+        prepare_table(files, schema=read_schema(path), output=tmp_path / "out")
+
+
 def test_the_same_again(data, tmp_path):
     assert not prepared(tmp_path)[1]
     assert PreparedColumns.open(data.directory).fingerprint == data.fingerprint
@@ -129,6 +150,10 @@ HEADER = ",".join(("other", *COLUMNS))
         ),
         ({"test": f"{HEADER}\n"}, "Every split must have examples. Received: none for test"),
         ({"valid": f"{HEADER}\nz,,red,x,1,a\n"}, "line 2: town must be a value without white space"),
+        (
+            {"train": f"{HEADER}\nz,rome,red;\tblue,x,1,a\n"},
+            r"line 2: tags must be a value without white space. Received: '\\tblue'",
+        ),
         (
             {"valid": f'{HEADER}\nz,"new\nyork",red,x,1,a\n'},
             r"line 3: town must be a value without white space. Received: 'new\\nyork'",
