@@ -4,12 +4,14 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 from pathlib import Path
+
+import numpy as np
 
 from lmscale.data.columns import Column
 
 KINDS = ("categorical", "bag", "class", "number")
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,10 +99,10 @@ def bucket(value: str, num_buckets: int) -> int:
 
 
 def parse_number(text) -> float:
-    """A finite number; ValueError for anything else."""
+    """A number that is finite in float32, as which it is kept; ValueError for anything else."""
     number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"must be finite. Received: {text!r}.")
+    if not abs(number) <= _LARGEST_NUMBER:
+        raise ValueError(f"must be finite in float32. Received: {text!r}.")
     return number
 
 

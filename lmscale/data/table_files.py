@@ -69,13 +69,19 @@ def _read_csv(path, schema, on_bytes):
 
 def _value(text, column, place, name):
     if column.kind == "number":
-        try:
-            return parse_number(text)
-        except ValueError as error:
-            raise ValueError(f"{place}: {name} must be a finite number. Received: {text!r}.") from error
+        return _number(text, place, name)
     if column.kind == "bag":
         return [_checked(value, place, name) for value in text.split(column.separator) if value]
     return _checked(text, place, name)
+
+
+def _number(value, place, name):
+    try:
+        return parse_number(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{place}: {name} must be a finite number, also in float32. Received: {value!r}."
+        ) from error
 
 
 def _checked(value, place, name):
@@ -134,7 +140,7 @@ def _feature(feature, column, place, name):
     if column.kind == "number":
         if kind not in ("float_list", "int64_list") or len(values) != 1:
             raise ValueError(f"{place}: {name} must be one number. Received: {kind} of {len(values)} values.")
-        return parse_number(values[0])
+        return _number(values[0], place, name)
     if kind == "float_list":
         raise ValueError(f"{place}: {name} must be texts or whole numbers. Received: {kind}.")
     try:

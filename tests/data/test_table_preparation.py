@@ -120,6 +120,18 @@ def test_refused_values_of_records(tmp_path, value, message):
         prepare_table(files, schema=read_schema(path), output=tmp_path / "out")
 
 
+def test_a_number_of_records_that_is_none(tmp_path):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps({"columns": {"age": {"kind": "number"}}}))
+    feature = tf.train.Feature(float_list=tf.train.FloatList(value=[float("nan")]))
+    example = tf.train.Example(features=tf.train.Features(feature={"age": feature}))
+    with tf.io.TFRecordWriter(str(tmp_path / "all.tfrecord")) as writer:
+        writer.write(example.SerializeToString())
+    files = {split: [tmp_path / "all.tfrecord"] for split in ROWS}
+    with pytest.raises(ValueError, match=r"all\.tfrecord, record 1: age must be a finite number.*nan"):
+        prepare_table(files, schema=read_schema(path), output=tmp_path / "out")
+
+
 def test_the_same_again(data, tmp_path):
     assert not prepared(tmp_path)[1]
     assert PreparedColumns.open(data.directory).fingerprint == data.fingerprint
@@ -142,6 +154,7 @@ HEADER = ",".join(("other", *COLUMNS))
             {"test": f"{HEADER}\nz,rome,red,x,nan,a\n"},
             r"test\.csv, line 2: age must be a finite number.*'nan'",
         ),
+        ({"test": f"{HEADER}\nz,rome,red,x,-1e39,a\n"}, "line 2: age must be a finite number.*'-1e39'"),
         ({"valid": f"{HEADER}\nz,rome,red,x,1\n"}, r"line 2: must have 6 fields, as the header. Received: 5"),
         ({"train": f"{HEADER},town\n"}, "the header must name a column once"),
         (
