@@ -40,6 +40,13 @@ class ColumnSchema:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}. Received: {self.kind!r}.")
         if self.kind == "number" and self.vocabulary is not None:
             raise ValueError(f"A number has no vocabulary. Received: {self.vocabulary!r}. Leave it out.")
+        # It is part of a file's name.
+        if self.vocabulary is not None and not (
+            isinstance(self.vocabulary, str) and self.vocabulary.isidentifier()
+        ):
+            raise ValueError(f"vocabulary must be letters, digits and _. Received: {self.vocabulary!r}.")
+        if not isinstance(self.separator, str) or not self.separator:
+            raise ValueError(f"separator must be a text, not empty. Received: {self.separator!r}.")
         for name in ("buckets", "min_count", "max_size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -63,7 +70,7 @@ def read_schema(path: Path) -> dict[str, ColumnSchema]:
       ValueError: for anything that it must not hold, with the column.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"--schema must name a file. Received: {path} ({error.strerror}).") from error
     except ValueError as error:

@@ -194,6 +194,13 @@ def test_refused_rows(tmp_path, texts, message):
         ),
         ({"town": {"kind": "categorical", "buckets": 0}}, "buckets must be a whole number from 1 on"),
         ({"label": {"kind": "class", "buckets": 3}}, "A class must not be hashed"),
+        (
+            {"town": {"kind": "categorical", "vocabulary": ["tags"]}},
+            r"the column 'town': vocabulary must be letters.*Received: \['tags'\]",
+        ),
+        ({"town": {"kind": "categorical", "vocabulary": "../tags"}}, r"vocabulary must be letters"),
+        ({"tags": {"kind": "bag", "separator": 5}}, r"column 'tags': separator must be a text.*Received: 5"),
+        ({"tags": {"kind": "bag", "separator": ""}}, r"separator must be a text, not empty. Received: ''"),
         ({"a b": {"kind": "number"}}, "a column's name must be letters"),
         (
             {"town": {"kind": "categorical", "vocabulary": "tags"}, "tags": {"kind": "bag", "min_count": 9}},
