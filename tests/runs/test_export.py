@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tiny_runs
 
 from lmscale import configuration
@@ -194,6 +195,29 @@ def test_refused(language_model, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         write(language_model, tmp_path / "served", **settings)
     assert not (tmp_path / "served").exists()
+
+
+def test_a_folder_appears_when_it_is_whole(language_model, tmp_path, monkeypatch):
+    """An export that is stopped leaves nothing behind, and takes away what a killed one has left."""
+    output, seen = tmp_path / "1", []
+    (tmp_path / ".1.partial").mkdir()
+    (tmp_path / ".1.partial" / "left").touch()
+    save = tf.saved_model.save
+
+    def stopped(*args, **kwargs):
+        save(*args, **kwargs)
+        seen.append(output.exists())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.saved_model, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            write(language_model, output, signatures=("embed",))
+    assert (seen, list(tmp_path.iterdir())) == ([False], [])
+    output.mkdir()
+    write(language_model, output, signatures=("embed",))
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert (output / "saved_model.pb").exists()
 
 
 def test_a_folder_that_holds_something(language_model, tmp_path):
