@@ -166,7 +166,7 @@ def test_a_next_item_model(next_item, mirrored, tmp_path):
     """Histories longer than the window, a repeated item, one that nobody knows."""
     assert write(next_item, tmp_path / "served")["signatures"] == ["recommend", "embed"]
     histories = [["item3"], ["item4", "item9", "item4"], [f"item{i}" for i in range(8)], ["item1", "item0"]]
-    asked = [*histories[:3], ["item1", "unheard", "item0"]]
+    asked = [*histories[:3], ["item1", "unheard", "item0"], ["unheard"], []]
     served = serve(tmp_path / "served", [("recommend", {"items": padded(asked)})])
     (found,) = served["results"]
     with Workdir(next_item[1], readonly=True) as workdir:
@@ -174,8 +174,10 @@ def test_a_next_item_model(next_item, mirrored, tmp_path):
         ids = [recommender.ids(history, place="here") for history in histories]
         expected = list(recommender.best(ids, k=K, exclude_seen=True))
         tokens = recommender.vocabulary.tokens
+    # Nothing is known of the last two.
+    assert (found["items"][4:], found["log_probs"][4:]) == ([[""] * K] * 2, [[-np.inf] * K] * 2)
     for items, log_probs, (best, its_log_probs) in zip(
-        found["items"], found["log_probs"], expected, strict=True
+        found["items"][:4], found["log_probs"][:4], expected, strict=True
     ):
         assert items == [tokens[row] for row in best]
         np.testing.assert_allclose(log_probs, its_log_probs, rtol=1e-5)
