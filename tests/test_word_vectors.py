@@ -224,7 +224,10 @@ def test_a_vocabulary_without_unknown_words(tmp_path):
     words, rows = random_words(31, seed=3)
     vocabulary = Vocabulary(tokens=tuple(words), counts=np.arange(31, 0, -1))
     parameters = array_parameters({"tables/items/embedding": rows})
-    metadata = {"vocabularies": {"items": vocabulary.sha256}, "vocabulary_files": {"items": "vocab.items.txt"}}
+    metadata = {
+        "vocabularies": {"items": vocabulary.sha256},
+        "vocabulary_files": {"items": "vocab.items.txt"},
+    }
     Checkpoints(tmp_path / "checkpoints").save(3, parameters, metadata=metadata)
     (tmp_path / "vocab.items.txt").write_text(vocabulary.to_text())
     found = TableRows(tmp_path, table="items")

@@ -88,6 +88,11 @@ def export(experiment, *, saved, output, settings):
     table = settings.table or of_heads[0]
     if table not in task.tables:
         raise ValueError(f"The table must be one of the run's, {', '.join(task.tables)}. Received: {table}.")
+    if "embed" in names and task.tables[table].vocabulary not in data.vocabulary_files:
+        raise ValueError(
+            f"The rows of the table that embed reads must have words. Received: {table}, whose rows are numbers. Pass "
+            "another --table."
+        )
     tables = {table} if names == ["embed"] else {table, *task.tables}
     for name in sorted(tables):
         told = document.vocabulary_sha256(saved.metadata, name)

@@ -132,9 +132,7 @@ def test_everything_is_loaded_by_default(tmp_path, slots):
 
 def test_rows_of_items(tmp_path):
     """A catalogue has neither `<unk>` nor `<eos>`."""
-    items = [
-        Vocabulary(tokens=tuple(order), counts=np.arange(5, 0, -1)) for order in ("abcde", "fdabg")
-    ]
+    items = [Vocabulary(tokens=tuple(order), counts=np.arange(5, 0, -1)) for order in ("abcde", "fdabg")]
     rows = np.arange(10, dtype=np.float32).reshape(5, 2)
     checkpoint = save_run(tmp_path, {"tables/words/embedding": rows}, vocabulary=items[0])
     new = {"tables/words/embedding": -np.ones([5, 2], np.float32)}

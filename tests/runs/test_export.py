@@ -14,6 +14,7 @@ import tiny_runs
 from lmscale import configuration
 from lmscale.benchmarks import planted
 from lmscale.data.histories import LeaveLastOut, prepare_histories
+from lmscale.data.token_files import PreparedData
 from lmscale.recommendation import Recommender
 from lmscale.restored import RestoredModel
 from lmscale.scoring import Scorer
@@ -196,6 +197,16 @@ def test_a_next_item_model(next_item, mirrored, tmp_path):
 def test_refused(language_model, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         write(language_model, tmp_path / "served", **settings)
+    assert not (tmp_path / "served").exists()
+
+
+def test_a_table_whose_rows_have_no_words(language_model, tmp_path, monkeypatch):
+    """As one of values that are hashed into buckets."""
+    monkeypatch.setattr(PreparedData, "vocabulary_files", {})
+    with pytest.raises(
+        ValueError, match=r"embed reads must have words\. Received: words, whose rows are num"
+    ):
+        write(language_model, tmp_path / "served", signatures=("embed",))
     assert not (tmp_path / "served").exists()
 
 

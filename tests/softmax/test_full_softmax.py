@@ -279,7 +279,9 @@ def padded_case(*, padding, **options):
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize(("block_tokens", "num_computed"), [(1, 14), (5, 15), (14, 14), (36, 36), (1000, TOKENS)])
+@pytest.mark.parametrize(
+    ("block_tokens", "num_computed"), [(1, 14), (5, 15), (14, 14), (36, 36), (1000, TOKENS)]
+)
 def test_blocks_of_padding_are_left_out(block_tokens, num_computed, with_bias):
     """What remains is the same; of 37 tokens 14 have a weight."""
     padding = np.random.default_rng(1).permutation(TOKENS)[14:]

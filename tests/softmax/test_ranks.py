@@ -109,7 +109,9 @@ def test_nan_is_last(mirrored, num_devices):
     given = case(kind="any")
     settings = {"with_bias": True, "with_excluded": False}
     row = given["labels"][0]
-    expected = expected_ranks(given | {"bias": np.where(np.arange(VOCAB_SIZE) == row, -1e9, given["bias"])}, **settings)
+    expected = expected_ranks(
+        given | {"bias": np.where(np.arange(VOCAB_SIZE) == row, -1e9, given["bias"])}, **settings
+    )
     expected[1] = given["labels"][1] + 1
     assert expected[0] == VOCAB_SIZE
     given["bias"][row], given["hidden"][1] = np.nan, np.nan
