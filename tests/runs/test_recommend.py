@@ -86,6 +86,26 @@ def recommend(path, *flags, text):
     )
 
 
+@pytest.mark.parametrize("by_file", [True, False])
+def test_a_byte_order_mark_is_no_part_of_an_item(run, tmp_path, by_file):
+    """As editors on Windows write it."""
+    path = tmp_path / "histories.txt"
+    path.write_bytes(b"\xef\xbb\xbfitem3 item4\r\nitem5\r\n")
+    flags, text = ([f"--input={path}"], "") if by_file else ([], path.read_bytes().decode())
+    done = recommend(run[1], "--k=2", *flags, text=text)
+    assert done.returncode == 0, done.stderr
+    histories = [json.loads(line)["history"] for line in done.stdout.splitlines()]
+    assert histories == [["item3", "item4"], ["item5"]]
+
+
+def test_a_file_that_is_not_utf_8(run, tmp_path):
+    path = tmp_path / "histories.txt"
+    path.write_bytes(b"item3\nitem\xff\n")
+    done = recommend(run[1], f"--input={path}", text="")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{path}, line 2: must be UTF-8. Received: byte 0xff" in done.stderr
+
+
 def test_the_command(run):
     _, path = run
     done = recommend(path, "--k=2", "--cpu_devices=2", text="item3 item4\nitem5\n")
