@@ -75,6 +75,21 @@ def test_against_sorting(run, mirrored, exclude_seen):
             np.testing.assert_allclose(log_probs, expected[best], rtol=1e-5)
 
 
+@pytest.mark.parametrize("item", [slice(None), slice(4, 5)])
+def test_a_model_gone_wrong(run, mirrored, item):
+    """NaN is no JSON, and no log-probability: with one row of NaN the sum over all rows is."""
+    config, path = run
+    with Workdir(path, readonly=True) as workdir:
+        restored = RestoredModel(config.experiment, workdir=workdir, strategy=mirrored(1))
+        restored.restore()
+        table = restored.model.tables["items"]
+        rows = table.read_rows("embedding", 0, NUM_ITEMS).copy()
+        rows[item] = np.nan
+        table.write_rows("embedding", 0, rows)
+        with pytest.raises(ValueError, match="must be finite to rank items by. Received: NaN"):
+            list(Recommender(restored).best([[1, 2], [3]], k=3, exclude_seen=True))
+
+
 def recommend(path, *flags, text):
     return subprocess.run(
         [sys.executable, "-m", "lmscale.recommend", f"--workdir={path}", *flags],
