@@ -167,9 +167,7 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
 
 def read_text(path: Path) -> str:
     """A whole text, as `read_blocks` reads it; for lists of words and their like."""
-    return "".join(
-        "\n".join(block.lines) + ("\n" if block.ends_line else "") for block in read_blocks(path)
-    )
+    return "".join("\n".join(block.lines) + ("\n" if block.ends_line else "") for block in read_blocks(path))
 
 
 def read_full(stream, size: int) -> tuple[bytes, Exception | None]:

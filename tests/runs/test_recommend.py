@@ -86,7 +86,7 @@ def test_a_model_gone_wrong(run, mirrored, item):
         rows = table.read_rows("embedding", 0, NUM_ITEMS).copy()
         rows[item] = np.nan
         table.write_rows("embedding", 0, rows)
-        with pytest.raises(ValueError, match="must be finite to rank items by. Received: NaN"):
+        with pytest.raises(ValueError, match=r"must be finite to rank items by\. Received: NaN"):
             list(Recommender(restored).best([[1, 2], [3]], k=3, exclude_seen=True))
 
 
