@@ -49,9 +49,8 @@ def run_main(main: Callable[[list[str]], int | None], *, takes_arguments: bool =
                 code = main(argv)
                 sys.stdout.flush()  # While an error still gets a message.
                 return code
-        except BrokenPipeError:  # Who read our output has seen enough.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+        except BrokenPipeError:
+            return _end_quietly()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             return EXIT_INTERRUPTED
@@ -65,8 +64,7 @@ def run_main(main: Callable[[list[str]], int | None], *, takes_arguments: bool =
     def parse(argv: list[str]) -> list[str]:
         end_of_flags = argv.index("--") if "--" in argv else len(argv)
         if any(argument in _HELP_ARGUMENTS for argument in argv[1:end_of_flags]):
-            print(_help(main))
-            sys.exit(0)
+            sys.exit(_print_help(main))
         try:
             return flags.FLAGS(argv)
         except flags.Error as error:
@@ -215,6 +213,22 @@ class _LenientFile(io.FileIO):
 def _fail(message: str, *, code: int = EXIT_USAGE) -> int:
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code
+
+
+def _end_quietly() -> int:
+    """Who read our output has seen enough: what is left of it goes nowhere, also what Python flushes at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _print_help(main: Callable) -> int:
+    try:
+        print(_help(main), flush=True)
+    except BrokenPipeError:
+        return _end_quietly()
+    except OSError as error:
+        return _fail(user_message(error) or str(error))
+    return 0
 
 
 def _help(main: Callable) -> str:

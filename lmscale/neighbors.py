@@ -10,6 +10,7 @@ from absl import flags
 
 from lmscale import machine_flags, run_flags, workdir_flags
 from lmscale.command_line import DEFINE_path, run_main
+from lmscale.data.text_files import read_text
 
 flags.adopt_module_key_flags(run_flags)
 
@@ -28,7 +29,7 @@ def main(argv):
                 f"Words must come from one place. Received: {' '.join(words)} and --input={_INPUT.value}. Leave one of "
                 "them out."
             )
-        words = Path(_INPUT.value).read_text(encoding="utf-8").split()
+        words = read_text(Path(_INPUT.value)).split()
     if not words:
         raise ValueError("A word is needed. Received: none. Write words behind the flags, or pass --input.")
     with machine_flags.processes() as group:

@@ -6,11 +6,13 @@ the best items of the whole catalogue, and the log-probability of each.
 
 import json
 import sys
+from pathlib import Path
 
 from absl import flags
 
 from lmscale import machine_flags, run_flags, workdir_flags
 from lmscale.command_line import DEFINE_path, run_main
+from lmscale.data.text_files import read_text
 
 flags.adopt_module_key_flags(run_flags)
 
@@ -23,17 +25,23 @@ def main(argv):
     """Histories to items, printed."""
     del argv
     workdir_flags.check()
-    if _INPUT.value is None:
-        lines = sys.stdin.read().splitlines()
-    else:
-        from pathlib import Path
-
-        lines = Path(_INPUT.value).read_text(encoding="utf-8").splitlines()
+    text = _text_of_stdin() if _INPUT.value is None else read_text(Path(_INPUT.value))
+    lines = text.splitlines()
     if not lines:
         raise ValueError("A history is needed. Received: none. Give a line of items for each.")
     with machine_flags.processes() as group:
         _print_items(lines, group)
     return 0
+
+
+def _text_of_stdin():
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"Histories on stdin must be UTF-8. Received: byte 0x{error.object[error.start]:02x} at byte "
+            f"{error.start + 1:,}. Convert them, for instance with iconv -t UTF-8."
+        ) from error
 
 
 def _print_items(lines, group):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import tensorflow as tf
 
 from lmscale.data.vocab import Vocabulary
@@ -68,6 +69,9 @@ class Recommender:
         Yields:
           (ids [k], log-probabilities [k]) of each, the best first, of equal ones the smaller id; fewer if there are no
           more. Probabilities are those of the softmax over all items.
+
+        Raises:
+          ValueError: if the model's logits are not finite.
         """
         num_local = len(self._strategy.extended.worker_devices)
         num_replicas = self._strategy.num_replicas_in_sync
@@ -88,6 +92,11 @@ class Recommender:
                 k=k,
             )
             found, log_probs = (self._strategy.experimental_local_results(x)[0].numpy() for x in results)
+            if np.isnan(log_probs[: len(batch)]).any():
+                raise ValueError(
+                    "The logits of a model must be finite to rank items by. Received: NaN or infinity. Restore another "
+                    "checkpoint: --checkpoint."
+                )
             for i in range(len(batch)):
                 is_item = found[i] >= 0
                 yield found[i][is_item], log_probs[i][is_item]

@@ -82,7 +82,7 @@ class TableRows(WordRows):
                 f"The work directory of the run must hold its vocabulary. Received: no {vocabulary_path}. Put back the "
                 "vocab.txt of its data."
             )
-        vocabulary = Vocabulary.from_text(vocabulary_path.read_bytes().decode())
+        vocabulary = Vocabulary.from_text(vocabulary_path.read_bytes().decode(), required=())
         if self._checkpoint.vocabulary_sha256(table) != vocabulary.sha256:
             raise ValueError(
                 f"{vocabulary_path} must be the vocabulary of the run. Received: another one. Put back that of its "

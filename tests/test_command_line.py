@@ -193,6 +193,23 @@ def test_a_reader_that_leaves_is_no_error(tool, tmp_path):
     assert (result.stdout, result.stderr) == ("x", "")
 
 
+def test_help_to_a_reader_that_has_left(tool, tmp_path):
+    """A pipe without a reader: as `--help | head` may end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "tool.py"), "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert tool("--help", redirect=">/dev/full")[::2] == (2, "error: stdout: No space left on device\n")
+
+
 def test_lack_of_memory_says_what_was_being_done(tool):
     code, _, stderr = tool("--start=10")
     assert code == 2

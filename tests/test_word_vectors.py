@@ -219,6 +219,22 @@ def test_words_of_a_table_are_read_in_blocks(workdir, table, sign):
         np.testing.assert_array_equal(vector, sign * rows[i])
 
 
+def test_a_vocabulary_without_unknown_words(tmp_path):
+    """As of the items of a catalogue."""
+    words, rows = random_words(31, seed=3)
+    vocabulary = Vocabulary(tokens=tuple(words), counts=np.arange(31, 0, -1))
+    parameters = array_parameters({"tables/items/embedding": rows})
+    metadata = {
+        "vocabularies": {"items": vocabulary.sha256},
+        "vocabulary_files": {"items": "vocab.items.txt"},
+    }
+    Checkpoints(tmp_path / "checkpoints").save(3, parameters, metadata=metadata)
+    (tmp_path / "vocab.items.txt").write_text(vocabulary.to_text())
+    found = TableRows(tmp_path, table="items")
+    assert (found.words, found.counts.tolist()) == (words, list(range(31, 0, -1)))
+    np.testing.assert_array_equal(np.concatenate([block for _, block in found.blocks()]), rows)
+
+
 def test_a_table_or_vocabulary_that_is_not_there(workdir):
     path, _, _ = workdir
     with pytest.raises(ValueError, match=r"must be one of the run's, contexts, words. Received: rows"):

@@ -4,12 +4,14 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 from pathlib import Path
+
+import numpy as np
 
 from lmscale.data.columns import Column
 
 KINDS = ("categorical", "bag", "class", "number")
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,13 @@ class ColumnSchema:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}. Received: {self.kind!r}.")
         if self.kind == "number" and self.vocabulary is not None:
             raise ValueError(f"A number has no vocabulary. Received: {self.vocabulary!r}. Leave it out.")
+        # It is part of a file's name.
+        if self.vocabulary is not None and not (
+            isinstance(self.vocabulary, str) and self.vocabulary.isidentifier()
+        ):
+            raise ValueError(f"vocabulary must be letters, digits and _. Received: {self.vocabulary!r}.")
+        if not isinstance(self.separator, str) or not self.separator:
+            raise ValueError(f"separator must be a text, not empty. Received: {self.separator!r}.")
         for name in ("buckets", "min_count", "max_size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -61,7 +70,7 @@ def read_schema(path: Path) -> dict[str, ColumnSchema]:
       ValueError: for anything that it must not hold, with the column.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"--schema must name a file. Received: {path} ({error.strerror}).") from error
     except ValueError as error:
@@ -97,10 +106,10 @@ def bucket(value: str, num_buckets: int) -> int:
 
 
 def parse_number(text) -> float:
-    """A finite number; ValueError for anything else."""
+    """A number that is finite in float32, as which it is kept; ValueError for anything else."""
     number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"must be finite. Received: {text!r}.")
+    if not abs(number) <= _LARGEST_NUMBER:
+        raise ValueError(f"must be finite in float32. Received: {text!r}.")
     return number
 
 

@@ -36,7 +36,8 @@ def _read_csv(path, schema, on_bytes):
                 raise ValueError(
                     f"{path}: a line is too long for a table. Received: {block.lines[-1][:60]!r}..."
                 )
-            yield from block.lines
+            # With its end, which is part of a value in quotes that goes on in the next line.
+            yield from (f"{line}\n" for line in block.lines)
 
     reader = csv.reader(lines(), strict=True)
     try:
@@ -68,13 +69,19 @@ def _read_csv(path, schema, on_bytes):
 
 def _value(text, column, place, name):
     if column.kind == "number":
-        try:
-            return parse_number(text)
-        except ValueError as error:
-            raise ValueError(f"{place}: {name} must be a finite number. Received: {text!r}.") from error
+        return _number(text, place, name)
     if column.kind == "bag":
-        return [value for value in text.split(column.separator) if value]
+        return [_checked(value, place, name) for value in text.split(column.separator) if value]
     return _checked(text, place, name)
+
+
+def _number(value, place, name):
+    try:
+        return parse_number(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{place}: {name} must be a finite number, also in float32. Received: {value!r}."
+        ) from error
 
 
 def _checked(value, place, name):
@@ -133,12 +140,15 @@ def _feature(feature, column, place, name):
     if column.kind == "number":
         if kind not in ("float_list", "int64_list") or len(values) != 1:
             raise ValueError(f"{place}: {name} must be one number. Received: {kind} of {len(values)} values.")
-        return parse_number(values[0])
-    texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+        return _number(values[0], place, name)
     if kind == "float_list":
         raise ValueError(f"{place}: {name} must be texts or whole numbers. Received: {kind}.")
+    try:
+        texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: {name} must be UTF-8. Received: {error.object!r}.") from error
     if column.kind == "bag":
-        return texts
+        return [_checked(text, place, name) for text in texts]
     if len(texts) != 1:
         raise ValueError(
             f"{place}: {name} must be one value. Received: {len(texts)}. Declare it as a bag, say."

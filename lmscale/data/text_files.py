@@ -165,6 +165,11 @@ def read_blocks(path: Path, *, on_bytes: Callable[[int], None] = lambda count: N
             raise ValueError(f"{path}: holds no text. Fill it, or leave it out.")
 
 
+def read_text(path: Path) -> str:
+    """A whole text, as `read_blocks` reads it; for lists of words and their like."""
+    return "".join("\n".join(block.lines) + ("\n" if block.ends_line else "") for block in read_blocks(path))
+
+
 def read_full(stream, size: int) -> tuple[bytes, Exception | None]:
     """What is read until there are `size` bytes, the end or an error, as decoders may give little at a time."""
     pieces: list[bytes] = []

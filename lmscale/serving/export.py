@@ -1,6 +1,8 @@
 """Writes a run as a SavedModel, which TensorFlow serves without lmscale."""
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 
 import tensorflow as tf
@@ -55,7 +57,7 @@ def open_run(workdir, checkpoint):
 
 
 def export(experiment, *, saved, output, settings):
-    """Writes the SavedModel.
+    """Writes the SavedModel, under another name beside it until it is whole: servers load what appears.
 
     Args:
       experiment: `Experiment` of the run.
@@ -86,6 +88,11 @@ def export(experiment, *, saved, output, settings):
     table = settings.table or of_heads[0]
     if table not in task.tables:
         raise ValueError(f"The table must be one of the run's, {', '.join(task.tables)}. Received: {table}.")
+    if "embed" in names and task.tables[table].vocabulary not in data.vocabulary_files:
+        raise ValueError(
+            f"The rows of the table that embed reads must have words. Received: {table}, whose rows are numbers. Pass "
+            "another --table."
+        )
     tables = {table} if names == ["embed"] else {table, *task.tables}
     for name in sorted(tables):
         told = document.vocabulary_sha256(saved.metadata, name)
@@ -109,12 +116,27 @@ def export(experiment, *, saved, output, settings):
     # What is saved is found from here.
     signatures.parts = [model, *vocabularies.values()]
     with doing("writing the SavedModel"):
-        tf.saved_model.save(signatures, str(output), signatures=signatures.functions(names))
+        _save(signatures, names, output)
     return {
         "step": saved.step,
         "signatures": names,
         "bytes": sum(path.stat().st_size for path in output.rglob("*") if path.is_file()),
     }
+
+
+def _save(signatures, names, output):
+    """Writes a folder that is whole or not there; but into a mount point, which cannot be put in place."""
+    output = Path(os.path.realpath(output))
+    if output.is_mount():
+        tf.saved_model.save(signatures, str(output), signatures=signatures.functions(names))
+        return
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # What a killed export has left.
+    try:
+        tf.saved_model.save(signatures, str(partial), signatures=signatures.functions(names))
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _unknown_id(data, vocabulary):

@@ -124,7 +124,8 @@ class Signatures(tf.Module):
         """The k best items behind each history: {"items" [n, k], "log_probs" [n, k]}; "" and -inf if there are no more.
 
         Args:
-          items: [n, t] string, the oldest first, "" behind the last. Items that are not in the catalogue do not count.
+          items: [n, t] string, the oldest first, "" behind the last. Items that are not in the catalogue do not count;
+            of a history without others nothing is known, and no item is returned.
         """
         vocabulary = self._vocabularies[self._head_table()]
         ids = vocabulary.ids(items)
@@ -146,7 +147,12 @@ class Signatures(tf.Module):
         found, log_probs = self._in_batches(
             of_batch, (ids, recent, recent_lengths), (tf.int32, tf.float32), [self._k]
         )
-        return {"items": vocabulary.words(found), "log_probs": log_probs}
+        # The body would read row 0 where there is no item.
+        has_history = lengths[:, tf.newaxis] > 0
+        return {
+            "items": tf.where(has_history, vocabulary.words(found), ""),
+            "log_probs": tf.where(has_history, log_probs, -float("inf")),
+        }
 
     def embed(self, words):
         """The row of each word: {"rows" [n, dim]}.

@@ -20,6 +20,7 @@ def label_ranks(
 ):
     """How many rows come before each label by their logits, and one more; of equal logits, the smaller id is first.
 
+    A logit that is NaN counts as -inf: it is above and below none, so that a model gone wrong would have perfect ranks.
     Logits are compared as one and the same product rounds them. It is taken twice: for the logits of labels and
     excluded rows, then to count. The [tokens, vocab_size] logits never exist.
 
@@ -60,7 +61,9 @@ def label_ranks(
                 rows, bias, block, block_rows, num_valid_rows
             )
             logits = float32_product(hidden, tf.cast(block_of_rows, compute_dtype), transpose_b=True)
-            return block + 1, add_block(running, with_bias(logits, block_of_bias, valid), local_ids)
+            logits = with_bias(logits, block_of_bias, valid)
+            logits = tf.where(tf.math.is_nan(logits), -float("inf"), logits)
+            return block + 1, add_block(running, logits, local_ids)
 
         _, running = tf.while_loop(
             lambda block, _: block < num_blocks, body, [tf.constant(0), initial], parallel_iterations=1

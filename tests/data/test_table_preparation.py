@@ -99,6 +99,39 @@ def test_records_hold_what_csv_files_hold(data, tmp_path):
         prepare_table(files, schema=read_schema(path), output=tmp_path / "damaged")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (b"", "record 1: tags must be a value without white space. Received: ''"),
+        (b"new\tyork", r"tags must be a value without white space. Received: 'new\\tyork'"),
+        (b"\xff", r"record 1: tags must be UTF-8. Received: b'\\xff'"),
+    ],
+)
+def test_refused_values_of_records(tmp_path, value, message):
+    """Such as would make a vocabulary that cannot be read."""
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps({"columns": {"tags": {"kind": "bag"}}}))
+    feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"red", value]))
+    example = tf.train.Example(features=tf.train.Features(feature={"tags": feature}))
+    with tf.io.TFRecordWriter(str(tmp_path / "all.tfrecord")) as writer:
+        writer.write(example.SerializeToString())
+    files = {split: [tmp_path / "all.tfrecord"] for split in ROWS}
+    with pytest.raises(ValueError, match=message):
+        prepare_table(files, schema=read_schema(path), output=tmp_path / "out")
+
+
+def test_a_number_of_records_that_is_none(tmp_path):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps({"columns": {"age": {"kind": "number"}}}))
+    feature = tf.train.Feature(float_list=tf.train.FloatList(value=[float("nan")]))
+    example = tf.train.Example(features=tf.train.Features(feature={"age": feature}))
+    with tf.io.TFRecordWriter(str(tmp_path / "all.tfrecord")) as writer:
+        writer.write(example.SerializeToString())
+    files = {split: [tmp_path / "all.tfrecord"] for split in ROWS}
+    with pytest.raises(ValueError, match=r"all\.tfrecord, record 1: age must be a finite number.*nan"):
+        prepare_table(files, schema=read_schema(path), output=tmp_path / "out")
+
+
 def test_the_same_again(data, tmp_path):
     assert not prepared(tmp_path)[1]
     assert PreparedColumns.open(data.directory).fingerprint == data.fingerprint
@@ -121,6 +154,7 @@ HEADER = ",".join(("other", *COLUMNS))
             {"test": f"{HEADER}\nz,rome,red,x,nan,a\n"},
             r"test\.csv, line 2: age must be a finite number.*'nan'",
         ),
+        ({"test": f"{HEADER}\nz,rome,red,x,-1e39,a\n"}, "line 2: age must be a finite number.*'-1e39'"),
         ({"valid": f"{HEADER}\nz,rome,red,x,1\n"}, r"line 2: must have 6 fields, as the header. Received: 5"),
         ({"train": f"{HEADER},town\n"}, "the header must name a column once"),
         (
@@ -129,6 +163,15 @@ HEADER = ",".join(("other", *COLUMNS))
         ),
         ({"test": f"{HEADER}\n"}, "Every split must have examples. Received: none for test"),
         ({"valid": f"{HEADER}\nz,,red,x,1,a\n"}, "line 2: town must be a value without white space"),
+        (
+            {"train": f"{HEADER}\nz,rome,red;\tblue,x,1,a\n"},
+            r"line 2: tags must be a value without white space. Received: '\\tblue'",
+        ),
+        (
+            {"valid": f'{HEADER}\nz,"new\nyork",red,x,1,a\n'},
+            r"line 3: town must be a value without white space. Received: 'new\\nyork'",
+        ),
+        ({"test": f'{HEADER}\nz,rome,red,x,"1\n2",a\n'}, r"line 3: age must be a finite number.*'1\\n2'"),
         (
             {"valid": f"{HEADER}\nz,rome,red,x,1,a\nz,rome,red,x,1,aa\n"},
             r"line 3: each class of label must be one of the training data's. Received: 'aa'. Did you mean 'a'\?",
@@ -151,6 +194,13 @@ def test_refused_rows(tmp_path, texts, message):
         ),
         ({"town": {"kind": "categorical", "buckets": 0}}, "buckets must be a whole number from 1 on"),
         ({"label": {"kind": "class", "buckets": 3}}, "A class must not be hashed"),
+        (
+            {"town": {"kind": "categorical", "vocabulary": ["tags"]}},
+            r"the column 'town': vocabulary must be letters.*Received: \['tags'\]",
+        ),
+        ({"town": {"kind": "categorical", "vocabulary": "../tags"}}, r"vocabulary must be letters"),
+        ({"tags": {"kind": "bag", "separator": 5}}, r"column 'tags': separator must be a text.*Received: 5"),
+        ({"tags": {"kind": "bag", "separator": ""}}, r"separator must be a text, not empty. Received: ''"),
         ({"a b": {"kind": "number"}}, "a column's name must be letters"),
         (
             {"town": {"kind": "categorical", "vocabulary": "tags"}, "tags": {"kind": "bag", "min_count": 9}},

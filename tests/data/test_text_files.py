@@ -9,7 +9,7 @@ import time
 import pytest
 
 from lmscale.data import text_files
-from lmscale.data.text_files import expand_patterns, read_blocks
+from lmscale.data.text_files import expand_patterns, read_blocks, read_text
 
 TEXT = "one two\n\n  three\n" + "".join(f"line {i} ü 日本 \u2028 x\r\n" for i in range(2000)) + "no line end"
 LINES = TEXT.replace("\r\n", "\n").split("\n")
@@ -56,6 +56,13 @@ def test_long_lines_are_cut_at_blanks_only(tmp_path):
     assert lines_of(path) == lines
     pieces = [piece for block in read_blocks(path) for line in block.lines for piece in line.split()]
     assert pieces == words
+
+
+def test_a_whole_text(tmp_path, small_blocks):
+    """Cuts at blanks leave no trace, and neither do the mark and carriage returns."""
+    path = tmp_path / "text"
+    path.write_bytes("\ufeff".encode() + TEXT.encode() + b" word" * 99)
+    assert read_text(path) == TEXT.replace("\r\n", "\n") + " word" * 99 + "\n"
 
 
 def test_mark_at_the_start_and_last_line_end(tmp_path):

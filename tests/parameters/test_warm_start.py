@@ -130,6 +130,17 @@ def test_everything_is_loaded_by_default(tmp_path, slots):
     assert set(report.fresh) == {path for path in new if path not in {entry.path for entry in report.loaded}}
 
 
+def test_rows_of_items(tmp_path):
+    """A catalogue has neither `<unk>` nor `<eos>`."""
+    items = [Vocabulary(tokens=tuple(order), counts=np.arange(5, 0, -1)) for order in ("abcde", "fdabg")]
+    rows = np.arange(10, dtype=np.float32).reshape(5, 2)
+    checkpoint = save_run(tmp_path, {"tables/words/embedding": rows}, vocabulary=items[0])
+    new = {"tables/words/embedding": -np.ones([5, 2], np.float32)}
+    after, _ = apply(new, words=items[1], checkpoint=checkpoint, rows_by_word=True)
+    expected = [[-1, -1], rows[3], rows[0], rows[1], [-1, -1]]
+    np.testing.assert_array_equal(after["tables/words/embedding"], expected)
+
+
 @pytest.mark.parametrize("num_devices", [0, 1, 2, 3])
 @pytest.mark.parametrize("slots", [False, True])
 @pytest.mark.parametrize("new_rows", ["initializer", "mean"])

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tiny_runs
 
 from lmscale import configuration
 from lmscale.benchmarks import planted
 from lmscale.data.histories import LeaveLastOut, prepare_histories
+from lmscale.data.token_files import PreparedData
 from lmscale.recommendation import Recommender
 from lmscale.restored import RestoredModel
 from lmscale.scoring import Scorer
@@ -165,7 +167,7 @@ def test_a_next_item_model(next_item, mirrored, tmp_path):
     """Histories longer than the window, a repeated item, one that nobody knows."""
     assert write(next_item, tmp_path / "served")["signatures"] == ["recommend", "embed"]
     histories = [["item3"], ["item4", "item9", "item4"], [f"item{i}" for i in range(8)], ["item1", "item0"]]
-    asked = [*histories[:3], ["item1", "unheard", "item0"]]
+    asked = [*histories[:3], ["item1", "unheard", "item0"], ["unheard"], []]
     served = serve(tmp_path / "served", [("recommend", {"items": padded(asked)})])
     (found,) = served["results"]
     with Workdir(next_item[1], readonly=True) as workdir:
@@ -173,8 +175,10 @@ def test_a_next_item_model(next_item, mirrored, tmp_path):
         ids = [recommender.ids(history, place="here") for history in histories]
         expected = list(recommender.best(ids, k=K, exclude_seen=True))
         tokens = recommender.vocabulary.tokens
+    # Nothing is known of the last two.
+    assert (found["items"][4:], found["log_probs"][4:]) == ([[""] * K] * 2, [[-np.inf] * K] * 2)
     for items, log_probs, (best, its_log_probs) in zip(
-        found["items"], found["log_probs"], expected, strict=True
+        found["items"][:4], found["log_probs"][:4], expected, strict=True
     ):
         assert items == [tokens[row] for row in best]
         np.testing.assert_allclose(log_probs, its_log_probs, rtol=1e-5)
@@ -194,6 +198,39 @@ def test_refused(language_model, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         write(language_model, tmp_path / "served", **settings)
     assert not (tmp_path / "served").exists()
+
+
+def test_a_table_whose_rows_have_no_words(language_model, tmp_path, monkeypatch):
+    """As one of values that are hashed into buckets."""
+    monkeypatch.setattr(PreparedData, "vocabulary_files", {})
+    with pytest.raises(
+        ValueError, match=r"embed reads must have words\. Received: words, whose rows are num"
+    ):
+        write(language_model, tmp_path / "served", signatures=("embed",))
+    assert not (tmp_path / "served").exists()
+
+
+def test_a_folder_appears_when_it_is_whole(language_model, tmp_path, monkeypatch):
+    """An export that is stopped leaves nothing behind, and takes away what a killed one has left."""
+    output, seen = tmp_path / "1", []
+    (tmp_path / ".1.partial").mkdir()
+    (tmp_path / ".1.partial" / "left").touch()
+    save = tf.saved_model.save
+
+    def stopped(*args, **kwargs):
+        save(*args, **kwargs)
+        seen.append(output.exists())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.saved_model, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            write(language_model, output, signatures=("embed",))
+    assert (seen, list(tmp_path.iterdir())) == ([False], [])
+    output.mkdir()
+    write(language_model, output, signatures=("embed",))
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert (output / "saved_model.pb").exists()
 
 
 def test_a_folder_that_holds_something(language_model, tmp_path):

@@ -75,6 +75,21 @@ def test_against_sorting(run, mirrored, exclude_seen):
             np.testing.assert_allclose(log_probs, expected[best], rtol=1e-5)
 
 
+@pytest.mark.parametrize("item", [slice(None), slice(4, 5)])
+def test_a_model_gone_wrong(run, mirrored, item):
+    """NaN is no JSON, and no log-probability: with one row of NaN the sum over all rows is."""
+    config, path = run
+    with Workdir(path, readonly=True) as workdir:
+        restored = RestoredModel(config.experiment, workdir=workdir, strategy=mirrored(1))
+        restored.restore()
+        table = restored.model.tables["items"]
+        rows = table.read_rows("embedding", 0, NUM_ITEMS).copy()
+        rows[item] = np.nan
+        table.write_rows("embedding", 0, rows)
+        with pytest.raises(ValueError, match=r"must be finite to rank items by\. Received: NaN"):
+            list(Recommender(restored).best([[1, 2], [3]], k=3, exclude_seen=True))
+
+
 def recommend(path, *flags, text):
     return subprocess.run(
         [sys.executable, "-m", "lmscale.recommend", f"--workdir={path}", *flags],
@@ -84,6 +99,26 @@ def recommend(path, *flags, text):
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_a_byte_order_mark_is_no_part_of_an_item(run, tmp_path, by_file):
+    """As editors on Windows write it."""
+    path = tmp_path / "histories.txt"
+    path.write_bytes(b"\xef\xbb\xbfitem3 item4\r\nitem5\r\n")
+    flags, text = ([f"--input={path}"], "") if by_file else ([], path.read_bytes().decode())
+    done = recommend(run[1], "--k=2", *flags, text=text)
+    assert done.returncode == 0, done.stderr
+    histories = [json.loads(line)["history"] for line in done.stdout.splitlines()]
+    assert histories == [["item3", "item4"], ["item5"]]
+
+
+def test_a_file_that_is_not_utf_8(run, tmp_path):
+    path = tmp_path / "histories.txt"
+    path.write_bytes(b"item3\nitem\xff\n")
+    done = recommend(run[1], f"--input={path}", text="")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{path}, line 2: must be UTF-8. Received: byte 0xff" in done.stderr
 
 
 def test_the_command(run):

@@ -101,3 +101,19 @@ def test_equal_rows_tie(mirrored):
     given["rows"][:] = given["rows"][0]
     found = ranks(given, mirrored(2), with_bias=False, with_excluded=False, block_rows=None)
     np.testing.assert_array_equal(found, given["labels"] + 1)
+
+
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_nan_is_last(mirrored, num_devices):
+    """A row of NaN is behind all others; where all logits are NaN, the rank is the id."""
+    given = case(kind="any")
+    settings = {"with_bias": True, "with_excluded": False}
+    row = given["labels"][0]
+    expected = expected_ranks(
+        given | {"bias": np.where(np.arange(VOCAB_SIZE) == row, -1e9, given["bias"])}, **settings
+    )
+    expected[1] = given["labels"][1] + 1
+    assert expected[0] == VOCAB_SIZE
+    given["bias"][row], given["hidden"][1] = np.nan, np.nan
+    found = ranks(given, mirrored(num_devices), block_rows=17, **settings)
+    np.testing.assert_array_equal(found, expected)
