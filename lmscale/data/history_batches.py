@@ -51,6 +51,11 @@ class HistoryWindows:
         self._windows = _Windows(histories, window=window)
         num_windows = len(self._windows)
         self.steps_per_epoch = num_windows // global_batch_size
+        if not num_windows:
+            raise ValueError(
+                f"A history must have two items or more to predict one from another. Received: {len(histories):,} "
+                "histories of at most one. Prepare data with longer ones."
+            )
         if self.steps_per_epoch < 1:
             raise ValueError(
                 "The histories must have as many windows as a batch. Received: "

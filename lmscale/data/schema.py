@@ -38,8 +38,14 @@ class ColumnSchema:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}. Received: {self.kind!r}.")
-        if self.kind == "number" and self.vocabulary is not None:
-            raise ValueError(f"A number has no vocabulary. Received: {self.vocabulary!r}. Leave it out.")
+        if self.kind == "number":
+            # All but the separator, whose default is a value.
+            of_words = {"vocabulary": None, "buckets": None, "min_count": 1, "max_size": None}
+            given = [name for name, default in of_words.items() if getattr(self, name) != default]
+            if given:
+                raise ValueError(
+                    f"A number has no vocabulary. Received: {given[0]}={getattr(self, given[0])!r}. Leave it out."
+                )
         # It is part of a file's name.
         if self.vocabulary is not None and not (
             isinstance(self.vocabulary, str) and self.vocabulary.isidentifier()
@@ -70,7 +76,7 @@ def read_schema(path: Path) -> dict[str, ColumnSchema]:
       ValueError: for anything that it must not hold, with the column.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise ValueError(f"--schema must name a file. Received: {path} ({error.strerror}).") from error
     except ValueError as error:
@@ -117,6 +123,15 @@ def did_you_mean(value: str, known) -> str:
     """A sentence with the nearest of the known values; empty if none is near."""
     near = difflib.get_close_matches(value, list(known)[:10_000], n=3)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _without_duplicates(pairs):
+    """A dict of the pairs of a JSON object; ValueError for a key that is there twice, of which JSON keeps the last."""
+    keys = [key for key, _ in pairs]
+    twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} is there twice")
+    return dict(pairs)
 
 
 def _check_shared(columns, path):

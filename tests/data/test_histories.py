@@ -170,6 +170,11 @@ def test_too_few_windows():
         HistoryWindows(some_lists(), global_batch_size=10_000, window=5, seed=0)
 
 
+def test_no_window():
+    with pytest.raises(ValueError, match=r"two items or more.* Received: 3 histories of at most one"):
+        HistoryWindows(Lists(np.arange(2), np.array([0, 1, 1, 2])), global_batch_size=1, window=5, seed=0)
+
+
 def test_targets():
     lists = some_lists(seed=1)
     targets = np.arange(len(lists))

@@ -203,6 +203,12 @@ def test_refused_rows(tmp_path, texts, message):
         ({"tags": {"kind": "bag", "separator": ""}}, r"separator must be a text, not empty. Received: ''"),
         ({"a b": {"kind": "number"}}, "a column's name must be letters"),
         (
+            {"town": {"kind": "number", "vocabulary": "a"}},
+            "A number has no vocabulary. Received: vocabulary='a'",
+        ),
+        ({"town": {"kind": "number", "buckets": 7}}, "A number has no vocabulary. Received: buckets=7"),
+        ({"town": {"kind": "number", "min_count": 2}}, "A number has no vocabulary. Received: min_count=2"),
+        (
             {"town": {"kind": "categorical", "vocabulary": "tags"}, "tags": {"kind": "bag", "min_count": 9}},
             "must agree",
         ),
@@ -211,6 +217,16 @@ def test_refused_rows(tmp_path, texts, message):
 def test_refused_schemas(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         prepared(tmp_path, schema=SCHEMA | change)
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    """JSON itself keeps the last."""
+    path = tmp_path / "schema.json"
+    path.write_text('{"columns": {"town": {"kind": "categorical"}, "town": {"kind": "bag"}}}')
+    with pytest.raises(
+        ValueError, match=r"schema\.json must be JSON. Received: the key 'town' is there twice"
+    ):
+        read_schema(path)
 
 
 def test_columns_may_share_a_vocabulary(tmp_path):
