@@ -103,7 +103,7 @@ class WordChunks:
         self.labels_per_step = global_batch_size * chunk
         expected = float(counts @ self._keep)
         self.steps_per_epoch = max(1, int(np.ceil(expected / self.labels_per_step)))
-        self._epoch, self._stream = -1, None
+        self._epoch, self._stream, self._starts = -1, None, None
 
     def at(self, step, examples=ALL):
         """The batch of a step, counted from 0 over all epochs; or some of its examples.
@@ -117,11 +117,7 @@ class WordChunks:
             raise ValueError(f"step must be at least 0. Received: step={step}.")
         epoch, step_in_epoch = divmod(int(step), self.steps_per_epoch)
         stream = self.stream(epoch)
-        num_chunks = self.steps_per_epoch * len(self._examples)
-        places = step_in_epoch * len(self._examples) + self._examples[examples]
-        numbers = permuted(places, num_chunks, seed=self._seed, epoch=epoch)
-        slack = max(0, len(stream.ids) - self._chunk)
-        starts = numbers * slack // max(1, num_chunks - 1)
+        starts = self._starts[step_in_epoch * len(self._examples) + self._examples[examples]]
         return Batch(
             chunks_at(stream, starts, chunk=self._chunk, window=self._window), starts_epoch=True, epoch=epoch
         )
@@ -140,8 +136,16 @@ class WordChunks:
                 seed=self._seed,
                 epoch=epoch,
             )
+            self._starts = self._shuffled_starts(epoch)
             self._epoch = epoch
         return self._stream
+
+    def _shuffled_starts(self, epoch):
+        """[chunks of the epoch] int64: places in the stream where they begin, in the order in which they are read."""
+        num_chunks = self.steps_per_epoch * len(self._examples)
+        slack = max(0, len(self._stream.ids) - self._chunk)
+        numbers = permuted(np.arange(num_chunks, dtype=np.int64), num_chunks, seed=self._seed, epoch=epoch)
+        return numbers * slack // max(1, num_chunks - 1)
 
 
 def keep_probabilities(counts, *, subsampling):

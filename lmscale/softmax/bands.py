@@ -11,7 +11,7 @@ class Neighbours:
 
     Attributes:
       before, after: [n] int32, how many labels before and after, 0 to `window`.
-      state_ids: [n] int32; states of the same id are equal. What depends on a state alone is computed once for each id.
+      state_ids: [n] int32, the ids at their own places.
       num_examples: int; each has `window` labels more at either end than it has hidden states.
       window: int.
     """

@@ -47,9 +47,10 @@ class NegativeSampling(Head):
         table, vocab_size, counts: as for every head.
         sampler: function (vocab_size=, counts=) that returns a `Sampler`; its num_sampled words are the S above.
         num_negatives: k, noise words that each pair is worth.
-        noise_groups: parts into which hidden states fall by their ids, each of which is compared with a part of the
-          sample alone, at k / (S / noise_groups) a word. The work is that of a sample so many times smaller; each noise
-          word still gets the gradients of one of S.
+        noise_groups: parts into which both the examples and the sample fall, by their numbers: each example is compared
+          with its part alone, at k / (S / noise_groups) a word. The work is that of a sample so many times smaller, and
+          the batch still meets S noise words. An example is a chunk of words where states have neighbours, one state
+          elsewhere. It must divide those of a replica and micro-batch, so that any number of devices has equal losses.
         calibration: t of gSASRec's loss (gBCE), from 0 (the plain logistic loss) to 1 (fully calibrated). The label's
           loss is -log(sigmoid(h.v)**beta), with the share of the catalogue that a label is told from,
           alpha = num_negatives / (vocab_size - 1), and
@@ -113,98 +114,114 @@ class NegativeSampling(Head):
     def value_and_gradients(
         self, hidden, *, labels, loss_weights, label_rows, candidate_rows, candidates, table, neighbours=None
     ):
-        hidden = tf.cast(hidden, self.compute_dtype)
-        rows = tf.cast(label_rows.embedding, self.compute_dtype)
-        noise = Rows(tf.cast(candidate_rows.embedding, self.compute_dtype), candidate_rows.bias)
-        ids = labels if neighbours is None else neighbours.state_ids
-        if neighbours is None or table.static_shapes:
-            is_own = None
-            if self.noise_groups > 1:
-                groups = tf.range(noise.embedding.shape[0]) % self.noise_groups
-                is_own = tf.equal(ids[:, tf.newaxis] % self.noise_groups, groups)
-            noise_loss, d_hidden, d_noise = self._noise(hidden, loss_weights, noise, is_own)
-        else:
-            # The noise of a state depends on its id alone: it is computed once for all states that are equal.
-            ids, places = tf.unique(ids)
-            first = tf.math.unsorted_segment_min(tf.range(hidden.shape[0]), places, tf.size(ids))
-            weights = tf.math.unsorted_segment_sum(loss_weights, places, tf.size(ids))
-            noise_loss, d_distinct, d_noise = self._noise_by_group(
-                tf.gather(hidden, first), weights, noise, ids % self.noise_groups
+        num_examples = hidden.shape[0] if neighbours is None else neighbours.num_examples
+        if num_examples % self.noise_groups:
+            raise ValueError(
+                "The examples of a replica must fall into as many equal parts as the noise. Received: "
+                f"{num_examples} {'labels' if neighbours is None else 'examples'} of a replica and micro-batch, "
+                f"noise_groups={self.noise_groups}. Choose a divisor, or other sizes of batches."
             )
-            noise_loss = tf.gather(noise_loss, places)
-            d_hidden = None
-        label_weights = self.label_weight * loss_weights
+        hidden, rows, noise = (
+            tf.cast(x, self.compute_dtype) for x in (hidden, label_rows.embedding, candidate_rows.embedding)
+        )
+        of_noise = {"groups": self.noise_groups, "num_negatives": self.num_negatives}
         if neighbours is None:
+            noise_loss, d_hidden, d_noise, d_noise_bias = compiled(_noise)(
+                hidden[:, tf.newaxis], loss_weights[:, tf.newaxis], noise, candidate_rows.bias, **of_noise
+            )
+            label_weights = self.label_weight * loss_weights
             label_loss, d_of_labels, d_rows, d_bias = _one_label(hidden, rows, label_rows.bias, label_weights)
+            loss = self.label_weight * label_loss + noise_loss[:, 0]
+            d_hidden = d_of_labels + d_hidden[:, 0]
         else:
             split = neighbours.in_examples
-            found = compiled(_of_neighbours)(
+            loss, d_hidden, d_rows, d_bias, d_noise, d_noise_bias = compiled(_neighbours_and_noise)(
                 split(hidden),
                 split(rows),
                 None if label_rows.bias is None else split(label_rows.bias),
-                split(label_weights),
+                noise,
+                candidate_rows.bias,
+                split(loss_weights),
                 split(neighbours.before),
                 split(neighbours.after),
                 window=neighbours.window,
+                label_weight=self.label_weight,
+                **of_noise,
             )
-            label_loss, d_of_labels, d_rows, d_bias = (None if x is None else flat(x) for x in found)
-        if d_hidden is None:
-            d_hidden = tf.tensor_scatter_nd_add(d_of_labels, first[:, tf.newaxis], d_distinct)
-        else:
-            d_hidden += d_of_labels
+            loss, d_hidden, d_rows = flat(loss), flat(d_hidden), flat(d_rows)
+            d_bias = None if d_bias is None else flat(d_bias)
         return HeadGradients(
-            loss=self.label_weight * label_loss + noise_loss,
+            loss=loss,
             d_hidden=d_hidden,
             d_label_rows=Rows(d_rows, d_bias),
-            d_candidate_rows=d_noise,
+            d_candidate_rows=Rows(d_noise, d_noise_bias),
         )
 
-    def _noise_by_group(self, hidden, loss_weights, noise, group):
-        """`_noise`, each state with the part of the noise that its group [n] has."""
-        if self.noise_groups == 1:
-            return self._noise(hidden, loss_weights, noise)
-        number = self.noise_groups
-        order = tf.dynamic_partition(tf.range(tf.size(group)), group, number)
-        parts = zip(*(tf.dynamic_partition(x, group, number) for x in (hidden, loss_weights)), strict=True)
-        losses, d_hidden, d_rows, d_biases = [], [], [], []
-        for i, (states, weights) in enumerate(parts):
-            bias = None if noise.bias is None else noise.bias[i::number]
-            loss, d_states, d_noise = self._noise(states, weights, Rows(noise.embedding[i::number], bias))
-            losses.append(loss)
-            d_hidden.append(d_states)
-            d_rows.append(d_noise.embedding)
-            d_biases.append(d_noise.bias)
 
-        def interleaved(of_groups):
-            x = tf.stack(of_groups, axis=1)
-            return tf.reshape(x, [-1, *x.shape[2:]])
+def _neighbours_and_noise(
+    hidden, rows, bias, noise, noise_bias, loss_weights, before, after, *, window, label_weight, **of_noise
+):
+    """`_of_neighbours` and `_noise` in one: (loss, d_hidden, d_rows, d_bias, d_noise, d_noise_bias)."""
+    loss, d_hidden, d_rows, d_bias = _of_neighbours(
+        hidden, rows, bias, label_weight * loss_weights, before, after, window=window
+    )
+    noise_loss, d_of_noise, d_noise, d_noise_bias = _noise(
+        hidden, loss_weights, noise, noise_bias, **of_noise
+    )
+    return label_weight * loss + noise_loss, d_hidden + d_of_noise, d_rows, d_bias, d_noise, d_noise_bias
 
-        return (
-            tf.dynamic_stitch(order, losses),
-            tf.dynamic_stitch(order, d_hidden),
-            Rows(interleaved(d_rows), None if noise.bias is None else interleaved(d_biases)),
-        )
 
-    def _noise(self, hidden, loss_weights, noise, is_own=None):
-        """Loss of the noise at each of [n] states, gradient of the states, and `Rows` of those of the noise.
+def _noise(hidden, loss_weights, noise, bias, *, groups, num_negatives):
+    """Loss of the noise at each state, and its gradients.
 
-        `is_own` [n, noise] bool says which noise is for which state; None for all of what is given.
-        """
-        logits = float32_product(hidden, noise.embedding, transpose_b=True)
-        if noise.bias is not None:
-            logits = tf.nn.bias_add(logits, noise.bias)
-        loss, probabilities = softplus_and_sigmoid(logits)
-        number = noise.embedding.shape[0]
-        if is_own is not None:
-            loss, probabilities = (tf.where(is_own, x, 0.0) for x in (loss, probabilities))
-            number //= self.noise_groups
-        share = self.num_negatives / number
-        d_logits = (share * loss_weights)[:, tf.newaxis] * probabilities
-        narrow = tf.cast(d_logits, hidden.dtype)
-        d_hidden = tf.cast(tf.matmul(narrow, noise.embedding), tf.float32)
-        d_noise = tf.cast(tf.matmul(narrow, hidden, transpose_a=True), tf.float32)
-        d_bias = None if noise.bias is None else tf.reduce_sum(d_logits, axis=0)
-        return share * tf.reduce_sum(loss, axis=1), d_hidden, Rows(d_noise, d_bias)
+    Example number e is compared with every noise word whose number has the same remainder by `groups`.
+
+    Args:
+      hidden: [examples, chunk, dim].
+      loss_weights: [examples, chunk].
+      noise: [num_sampled, dim].
+      bias: [num_sampled] or None.
+      groups: int that divides examples and num_sampled.
+      num_negatives: float.
+
+    Returns:
+      (loss [examples, chunk], d_hidden, d_noise, d_bias or None), gradients of the weighted sum of the losses.
+    """
+    chunk = hidden.shape[1]
+
+    def by_group(x):
+        """[n, ...] to [groups, n / groups, ...]."""
+        return tf.stack(tf.unstack(tf.reshape(x, [-1, groups, *x.shape[1:]]), axis=1))
+
+    def in_order(x):
+        """The inverse of `by_group`."""
+        x = tf.stack(tf.unstack(x), axis=1)
+        return tf.reshape(x, [-1, *x.shape[2:]])
+
+    def states(x):
+        """[examples, chunk, ...] to [groups, examples / groups * chunk, ...]."""
+        return tf.reshape(by_group(x), [groups, -1, *x.shape[2:]])
+
+    def examples(x):
+        """The inverse of `states`."""
+        return in_order(tf.reshape(x, [groups, -1, chunk, *x.shape[2:]]))
+
+    own_hidden, own_noise = states(hidden), by_group(noise)
+    logits = float32_product(own_hidden, own_noise, transpose_b=True)
+    if bias is not None:
+        logits += by_group(bias)[:, tf.newaxis]
+    loss, probabilities = softplus_and_sigmoid(logits)
+    share = num_negatives / own_noise.shape[1]
+    d_logits = (share * states(loss_weights))[..., tf.newaxis] * probabilities
+    narrow = tf.cast(d_logits, hidden.dtype)
+    d_hidden = tf.cast(tf.matmul(narrow, own_noise), tf.float32)
+    d_noise = tf.cast(tf.matmul(narrow, own_hidden, transpose_a=True), tf.float32)
+    return (
+        examples(share * tf.reduce_sum(loss, axis=2)),
+        examples(d_hidden),
+        in_order(d_noise),
+        None if bias is None else in_order(tf.reduce_sum(d_logits, axis=1)),
+    )
 
 
 def _one_label(hidden, rows, bias, loss_weights):

@@ -94,6 +94,11 @@ WORD2VEC = {
     "experiment.Experiment.eval_batch_size": 5,
     "experiment.Experiment.eval_tokens": None,
 }
+# The examples of each of one, two or four devices fall into three groups.
+NOISE_GROUPS = {
+    "negative_sampling.NegativeSampling.noise_groups": 3,
+    "experiment.Experiment.eval_batch_size": 12,
+}
 EXAMPLES = {
     "LOG_EVERY": 1,
     "EVAL_EVERY": 4,
@@ -122,12 +127,12 @@ TINY = {
     "quickstart_next_item": Tiny(data=histories, settings=EXAMPLES | {"WINDOW": 5}),
     "quickstart_transformer": Tiny(settings=TRANSFORMER),
     "quickstart_untied": Tiny(settings=LANGUAGE_MODEL),
-    "quickstart_word2vec": Tiny(settings=WORD2VEC),
+    "quickstart_word2vec": Tiny(settings=WORD2VEC | NOISE_GROUPS),
     "wikitext2_fast": Tiny(settings=LANGUAGE_MODEL),
     "wikitext2_glove": Tiny(settings=LANGUAGE_MODEL, files={"VECTORS": vectors}),
     "wikitext2_lstm": Tiny(settings=LANGUAGE_MODEL),
     "wikitext2_transformer": Tiny(settings=TRANSFORMER),
-    "wikitext2_word2vec": Tiny(settings=WORD2VEC),
+    "wikitext2_word2vec": Tiny(settings=WORD2VEC | NOISE_GROUPS),
 }
 
 
