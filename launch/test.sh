@@ -17,6 +17,7 @@ esac
 
 launch/setup.sh
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL-2} # TensorFlow's own notices of the start.
-# By file, so that what the tests of a file share is made once.
-(($#)) || set -- --numprocesses auto --maxprocesses 4 --dist loadfile
+# By file, so that what the tests of a file share is made once; in the order of their names, since files with few tests,
+# which would otherwise come last, are the long ones.
+(($#)) || set -- --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 exec .venv/bin/python -m pytest "$@"

@@ -2,8 +2,8 @@
 
 Arguments: HOST:PORT of process 0, number of processes, rank, then a JSON list, done one after the other, of
 {"config": path, "bindings": [...], "train": work directory, "convert": [[from, to], ...]}, or of
-{"config": path, "bindings": [...], "steps": number, "checkpoints": folder}, which takes steps alone and leaves a
-checkpoint and losses.json.
+{"config": path, "bindings": [...], "steps": number, "checkpoints": folder, "begin": [folder, step] or None}, which takes
+steps alone up to that number, from a checkpoint on if one is given, and leaves a checkpoint of each, and losses.json.
 """
 
 import json
@@ -32,10 +32,15 @@ with joined(cluster, silence_secs=120.0) as group:
         if "steps" in each:
             data = open_prepared(config.experiment.data_dir)
             trainer = Trainer(config.experiment, data=data, strategy=strategy)
-            losses = [float(trainer.train_steps()["loss"][0]) for _ in range(each["steps"])]
-            Checkpoints(each["checkpoints"], group=group).save(
-                trainer.step, trainer.parameters(), metadata={}
-            )
+            if each["begin"]:
+                folder, step = each["begin"]
+                begin = Checkpoints(folder, group=group, readonly=True)
+                trainer.step = begin.restore(trainer.parameters(), step=step)["step"]
+            checkpoints = Checkpoints(each["checkpoints"], group=group)
+            losses = []
+            while trainer.step < each["steps"]:
+                losses.append(float(trainer.train_steps()["loss"][0]))
+                checkpoints.save(trainer.step, trainer.parameters(), metadata={})
             if group.is_chief:
                 Path(each["checkpoints"], "losses.json").write_text(json.dumps(losses))
             continue

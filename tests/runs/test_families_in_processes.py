@@ -27,6 +27,8 @@ FAMILIES = (
     "quickstart_transformer",
     "quickstart_word2vec",
 )
+# One of each kind of batches and of what is carried from step to step.
+RESUMED = ("quickstart_both_directions", "quickstart_classes", "quickstart_next_item", "quickstart_word2vec")
 
 
 def bindings(name, folder):
@@ -48,9 +50,25 @@ def in_processes(tmp_path_factory):
             "bindings": bindings(name, folder),
             "steps": NUM_STEPS,
             "checkpoints": str(folder / "checkpoints"),
+            "begin": None,
+        }
+    for name in RESUMED:
+        whole = done[name]
+        done[f"{name}, resumed"] = whole | {
+            "checkpoints": str(directory / name / "resumed"),
+            "begin": [whole["checkpoints"], 1],
         }
     tiny_runs.finish_in_processes(2, list(done.values()), log=directory / "log")
     return done
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_goes_on_from_a_checkpoint_with_the_same_bits(in_processes, name):
+    whole, resumed = (Path(in_processes[key]["checkpoints"]) for key in (name, f"{name}, resumed"))
+    losses = [json.loads((folder / "losses.json").read_text()) for folder in (whole, resumed)]
+    assert losses[1] == losses[0][1:]
+    step = f"step_{NUM_STEPS:08d}"
+    tiny_runs.assert_same_bits(tiny_runs.tensors_of(whole / step), tiny_runs.tensors_of(resumed / step))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
