@@ -276,9 +276,11 @@ class _Run:
                 "vocabularies": {
                     name: vocabulary.sha256 for name, vocabulary in self.trainer.task.vocabularies.items()
                 },
+                # Of tables whose rows have words: not those of hashed values.
                 "vocabulary_files": {
                     name: self.trainer.data.vocabulary_files[config.vocabulary].name
                     for name, config in self.trainer.task.tables.items()
+                    if config.vocabulary in self.trainer.data.vocabulary_files
                 },
                 # Fewer than the steps where a group rests; more where its slots are of another run.
                 "updates": {

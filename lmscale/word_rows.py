@@ -76,6 +76,11 @@ class TableRows(WordRows):
             raise ValueError(
                 f"The table must be one of the run's, {', '.join(tables)}. Received: {table}. Pass another --table."
             )
+        if table not in self._checkpoint.metadata.get("vocabulary_files", {table}):
+            raise ValueError(
+                f"The rows of the table must have words. Received: {table}, whose rows are numbers (hashed values). Pass "
+                "another --table."
+            )
         vocabulary_path = self._checkpoint.vocabulary_path(table)
         if not vocabulary_path.is_file():
             raise ValueError(

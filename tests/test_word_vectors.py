@@ -235,6 +235,13 @@ def test_a_vocabulary_without_unknown_words(tmp_path):
     np.testing.assert_array_equal(np.concatenate([block for _, block in found.blocks()]), rows)
 
 
+def test_rows_of_hashed_values_have_no_words(tmp_path):
+    parameters = array_parameters({"tables/buckets/embedding": np.ones([5, 3], np.float32)})
+    Checkpoints(tmp_path / "checkpoints").save(1, parameters, metadata={"vocabulary_files": {}})
+    with pytest.raises(ValueError, match=r"must have words. Received: buckets, whose rows are numbers"):
+        TableRows(tmp_path, table="buckets")
+
+
 def test_a_table_or_vocabulary_that_is_not_there(workdir):
     path, _, _ = workdir
     with pytest.raises(ValueError, match=r"must be one of the run's, contexts, words. Received: rows"):

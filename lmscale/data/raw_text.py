@@ -54,7 +54,10 @@ class RawText:
                     raise ValueError(
                         "There must be text on stdin. Received: 0 bytes. Name a file, or pipe one in."
                     )
-                yield from self._lines_of(Path(file.name))
+                try:
+                    yield from self._lines_of(Path(file.name))
+                except ValueError as error:
+                    raise ValueError(str(error).replace(file.name, "stdin")) from error
         else:
             for each in expand_patterns([str(path)], flag="input"):
                 yield from self._lines_of(each)

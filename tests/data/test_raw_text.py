@@ -64,6 +64,11 @@ def test_stdin(prepared, monkeypatch):
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO()))
     with pytest.raises(ValueError, match=r"text on stdin\. Received: 0 bytes"):
         list(text.lines(None))
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(b"the cat\n\xff")))
+    with pytest.raises(ValueError, match="UTF-8") as told:
+        list(text.lines(None))
+    assert "stdin" in str(told.value)
+    assert "stdin_" not in str(told.value)
 
 
 def test_a_line_longer_than_a_block_is_one(prepared, tmp_path):

@@ -1,6 +1,7 @@
 """Every shipped configuration at tiny sizes: the data that it reads, and the settings that make it small."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def text(folder):
 
 def table(folder):
     planted.write_classes(folder, features=3, values=11, groups=3, signal=0.8, examples=150, seed=1)
+    schema = json.loads((folder / "schema.json").read_text())
+    schema["columns"]["feature_2"]["buckets"] = 7
+    (folder / "schema.json").write_text(json.dumps(schema))
     files = {split: [folder / f"{split}.csv"] for split in ("train", "valid", "test")}
     prepare_table(files, schema=read_schema(folder / "schema.json"), output=folder / "data")
     return folder / "data"
