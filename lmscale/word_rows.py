@@ -78,8 +78,8 @@ class TableRows(WordRows):
             )
         if table not in self._checkpoint.metadata.get("vocabulary_files", {table}):
             raise ValueError(
-                f"The rows of the table must have words. Received: {table}, whose rows are numbers (hashed values). Pass "
-                "another --table."
+                f"The rows of the table must have words. Received: {table}, whose rows are numbers. Pass another "
+                "--table."
             )
         vocabulary_path = self._checkpoint.vocabulary_path(table)
         if not vocabulary_path.is_file():

@@ -2,8 +2,9 @@
 
 Arguments: HOST:PORT of process 0, number of processes, rank, then a JSON list, done one after the other, of
 {"config": path, "bindings": [...], "train": work directory, "convert": [[from, to], ...]}, or of
-{"config": path, "bindings": [...], "steps": number, "checkpoints": folder, "begin": [folder, step] or None}, which takes
-steps alone up to that number, from a checkpoint on if one is given, and leaves a checkpoint of each, and losses.json.
+{"config": path, "bindings": [...], "steps": number, "checkpoints": folder, "begin": [folder, step] or None}, which
+takes steps alone up to that number, from a checkpoint on if one is given, and leaves a checkpoint of each, and
+losses.json.
 """
 
 import json
